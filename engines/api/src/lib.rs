@@ -1,0 +1,146 @@
+//! What the host and an engine adapter say to each other.
+//!
+//! Contract: an adapter forwards bodies, it does not re-model them; streams are relayed as they come, never
+//! collected; dropping a reply cancels the engine's work at once; a stream that ends without its finish
+//! reason is an error, whatever the HTTP status was. An engine never sees a policy.
+
+pub mod sse;
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+pub use dynamo_host_core::Endpoint;
+use futures_core::{Stream, future::BoxFuture};
+use http::{HeaderMap, StatusCode};
+pub use sse::{Chunk, Summary, Usage};
+
+/// An inference server process that makes tokens.
+pub trait Engine: Send + Sync + 'static {
+    /// The adapter's kind, for logs and metrics: `openai`, `mock`, …
+    fn kind(&self) -> &'static str;
+
+    /// Models that the engine serves now.
+    fn models(&self) -> BoxFuture<'_, Result<Vec<ModelCard>, EngineError>>;
+
+    /// The engine's own cheap sign of life.
+    fn probe(&self) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// Sends a request and waits for the beginning of its answer: a whole body, or the head of a stream.
+    ///
+    /// # Cancel safety
+    /// Dropping the future, or the reply that it returned, ends the engine's work on the request.
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>>;
+}
+
+/// A model as an engine describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelCard {
+    /// Name that requests use.
+    pub id: String,
+    /// Longest context in tokens, if stated.
+    pub max_model_len: Option<u32>,
+}
+
+/// A request as it is sent to an engine.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    /// What is asked.
+    pub endpoint: Endpoint,
+    /// The client's JSON body without what belongs to the host.
+    pub body: Bytes,
+    /// Whether the body asks for a stream.
+    pub stream: bool,
+    /// The id under which the engine should log it (`x-request-id`).
+    pub request_id: Arc<str>,
+}
+
+/// An engine's answer.
+pub enum Reply {
+    /// A whole body; an engine's own error is one too.
+    Whole(WholeReply),
+    /// A stream of chunks. Its last item is the chunk that ends it, or an error.
+    Stream(ChunkStream),
+}
+
+/// A whole answer.
+#[derive(Clone, Debug)]
+pub struct WholeReply {
+    /// The engine's status.
+    pub status: StatusCode,
+    /// Headers that the client should see (`content-type`, `retry-after`).
+    pub headers: HeaderMap,
+    /// The body as the engine sent it.
+    pub body: Bytes,
+}
+
+/// Chunks of a streamed answer, in order.
+pub type ChunkStream = Pin<Box<dyn Stream<Item = Result<Chunk, EngineError>> + Send>>;
+
+/// What went wrong between host and engine. An error that the engine itself answered is a [`WholeReply`].
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No connection: nothing was sent.
+    #[error("cannot connect to {engine}: {reason}")]
+    Connect {
+        /// Which engine.
+        engine: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// No answer in time.
+    #[error("{engine} did not answer within {} ms", after.as_millis())]
+    Timeout {
+        /// Which engine.
+        engine: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The connection broke.
+    #[error("connection to {engine} broke: {reason}")]
+    Broken {
+        /// Which engine.
+        engine: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The stream ended before its finish reason.
+    #[error("{engine} ended the stream before a finish reason")]
+    Incomplete {
+        /// Which engine.
+        engine: String,
+    },
+    /// The engine reported an error inside the stream.
+    #[error("{engine} failed within the stream: {message}")]
+    InStream {
+        /// Which engine.
+        engine: String,
+        /// The engine's words.
+        message: String,
+    },
+    /// The engine answered with something that is not its protocol.
+    #[error("{engine} answered with what is not its protocol: {reason}")]
+    Protocol {
+        /// Which engine.
+        engine: String,
+        /// What was seen and what was expected.
+        reason: String,
+    },
+}
+
+impl EngineError {
+    /// Metric label.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Connect { .. } => "engine_connect",
+            Self::Timeout { .. } => "engine_timeout",
+            Self::Broken { .. } => "engine_broken",
+            Self::Incomplete { .. } => "engine_incomplete",
+            Self::InStream { .. } => "engine_in_stream",
+            Self::Protocol { .. } => "engine_protocol",
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! Server-sent events as engines send them: cut into whole frames, looked into, never collected.
+//!
+//! Contract: the bytes of all chunks, joined, are the bytes of the stream (plus a blank line if its last frame
+//! lacks one), however the network cut them. A chunk holds whole frames only, so that it can be relayed as it
+//! is; where a read ends on a frame's border nothing is copied. What the host needs to know of the frames is in
+//! the chunk's [`Summary`]; everything else in them stays unread. Lines end in LF or CRLF: no engine sends lone CR.
+//!
+//! Spec: <https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>
+
+use bytes::{Bytes, BytesMut};
+use memchr::memmem;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// Bytes that a single frame may have.
+pub const MAX_FRAME_BYTES: usize = 8 << 20;
+
+/// The end of every complete stream.
+pub const DONE_FRAME: &[u8] = b"data: [DONE]\n\n";
+
+/// Whole frames of a stream, ready to relay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chunk {
+    /// The frames, verbatim.
+    pub bytes: Bytes,
+    /// What they say.
+    pub summary: Summary,
+}
+
+/// What the frames of a chunk say, as far as the host needs it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Summary {
+    /// Output tokens: `token_ids` where the engine gives them, else 1 per delta with content.
+    pub tokens: u32,
+    /// Choices that reported their finish reason.
+    pub finishes: u32,
+    /// Whether `[DONE]` came.
+    pub done: bool,
+    /// The engine's own count, if it came.
+    pub usage: Option<Usage>,
+    /// An error object's message, if one came.
+    pub error: Option<String>,
+}
+
+/// Token counts as the engine reports them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    #[serde(default)]
+    pub prompt_tokens: u32,
+    /// Tokens of output, over all choices.
+    #[serde(default)]
+    pub completion_tokens: u32,
+    /// Where the prompt's tokens came from.
+    #[serde(default)]
+    pub prompt_tokens_details: Option<PromptTokensDetails>,
+}
+
+/// Part of [`Usage`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct PromptTokensDetails {
+    /// Prompt tokens that the engine had cached.
+    #[serde(default)]
+    pub cached_tokens: Option<u32>,
+}
+
+/// A frame that grew past [`MAX_FRAME_BYTES`] without ending.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("an event of over {MAX_FRAME_BYTES} bytes without an end")]
+pub struct FrameTooLarge;
+
+/// Cuts a byte stream into chunks of whole frames.
+#[derive(Debug, Default)]
+pub struct Framer {
+    pending: BytesMut,
+}
+
+impl Framer {
+    /// Takes what was read; returns the frames that are now whole, if any.
+    ///
+    /// # Errors
+    /// If a frame grows past its bound.
+    pub fn push(&mut self, read: Bytes) -> Result<Option<Chunk>, FrameTooLarge> {
+        let frames = if self.pending.is_empty() {
+            match last_border(&read) {
+                Some(end) => {
+                    self.pending.extend_from_slice(&read[end..]);
+                    read.slice(..end)
+                }
+                None => {
+                    self.pending.extend_from_slice(&read);
+                    return self.whole_later();
+                }
+            }
+        } else {
+            // A border may straddle the old end by at most three bytes.
+            let from = self.pending.len().saturating_sub(3);
+            self.pending.extend_from_slice(&read);
+            match last_border(&self.pending[from..]) {
+                Some(end) => self.pending.split_to(from + end).freeze(),
+                None => return self.whole_later(),
+            }
+        };
+        Ok(Some(Chunk { summary: summarize(&frames), bytes: frames }))
+    }
+
+    /// The stream ended: a last frame without its blank line is whole now.
+    pub fn finish(&mut self) -> Option<Chunk> {
+        if self.pending.iter().all(u8::is_ascii_whitespace) {
+            return None;
+        }
+        self.pending.extend_from_slice(b"\n\n");
+        let bytes = self.pending.split().freeze();
+        Some(Chunk { summary: summarize(&bytes), bytes })
+    }
+
+    fn whole_later(&self) -> Result<Option<Chunk>, FrameTooLarge> {
+        if self.pending.len() > MAX_FRAME_BYTES { Err(FrameTooLarge) } else { Ok(None) }
+    }
+}
+
+/// Where the last whole frame ends.
+fn last_border(bytes: &[u8]) -> Option<usize> {
+    let lf = memmem::rfind(bytes, b"\n\n").map(|at| at + 2);
+    let crlf = memmem::rfind(bytes, b"\n\r\n").map(|at| at + 3);
+    lf.max(crlf)
+}
+
+/// Reads whole frames, as many as there are.
+#[must_use]
+pub fn summarize(frames: &[u8]) -> Summary {
+    let mut summary = Summary::default();
+    // Engines send one `data` line per event, so each line is an event; a line that isn't JSON is none of ours.
+    for line in frames.split(|&byte| byte == b'\n') {
+        let Some(data) = line.strip_prefix(b"data:") else { continue };
+        let data = data.trim_ascii();
+        if data == b"[DONE]" {
+            summary.done = true;
+        } else if let Ok(event) = serde_json::from_slice::<Event>(data) {
+            event.add_to(&mut summary);
+        }
+    }
+    summary
+}
+
+#[derive(Deserialize)]
+struct Event<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Choice<'a>>,
+    #[serde(default)]
+    usage: Option<Usage>,
+    #[serde(borrow, default)]
+    error: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(borrow, default)]
+    finish_reason: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    delta: Option<Delta<'a>>,
+    #[serde(default)]
+    token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Deserialize)]
+struct Delta<'a> {
+    #[serde(borrow, default)]
+    content: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    reasoning: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    reasoning_content: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    tool_calls: Option<&'a RawValue>,
+}
+
+impl Event<'_> {
+    fn add_to(&self, summary: &mut Summary) {
+        for choice in &self.choices {
+            summary.tokens += choice.tokens();
+            summary.finishes += u32::from(is_something(choice.finish_reason));
+        }
+        summary.usage = self.usage.or(summary.usage);
+        if is_something(self.error) {
+            summary.error = self.error.map(|error| error_message(error.get()));
+        }
+    }
+}
+
+impl Choice<'_> {
+    fn tokens(&self) -> u32 {
+        if let Some(ids) = self.token_ids.as_ref().filter(|ids| !ids.is_empty()) {
+            return ids.len() as u32;
+        }
+        let delta = self.delta.as_ref();
+        let parts = [
+            self.text,
+            delta.and_then(|delta| delta.content),
+            delta.and_then(|delta| delta.reasoning),
+            delta.and_then(|delta| delta.reasoning_content),
+            delta.and_then(|delta| delta.tool_calls),
+        ];
+        u32::from(parts.into_iter().any(is_something))
+    }
+}
+
+fn is_something(value: Option<&RawValue>) -> bool {
+    value.is_some_and(|value| !matches!(value.get(), "null" | "\"\"" | "[]"))
+}
+
+/// The message within an OpenAI error object, or the whole of what came instead.
+#[must_use]
+pub fn error_message(json: &str) -> String {
+    #[derive(Deserialize)]
+    struct WithMessage {
+        message: String,
+    }
+    serde_json::from_str::<WithMessage>(json).map_or_else(|_| json.to_owned(), |error| error.message)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const STREAM: &str = concat!(
+        ": ping\n\n",
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n",
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\\n\\nb\"},\"finish_reason\":null}]}\r\n\r\n",
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":\"hm\"}}]}\n\n",
+        "data: {\"choices\":[{\"index\":0,\"text\":\"xy\",\"token_ids\":[1,2,3]}]}\n\n",
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"tool_calls\":[{\"index\":0}]},\"finish_reason\":\"tool_calls\"}]}\n\n",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":6,\"prompt_tokens_details\":{\"cached_tokens\":4}}}\n\n",
+        "data: [DONE]\n\n",
+    );
+
+    fn read_all(pieces: &[&[u8]]) -> (Vec<u8>, Summary) {
+        let mut framer = Framer::default();
+        let mut bytes = Vec::new();
+        let mut total = Summary::default();
+        let mut take = |chunk: Option<Chunk>| {
+            let Some(chunk) = chunk else { return };
+            bytes.extend_from_slice(&chunk.bytes);
+            total.tokens += chunk.summary.tokens;
+            total.finishes += chunk.summary.finishes;
+            total.done |= chunk.summary.done;
+            total.usage = chunk.summary.usage.or(total.usage);
+            total.error = chunk.summary.error.or(total.error.take());
+        };
+        for piece in pieces {
+            take(framer.push(Bytes::copy_from_slice(piece)).unwrap());
+        }
+        take(framer.finish());
+        (bytes, total)
+    }
+
+    #[test]
+    fn a_stream_is_counted_and_kept_verbatim() {
+        let (bytes, total) = read_all(&[STREAM.as_bytes()]);
+        assert_eq!(bytes, STREAM.as_bytes());
+        assert_eq!((total.tokens, total.finishes, total.done), (6, 1, true));
+        let usage = total.usage.unwrap();
+        assert_eq!((usage.prompt_tokens, usage.completion_tokens), (9, 6));
+        assert_eq!(usage.prompt_tokens_details.unwrap().cached_tokens, Some(4));
+    }
+
+    #[test]
+    fn an_error_object_is_seen() {
+        let (_, total) = read_all(&[b"data: {\"error\":{\"message\":\"EngineCore died\",\"code\":500}}\n\ndata: [DONE]\n\n"]);
+        assert_eq!(total.error.as_deref(), Some("EngineCore died"));
+        let (_, total) = read_all(&[b"data: {\"error\":\"plain\"}\n\n"]);
+        assert_eq!(total.error.as_deref(), Some("\"plain\""));
+        let (_, total) = read_all(&[b"data: {\"error\":null,\"choices\":[]}\n\n"]);
+        assert_eq!(total.error, None);
+    }
+
+    #[test]
+    fn a_last_frame_without_its_blank_line_is_not_lost() {
+        let (bytes, total) = read_all(&[b"data: [DONE]"]);
+        assert_eq!(bytes, b"data: [DONE]\n\n");
+        assert!(total.done);
+    }
+
+    #[test]
+    fn what_is_not_json_is_relayed_unread() {
+        let (bytes, total) = read_all(&[b"event: x\ndata: nonsense\n\n"]);
+        assert_eq!(bytes, b"event: x\ndata: nonsense\n\n");
+        assert_eq!(total, Summary::default());
+    }
+
+    #[test]
+    fn a_frame_without_end_is_refused_at_its_bound() {
+        let mut framer = Framer::default();
+        let megabyte = Bytes::from(vec![b'x'; 1 << 20]);
+        let refused = (0..=(MAX_FRAME_BYTES >> 20)).find_map(|_| framer.push(megabyte.clone()).err());
+        assert_eq!(refused, Some(FrameTooLarge));
+    }
+
+    #[test]
+    fn a_read_that_ends_on_a_border_is_not_copied() {
+        let read = Bytes::from_static(b"data: {}\n\n");
+        let chunk = Framer::default().push(read.clone()).unwrap().unwrap();
+        assert_eq!(chunk.bytes.as_ptr(), read.as_ptr());
+    }
+
+    proptest! {
+        #[test]
+        fn how_the_network_cuts_a_stream_changes_nothing(cuts in prop::collection::vec(0..STREAM.len(), 0..40)) {
+            let mut cuts = cuts;
+            cuts.sort_unstable();
+            let mut pieces = Vec::new();
+            let mut from = 0;
+            for cut in cuts {
+                pieces.push(&STREAM.as_bytes()[from..cut]);
+                from = cut;
+            }
+            pieces.push(&STREAM.as_bytes()[from..]);
+            let (bytes, total) = read_all(&pieces);
+            prop_assert_eq!(bytes, STREAM.as_bytes());
+            prop_assert_eq!((total.tokens, total.finishes, total.done), (6, 1, true));
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Columns: one value per candidate, in row order; what policies read instead of records.
+
+/// Columns of `u32`, by what they hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum U32Column {
+    /// Data-parallel rank.
+    DpRank,
+    /// Pool code.
+    Pool,
+    /// Role code.
+    Role,
+    /// State code.
+    State,
+    /// Tokens per block.
+    BlockSize,
+    /// Prefix tokens in device memory.
+    CachedDeviceTokens,
+    /// Further prefix tokens in host memory.
+    CachedHostTokens,
+    /// Further prefix tokens on disk.
+    CachedDiskTokens,
+    /// Further prefix tokens at a remote store or peer.
+    CachedRemoteTokens,
+    /// Prompt tokens without a first token.
+    ActivePrefillTokens,
+    /// Context tokens that decode.
+    ActiveDecodeTokens,
+    /// Requests in flight.
+    ActiveRequests,
+    /// Requests that wait inside the engine.
+    QueuedRequests,
+    /// Requests that the engine runs at once.
+    MaxRunningRequests,
+    /// Tokens that the engine computes in one step.
+    MaxBatchedTokens,
+    /// KV capacity.
+    KvTokensTotal,
+    /// Free KV capacity.
+    KvTokensFree,
+    /// Age of the engine's last report.
+    LoadAgeMs,
+    /// Seconds since the worker joined.
+    UpSeconds,
+    /// Whether the adapter is loaded.
+    AdapterLoaded,
+}
+
+impl U32Column {
+    /// Every column with its name in the contract (`dynamo:policy/candidates`).
+    pub const ALL: &[(&'static str, Self)] = &[
+        ("dp-rank", Self::DpRank),
+        ("pool", Self::Pool),
+        ("role", Self::Role),
+        ("state", Self::State),
+        ("block-size", Self::BlockSize),
+        ("cached-device-tokens", Self::CachedDeviceTokens),
+        ("cached-host-tokens", Self::CachedHostTokens),
+        ("cached-disk-tokens", Self::CachedDiskTokens),
+        ("cached-remote-tokens", Self::CachedRemoteTokens),
+        ("active-prefill-tokens", Self::ActivePrefillTokens),
+        ("active-decode-tokens", Self::ActiveDecodeTokens),
+        ("active-requests", Self::ActiveRequests),
+        ("queued-requests", Self::QueuedRequests),
+        ("max-running-requests", Self::MaxRunningRequests),
+        ("max-batched-tokens", Self::MaxBatchedTokens),
+        ("kv-tokens-total", Self::KvTokensTotal),
+        ("kv-tokens-free", Self::KvTokensFree),
+        ("load-age-ms", Self::LoadAgeMs),
+        ("up-seconds", Self::UpSeconds),
+        ("adapter-loaded", Self::AdapterLoaded),
+    ];
+}
+
+/// Columns of `f32`, by what they hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum F32Column {
+    /// Recent time to first token.
+    RecentTtftMs,
+    /// Recent time between tokens.
+    RecentItlMs,
+    /// Recent output throughput.
+    RecentTokensPerSecond,
+    /// Share of recent requests that failed.
+    ErrorRate,
+    /// The operator's preference.
+    Preference,
+}
+
+impl F32Column {
+    /// Every column with its name in the contract (`dynamo:policy/candidates`).
+    pub const ALL: &[(&'static str, Self)] = &[
+        ("recent-ttft-ms", Self::RecentTtftMs),
+        ("recent-itl-ms", Self::RecentItlMs),
+        ("recent-tokens-per-second", Self::RecentTokensPerSecond),
+        ("error-rate", Self::ErrorRate),
+        ("preference", Self::Preference),
+    ];
+}
+
+/// Label that holds a worker's placement domain at a topology level of the contract.
+#[must_use]
+pub fn topology_label(level: u32) -> Option<&'static str> {
+    ["host", "rack", "zone", "region"].get(level as usize).copied()
+}

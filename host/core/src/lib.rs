@@ -1,0 +1,25 @@
+//! Domain nouns and pure decisions: what a worker, a fleet, a request and an answer are.
+//!
+//! Contract: nothing here does I/O, is async, or reads a clock; time and randomness are arguments. That is
+//! what lets a simulator drive the very same code in virtual time, and what makes a decision replayable.
+
+pub mod answer;
+pub mod column;
+pub mod fleet;
+pub mod id;
+pub mod load;
+pub mod native;
+pub mod request;
+pub mod slot;
+pub mod worker;
+
+pub use answer::{Answer, AnswerFault, Ranking, Rejection};
+pub use fleet::{Candidates, Fleet, FleetError};
+pub use id::WorkerId;
+pub use load::{Load, LoadBoard, LoadSlot};
+pub use request::{Endpoint, RequestFacts, Stage, TokenCount};
+pub use slot::{SlotKind, SlotName};
+pub use worker::{Role, Worker, WorkerSpec, WorkerState};
+
+/// What columns hold where an amount is not known.
+pub const UNKNOWN: u32 = u32::MAX;

@@ -1,0 +1,176 @@
+//! Facts of a request: what a policy may ask about.
+
+use std::collections::BTreeMap;
+
+use crate::id::{self, WorkerId};
+
+/// What a client asks of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Endpoint {
+    /// `POST /v1/chat/completions`
+    ChatCompletions,
+    /// `POST /v1/completions`
+    Completions,
+}
+
+impl Endpoint {
+    /// The contract's code (`request.endpoint`).
+    #[must_use]
+    pub fn code(self) -> u32 {
+        match self {
+            Self::ChatCompletions => 0,
+            Self::Completions => 1,
+        }
+    }
+
+    /// Path on the front door and on OpenAI-compatible engines.
+    #[must_use]
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+        }
+    }
+
+    /// Metric label.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "chat_completions",
+            Self::Completions => "completions",
+        }
+    }
+}
+
+/// Which part of a request's work is being placed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stage {
+    /// Prefill and decode on one worker.
+    #[default]
+    Whole,
+}
+
+impl Stage {
+    /// The contract's code (`request.stage`).
+    #[must_use]
+    pub fn code(self) -> u32 {
+        match self {
+            Self::Whole => 0,
+        }
+    }
+}
+
+/// A number of tokens, and whether a tokenizer counted them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenCount {
+    /// How many.
+    pub tokens: u32,
+    /// Whether the model's tokenizer counted them.
+    pub exact: bool,
+}
+
+impl TokenCount {
+    /// The estimate from text: a token is about four bytes. At least 1.
+    #[must_use]
+    pub fn estimate(bytes: usize) -> Self {
+        Self { tokens: u32::try_from(bytes.div_ceil(4)).unwrap_or(crate::UNKNOWN - 1).max(1), exact: false }
+    }
+}
+
+/// Bits of `request.flags`.
+pub mod flags {
+    /// The client wants a stream.
+    pub const STREAM: u32 = 1;
+    /// The request offers tools.
+    pub const TOOLS: u32 = 2;
+    /// Output is constrained to a grammar or schema.
+    pub const GUIDED: u32 = 4;
+    /// Log probabilities are asked for.
+    pub const LOGPROBS: u32 = 8;
+}
+
+/// What is known of a request when it is placed.
+#[derive(Clone, Debug)]
+pub struct RequestFacts {
+    /// The id that the client sees (`x-request-id`).
+    pub id: String,
+    /// Identity of the decision; unique within a host's run.
+    pub decision_id: u64,
+    /// Model asked for.
+    pub model: String,
+    /// What is asked.
+    pub endpoint: Endpoint,
+    /// Which part of it is placed.
+    pub stage: Stage,
+    /// Authenticated tenant.
+    pub tenant: Option<String>,
+    /// Key of the client's session.
+    pub session_key: Option<u64>,
+    /// Key of the prompt's beginning.
+    pub prefix_key: u64,
+    /// Length of the prompt.
+    pub prompt: TokenCount,
+    /// The client's limit on output tokens.
+    pub max_output_tokens: Option<u32>,
+    /// Choices asked for.
+    pub choices: u32,
+    /// Bits, see [`flags`].
+    pub flags: u32,
+    /// Images, audio and video items in the prompt.
+    pub multimodal_items: u32,
+    /// When the host accepted it, in milliseconds of its monotonic clock.
+    pub accepted_ms: u64,
+    /// When it must be done, on the same clock.
+    pub deadline_ms: Option<u64>,
+    /// How often it has been placed before.
+    pub attempt: u32,
+    /// Workers that failed it, oldest first.
+    pub failed_workers: Vec<WorkerId>,
+    /// Facts by name: allowed headers.
+    pub attributes: BTreeMap<String, String>,
+}
+
+impl RequestFacts {
+    /// A plain request for `model`; the rest as for a short prompt with nothing special.
+    #[must_use]
+    pub fn new(id: impl Into<String>, model: impl Into<String>, endpoint: Endpoint) -> Self {
+        Self {
+            id: id.into(),
+            decision_id: 0,
+            model: model.into(),
+            endpoint,
+            stage: Stage::Whole,
+            tenant: None,
+            session_key: None,
+            prefix_key: 0,
+            prompt: TokenCount::estimate(1),
+            max_output_tokens: None,
+            choices: 1,
+            flags: 0,
+            multimodal_items: 0,
+            accepted_ms: 0,
+            deadline_ms: None,
+            attempt: 0,
+            failed_workers: Vec::new(),
+            attributes: BTreeMap::new(),
+        }
+    }
+
+    /// Key of the tenant; 0 without one.
+    #[must_use]
+    pub fn tenant_key(&self) -> u64 {
+        self.tenant.as_deref().map_or(0, |tenant| id::key(tenant.as_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_is_a_quarter_of_the_bytes_and_never_exact_or_zero() {
+        assert_eq!(TokenCount::estimate(0), TokenCount { tokens: 1, exact: false });
+        assert_eq!(TokenCount::estimate(4001).tokens, 1001);
+        assert_eq!(TokenCount::estimate(usize::MAX).tokens, crate::UNKNOWN - 1);
+    }
+}

@@ -1,0 +1,126 @@
+//! Workers: schedulable engine endpoints.
+
+use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{UNKNOWN, id::WorkerId, load::LoadSlot};
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Prefill and decode in one engine.
+    #[default]
+    Aggregated,
+    /// Prefill only.
+    Prefill,
+    /// Decode only.
+    Decode,
+}
+
+impl Role {
+    /// The contract's code (`candidates.role`).
+    #[must_use]
+    pub fn code(self) -> u32 {
+        match self {
+            Self::Aggregated => 0,
+            Self::Prefill => 1,
+            Self::Decode => 2,
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Aggregated => "aggregated",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        })
+    }
+}
+
+impl FromStr for Role {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "aggregated" => Ok(Self::Aggregated),
+            "prefill" => Ok(Self::Prefill),
+            "decode" => Ok(Self::Decode),
+            _ => Err(format!("role {text:?} is not known; use aggregated, prefill or decode")),
+        }
+    }
+}
+
+/// Whether a worker can be given requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerState {
+    /// Not probed yet.
+    #[default]
+    Starting,
+    /// Answers its probe.
+    Healthy,
+    /// Does not answer its probe: not a candidate.
+    Unreachable,
+    /// Finishes what it has: not a candidate.
+    Draining,
+}
+
+impl WorkerState {
+    /// Whether the worker may be a candidate.
+    #[must_use]
+    pub fn is_eligible(self) -> bool {
+        self == Self::Healthy
+    }
+}
+
+/// What a worker is, as configured or discovered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct WorkerSpec {
+    /// Name of the engine, unique within a host: `host:port` unless configured.
+    pub name: String,
+    /// Model that it serves.
+    pub model: String,
+    /// What it does.
+    pub role: Role,
+    /// Data-parallel rank within the engine.
+    pub rank: u32,
+    /// Tokens per KV block, if known.
+    pub block_size: Option<u32>,
+    /// The operator's labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl WorkerSpec {
+    /// The worker's identity within `namespace`.
+    #[must_use]
+    pub fn id(&self, namespace: &str) -> WorkerId {
+        WorkerId::new(namespace, &self.name, &self.model, self.rank)
+    }
+}
+
+/// One row of a fleet.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// Identity.
+    pub id: WorkerId,
+    /// What it is.
+    pub spec: Arc<WorkerSpec>,
+    /// Whether it can be given requests.
+    pub state: WorkerState,
+    /// When it joined, in milliseconds of the host's monotonic clock.
+    pub joined_ms: u64,
+    /// Its place on the load board, shared by all snapshots.
+    pub load: Arc<LoadSlot>,
+}
+
+impl Worker {
+    /// `candidates.block-size` of this worker.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.spec.block_size.unwrap_or(UNKNOWN)
+    }
+}

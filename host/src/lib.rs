@@ -1,0 +1,1 @@
+//! One native binary that turns many LLM engines into one service, with its decisions in WebAssembly
