@@ -61,7 +61,7 @@ pub struct GenerateRequest {
 pub enum Reply {
     /// A whole body; an engine's own error is one too.
     Whole(WholeReply),
-    /// A stream of chunks. Its last item is the chunk that ends it, or an error.
+    /// A stream of chunks. Its last item is the chunk that says `done`, or an error.
     Stream(ChunkStream),
 }
 
@@ -76,7 +76,8 @@ pub struct WholeReply {
     pub body: Bytes,
 }
 
-/// Chunks of a streamed answer, in order.
+/// Chunks of a streamed answer, in order. Poll it to `None`, not to its last item only: an adapter may then keep the
+/// connection for the next request. Dropping it earlier cancels.
 pub type ChunkStream = Pin<Box<dyn Stream<Item = Result<Chunk, EngineError>> + Send>>;
 
 /// What went wrong between host and engine. An error that the engine itself answered is a [`WholeReply`].
@@ -120,6 +121,14 @@ pub enum EngineError {
         /// The engine's words.
         message: String,
     },
+    /// The engine answered, but not that it can serve (vLLM: 503 with a dead core; llama.cpp: 503 while it loads).
+    #[error("{engine} is not healthy: {reason}")]
+    Unhealthy {
+        /// Which engine.
+        engine: String,
+        /// What was asked and what it said.
+        reason: String,
+    },
     /// The engine answered with something that is not its protocol.
     #[error("{engine} answered with what is not its protocol: {reason}")]
     Protocol {
@@ -140,6 +149,7 @@ impl EngineError {
             Self::Broken { .. } => "engine_broken",
             Self::Incomplete { .. } => "engine_incomplete",
             Self::InStream { .. } => "engine_in_stream",
+            Self::Unhealthy { .. } => "engine_unhealthy",
             Self::Protocol { .. } => "engine_protocol",
         }
     }

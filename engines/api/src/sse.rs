@@ -7,6 +7,8 @@
 //!
 //! Spec: <https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
 use memchr::memmem;
 use serde::Deserialize;
@@ -25,6 +27,57 @@ pub struct Chunk {
     pub bytes: Bytes,
     /// What they say.
     pub summary: Summary,
+}
+
+/// The frame that ends a stream: `[DONE]`, or an error.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ending {
+    /// Where it lies within the chunk.
+    pub at: Range<usize>,
+    /// What it says.
+    pub summary: Summary,
+}
+
+impl Chunk {
+    /// Reads whole frames.
+    #[must_use]
+    pub fn new(bytes: Bytes) -> Self {
+        Self { summary: summarize(&bytes), bytes }
+    }
+
+    /// `[DONE]` in a chunk of its own, for a stream whose engine does not send it.
+    #[must_use]
+    pub fn done() -> Self {
+        Self { bytes: Bytes::from_static(DONE_FRAME), summary: Summary { done: true, ..Summary::default() } }
+    }
+
+    /// The first frame that ends the stream, if there is one; frames are looked at one by one only then.
+    #[must_use]
+    pub fn ending(&self) -> Option<Ending> {
+        if !self.summary.done && self.summary.error.is_none() {
+            return None;
+        }
+        let mut start = 0;
+        while start < self.bytes.len() {
+            let end = first_border(&self.bytes[start..]).map_or(self.bytes.len(), |length| start + length);
+            let summary = summarize(&self.bytes[start..end]);
+            if summary.done || summary.error.is_some() {
+                return Some(Ending { at: start..end, summary });
+            }
+            start = end;
+        }
+        None
+    }
+
+    /// Its frames up to `end`, which must be a frame's border (such as those in [`Ending::at`]); none if that is no byte.
+    #[must_use]
+    pub fn until(self, end: usize) -> Option<Self> {
+        match end {
+            0 => None,
+            end if end == self.bytes.len() => Some(self),
+            end => Some(Self::new(self.bytes.slice(..end))),
+        }
+    }
 }
 
 /// What the frames of a chunk say, as far as the host needs it.
@@ -101,7 +154,7 @@ impl Framer {
                 None => return self.whole_later(),
             }
         };
-        Ok(Some(Chunk { summary: summarize(&frames), bytes: frames }))
+        Ok(Some(Chunk::new(frames)))
     }
 
     /// The stream ended: a last frame without its blank line is whole now.
@@ -110,8 +163,7 @@ impl Framer {
             return None;
         }
         self.pending.extend_from_slice(b"\n\n");
-        let bytes = self.pending.split().freeze();
-        Some(Chunk { summary: summarize(&bytes), bytes })
+        Some(Chunk::new(self.pending.split().freeze()))
     }
 
     fn whole_later(&self) -> Result<Option<Chunk>, FrameTooLarge> {
@@ -124,6 +176,16 @@ fn last_border(bytes: &[u8]) -> Option<usize> {
     let lf = memmem::rfind(bytes, b"\n\n").map(|at| at + 2);
     let crlf = memmem::rfind(bytes, b"\n\r\n").map(|at| at + 3);
     lf.max(crlf)
+}
+
+/// Where the first whole frame ends.
+fn first_border(bytes: &[u8]) -> Option<usize> {
+    let lf = memmem::find(bytes, b"\n\n").map(|at| at + 2);
+    let crlf = memmem::find(bytes, b"\n\r\n").map(|at| at + 3);
+    match (lf, crlf) {
+        (Some(lf), Some(crlf)) => Some(lf.min(crlf)),
+        (lf, crlf) => lf.or(crlf),
+    }
 }
 
 /// Reads whole frames, as many as there are.
@@ -146,7 +208,7 @@ pub fn summarize(frames: &[u8]) -> Summary {
 #[derive(Deserialize)]
 struct Event<'a> {
     #[serde(borrow, default)]
-    choices: Vec<Choice<'a>>,
+    choices: Option<Vec<Choice<'a>>>,
     #[serde(default)]
     usage: Option<Usage>,
     #[serde(borrow, default)]
@@ -179,7 +241,7 @@ struct Delta<'a> {
 
 impl Event<'_> {
     fn add_to(&self, summary: &mut Summary) {
-        for choice in &self.choices {
+        for choice in self.choices.iter().flatten() {
             summary.tokens += choice.tokens();
             summary.finishes += u32::from(is_something(choice.finish_reason));
         }
@@ -222,106 +284,4 @@ pub fn error_message(json: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const STREAM: &str = concat!(
-        ": ping\n\n",
-        "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n",
-        "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\\n\\nb\"},\"finish_reason\":null}]}\r\n\r\n",
-        "data: {\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":\"hm\"}}]}\n\n",
-        "data: {\"choices\":[{\"index\":0,\"text\":\"xy\",\"token_ids\":[1,2,3]}]}\n\n",
-        "data: {\"choices\":[{\"index\":0,\"delta\":{\"tool_calls\":[{\"index\":0}]},\"finish_reason\":\"tool_calls\"}]}\n\n",
-        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":6,\"prompt_tokens_details\":{\"cached_tokens\":4}}}\n\n",
-        "data: [DONE]\n\n",
-    );
-
-    fn read_all(pieces: &[&[u8]]) -> (Vec<u8>, Summary) {
-        let mut framer = Framer::default();
-        let mut bytes = Vec::new();
-        let mut total = Summary::default();
-        let mut take = |chunk: Option<Chunk>| {
-            let Some(chunk) = chunk else { return };
-            bytes.extend_from_slice(&chunk.bytes);
-            total.tokens += chunk.summary.tokens;
-            total.finishes += chunk.summary.finishes;
-            total.done |= chunk.summary.done;
-            total.usage = chunk.summary.usage.or(total.usage);
-            total.error = chunk.summary.error.or(total.error.take());
-        };
-        for piece in pieces {
-            take(framer.push(Bytes::copy_from_slice(piece)).unwrap());
-        }
-        take(framer.finish());
-        (bytes, total)
-    }
-
-    #[test]
-    fn a_stream_is_counted_and_kept_verbatim() {
-        let (bytes, total) = read_all(&[STREAM.as_bytes()]);
-        assert_eq!(bytes, STREAM.as_bytes());
-        assert_eq!((total.tokens, total.finishes, total.done), (6, 1, true));
-        let usage = total.usage.unwrap();
-        assert_eq!((usage.prompt_tokens, usage.completion_tokens), (9, 6));
-        assert_eq!(usage.prompt_tokens_details.unwrap().cached_tokens, Some(4));
-    }
-
-    #[test]
-    fn an_error_object_is_seen() {
-        let (_, total) = read_all(&[b"data: {\"error\":{\"message\":\"EngineCore died\",\"code\":500}}\n\ndata: [DONE]\n\n"]);
-        assert_eq!(total.error.as_deref(), Some("EngineCore died"));
-        let (_, total) = read_all(&[b"data: {\"error\":\"plain\"}\n\n"]);
-        assert_eq!(total.error.as_deref(), Some("\"plain\""));
-        let (_, total) = read_all(&[b"data: {\"error\":null,\"choices\":[]}\n\n"]);
-        assert_eq!(total.error, None);
-    }
-
-    #[test]
-    fn a_last_frame_without_its_blank_line_is_not_lost() {
-        let (bytes, total) = read_all(&[b"data: [DONE]"]);
-        assert_eq!(bytes, b"data: [DONE]\n\n");
-        assert!(total.done);
-    }
-
-    #[test]
-    fn what_is_not_json_is_relayed_unread() {
-        let (bytes, total) = read_all(&[b"event: x\ndata: nonsense\n\n"]);
-        assert_eq!(bytes, b"event: x\ndata: nonsense\n\n");
-        assert_eq!(total, Summary::default());
-    }
-
-    #[test]
-    fn a_frame_without_end_is_refused_at_its_bound() {
-        let mut framer = Framer::default();
-        let megabyte = Bytes::from(vec![b'x'; 1 << 20]);
-        let refused = (0..=(MAX_FRAME_BYTES >> 20)).find_map(|_| framer.push(megabyte.clone()).err());
-        assert_eq!(refused, Some(FrameTooLarge));
-    }
-
-    #[test]
-    fn a_read_that_ends_on_a_border_is_not_copied() {
-        let read = Bytes::from_static(b"data: {}\n\n");
-        let chunk = Framer::default().push(read.clone()).unwrap().unwrap();
-        assert_eq!(chunk.bytes.as_ptr(), read.as_ptr());
-    }
-
-    proptest! {
-        #[test]
-        fn how_the_network_cuts_a_stream_changes_nothing(cuts in prop::collection::vec(0..STREAM.len(), 0..40)) {
-            let mut cuts = cuts;
-            cuts.sort_unstable();
-            let mut pieces = Vec::new();
-            let mut from = 0;
-            for cut in cuts {
-                pieces.push(&STREAM.as_bytes()[from..cut]);
-                from = cut;
-            }
-            pieces.push(&STREAM.as_bytes()[from..]);
-            let (bytes, total) = read_all(&pieces);
-            prop_assert_eq!(bytes, STREAM.as_bytes());
-            prop_assert_eq!((total.tokens, total.finishes, total.done), (6, 1, true));
-        }
-    }
-}
+mod tests;

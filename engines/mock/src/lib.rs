@@ -1,1 +1,23 @@
-//! A model of an LLM engine
+//! A model of an LLM engine: continuous batching over a paged KV cache, with the speed of a GPU that isn't there.
+//!
+//! Purpose: what the host does with engines can be tested, demonstrated and simulated without a GPU, and with
+//! outputs in which a lost or doubled token shows. The parts, from the inside out:
+//! - [`model`] is the engine itself, as a state machine in virtual time: no tokio, no clock, no I/O. The
+//!   simulator drives the same code.
+//! - [`tokens`] says what is generated, and turns prompts into token ids.
+//! - [`MockEngine`] runs the model in real time inside this process, as an adapter (`mock://NAME?model=…`).
+//! - [`server`] puts it behind vLLM's HTTP surface, for tests of whatever speaks to engines over the network.
+//!
+//! Deliberately absent: sampling, stop tokens, log probabilities, tools. Their parameters are accepted and ignored.
+
+mod driver;
+mod engine;
+pub mod model;
+mod options;
+pub mod server;
+mod service;
+pub mod tokens;
+
+pub use engine::{MockEngine, Stopped};
+pub use model::{Profile, ProfileError};
+pub use options::{MockOptions, OptionsError};

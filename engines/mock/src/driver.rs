@@ -1,0 +1,303 @@
+//! Driver: runs an [`EngineModel`] in real time, in one task that owns it.
+//!
+//! Contract: whoever submits gets [`Outputs`]; dropping them cancels the sequences at once, also in the middle of a
+//! step. The task ends when the driver is dropped; outputs then end without a finish reason.
+//!
+//! Bounds: submissions wait for room in a queue of [`COMMANDS`]. A request's outputs have room for all tokens that it can
+//! ever get, so a slow reader holds up nobody, and holds no more than its own answer.
+//!
+//! Time: steps end at exact model times, and the task sleeps until those. A timer that fires late delays what it
+//! announces, not the steps after it; only a lag of more than [`MAX_LAG`] is given up.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use crate::model::{EngineModel, Event, FinishReason, Sequence, SequenceId, Snapshot};
+
+/// Commands that may wait for the task.
+const COMMANDS: usize = 256;
+
+/// How far steps may fall behind the clock before the time is given up as lost.
+const MAX_LAG: Duration = Duration::from_millis(50);
+
+/// The task that drives a model is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the mock engine was stopped")]
+pub struct Stopped;
+
+/// One token of one of a request's sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Output {
+    /// Which of the submitted sequences.
+    pub(crate) sequence: u32,
+    /// Its place in the output, from 0.
+    pub(crate) index: u32,
+    /// Its id.
+    pub(crate) token: u32,
+    /// Prompt tokens that were cached.
+    pub(crate) cached_tokens: u32,
+    /// On the last: why it ended.
+    pub(crate) finish: Option<FinishReason>,
+}
+
+/// A handle to the task; dropping it ends the task.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    commands: mpsc::Sender<Command>,
+    cancellations: Arc<Cancellations>,
+    next_ticket: std::sync::atomic::AtomicU64,
+    _task: JoinSet<()>,
+}
+
+/// Names a request between driver and task.
+type Ticket = u64;
+
+enum Command {
+    Submit { ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output> },
+    Snapshot(oneshot::Sender<Snapshot>),
+    ResetPrefixCache(oneshot::Sender<bool>),
+}
+
+impl Driver {
+    /// Starts the task.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub(crate) fn start(model: EngineModel) -> Self {
+        let (commands, inbox) = mpsc::channel(COMMANDS);
+        let cancellations = Arc::new(Cancellations::default());
+        let mut task = JoinSet::new();
+        task.spawn(Loop::new(model, inbox, Arc::clone(&cancellations)).run());
+        Self { commands, cancellations, next_ticket: 0.into(), _task: task }
+    }
+
+    /// Submits a request's sequences, which the profile must allow.
+    ///
+    /// # Cancel safety
+    /// Dropping the future submits nothing; dropping the outputs cancels.
+    pub(crate) async fn submit(&self, sequences: Vec<Sequence>) -> Result<Outputs, Stopped> {
+        let ticket = self.next_ticket.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let room = sequences.iter().map(|sequence| sequence.output_tokens as usize).sum::<usize>().max(1);
+        let (outputs, reader) = mpsc::channel(room);
+        let open = sequences.len();
+        self.commands.send(Command::Submit { ticket, sequences, outputs }).await.map_err(|_| Stopped)?;
+        Ok(Outputs { reader, open, _guard: CancelOnDrop { ticket, cancellations: Arc::clone(&self.cancellations) } })
+    }
+
+    pub(crate) async fn snapshot(&self) -> Result<Snapshot, Stopped> {
+        self.ask(Command::Snapshot).await
+    }
+
+    pub(crate) async fn reset_prefix_cache(&self) -> Result<bool, Stopped> {
+        self.ask(Command::ResetPrefixCache).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(command(answer)).await.map_err(|_| Stopped)?;
+        answered.await.map_err(|_| Stopped)
+    }
+}
+
+/// The tokens of a request as they come. Dropping it cancels what is not finished.
+#[derive(Debug)]
+pub(crate) struct Outputs {
+    // Closed before the guard tells of it: a request that the task has not taken yet is refused then.
+    reader: mpsc::Receiver<Output>,
+    /// Sequences that have not finished.
+    open: usize,
+    _guard: CancelOnDrop,
+}
+
+impl Outputs {
+    /// The next token of any of the sequences; `Ok(None)` after the last one of all.
+    ///
+    /// # Errors
+    /// If the task ended before them.
+    pub(crate) async fn next(&mut self) -> Result<Option<Output>, Stopped> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// As [`next`](Self::next).
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Output>, Stopped>> {
+        if self.open == 0 {
+            return Poll::Ready(Ok(None));
+        }
+        self.reader.poll_recv(cx).map(|output| {
+            let output = output.ok_or(Stopped)?;
+            self.open -= usize::from(output.finish.is_some());
+            Ok(Some(output))
+        })
+    }
+}
+
+/// Requests whose readers left. A list and not a channel, since dropping cannot wait for room; each request
+/// is in it once at most.
+#[derive(Debug, Default)]
+struct Cancellations {
+    tickets: Mutex<Vec<Ticket>>,
+    wake: Notify,
+}
+
+impl Cancellations {
+    fn take(&self) -> Vec<Ticket> {
+        std::mem::take(&mut self.tickets.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[derive(Debug)]
+struct CancelOnDrop {
+    ticket: Ticket,
+    cancellations: Arc<Cancellations>,
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.cancellations.tickets.lock().unwrap_or_else(PoisonError::into_inner).push(self.ticket);
+        self.cancellations.wake.notify_one();
+    }
+}
+
+/// What the task owns.
+struct Loop {
+    model: EngineModel,
+    inbox: mpsc::Receiver<Command>,
+    cancellations: Arc<Cancellations>,
+    start: Instant,
+    /// Which of which request's sequences it is.
+    places: HashMap<SequenceId, (Ticket, u32)>,
+    requests: HashMap<Ticket, Request>,
+    events: Vec<Event>,
+}
+
+struct Request {
+    outputs: mpsc::Sender<Output>,
+    sequences: Vec<SequenceId>,
+    open: usize,
+}
+
+impl Loop {
+    fn new(model: EngineModel, inbox: mpsc::Receiver<Command>, cancellations: Arc<Cancellations>) -> Self {
+        let (places, requests) = (HashMap::new(), HashMap::new());
+        Self { model, inbox, cancellations, start: Instant::now(), places, requests, events: Vec::new() }
+    }
+
+    /// Runs until the driver is gone.
+    async fn run(mut self) {
+        let mut last_end = Duration::ZERO;
+        loop {
+            while let Ok(command) = self.inbox.try_recv() {
+                self.carry_out(command);
+            }
+            self.apply_cancellations();
+            let now = self.start.elapsed();
+            let begin = if self.model.is_idle() || now.saturating_sub(last_end) > MAX_LAG { now } else { last_end };
+            match self.model.begin_step(begin) {
+                Some(end) => {
+                    self.listen_until(self.start + end).await;
+                    self.model.end_step(&mut self.events);
+                    self.deliver();
+                    last_end = end;
+                }
+                None if !self.listen().await => return,
+                None => last_end = self.start.elapsed(),
+            }
+        }
+    }
+
+    /// Takes commands and cancellations while a step runs.
+    async fn listen_until(&mut self, step_end: Instant) {
+        let sleep = sleep_until(step_end);
+        tokio::pin!(sleep);
+        if step_end <= Instant::now() {
+            // Catching up: the readers must get their turn all the same.
+            tokio::task::yield_now().await;
+        }
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut sleep => return,
+                () = self.cancellations.wake.notified() => self.apply_cancellations(),
+                Some(command) = self.inbox.recv() => self.carry_out(command),
+            }
+        }
+    }
+
+    /// Waits, with nothing to do, for a command or a cancellation. `false` if the driver is gone.
+    async fn listen(&mut self) -> bool {
+        tokio::select! {
+            () = self.cancellations.wake.notified() => {}
+            command = self.inbox.recv() => match command {
+                Some(command) => self.carry_out(command),
+                None => return false,
+            },
+        }
+        true
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        // Whoever asked and left does not need the answer.
+        match command {
+            Command::Submit { ticket, sequences, outputs } => self.submit(ticket, sequences, outputs),
+            Command::Snapshot(answer) => drop(answer.send(self.model.snapshot())),
+            Command::ResetPrefixCache(answer) => drop(answer.send(self.model.reset_prefix_cache())),
+        }
+    }
+
+    fn submit(&mut self, ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output>) {
+        if outputs.is_closed() {
+            return;
+        }
+        let now = self.start.elapsed();
+        let mut ids = Vec::with_capacity(sequences.len());
+        for sequence in sequences {
+            match self.model.submit(now, sequence) {
+                Ok(id) => ids.push(id),
+                // The service has checked the sequences; were it wrong, the reader sees an end without a finish.
+                Err(_) => {
+                    ids.into_iter().for_each(|id| _ = self.model.cancel(id));
+                    return;
+                }
+            }
+        }
+        self.places.extend((0..).zip(&ids).map(|(place, &id)| (id, (ticket, place))));
+        self.requests.insert(ticket, Request { outputs, open: ids.len(), sequences: ids });
+    }
+
+    fn apply_cancellations(&mut self) {
+        for ticket in self.cancellations.take() {
+            let Some(request) = self.requests.remove(&ticket) else { continue };
+            for id in request.sequences {
+                self.places.remove(&id);
+                self.model.cancel(id);
+            }
+        }
+    }
+
+    fn deliver(&mut self) {
+        for event in self.events.drain(..) {
+            let Some(&(ticket, sequence)) = self.places.get(&event.sequence) else { continue };
+            let Some(request) = self.requests.get_mut(&ticket) else { continue };
+            let Event { index, token, cached_tokens, finish, .. } = event;
+            // It has room for all its tokens; if the reader left, its cancellation is on the way.
+            let _ = request.outputs.try_send(Output { sequence, index, token, cached_tokens, finish });
+            if finish.is_some() {
+                self.places.remove(&event.sequence);
+                request.open -= 1;
+                if request.open == 0 {
+                    self.requests.remove(&ticket);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Model: the engine as a state machine in virtual time.
+//!
+//! Continuous batching as in vLLM's V1 scheduler: each step takes a token of every decoding sequence, then
+//! prompts first come, first served, in chunks, up to `max_num_batched_tokens`. A sequence is admitted when the KV
+//! blocks of all its known tokens are free; when a decode finds no block, the latest sequence is preempted, and
+//! computed again later. Only what a step costs is a formula ([`Profile`]); blocks, hits and evictions are real.
+//!
+//! Contract: no clock, no I/O, no randomness. Time is a [`Duration`] since a start of the caller's choice. A step is
+//! [`begin_step`](EngineModel::begin_step), then at the time that it returned [`end_step`](EngineModel::end_step);
+//! between the two, sequences may be submitted and cancelled. The same calls give the same results.
+//!
+//! Invariants: every sequence ends exactly once, by its last token or by [`cancel`](EngineModel::cancel); ids
+//! ascend through the running, then through the waiting, since preemption takes the last of the one to the
+//! front of the other. The oldest running sequence is never preempted for another, and a profile's KV
+//! holds any sequence on its own, so there is always progress.
+
+mod cache;
+mod profile;
+mod sequence;
+mod stats;
+
+use std::{collections::VecDeque, time::Duration};
+
+use self::{cache::BlockCache, sequence::Live};
+pub use self::{
+    cache::{BlockHash, CacheEvent, block_hash},
+    profile::{Pass, Profile, ProfileError},
+    sequence::{Event, FinishReason, Sequence, SequenceId, SubmitError},
+    stats::{Histogram, Snapshot, Stats},
+};
+
+/// An engine.
+#[derive(Debug)]
+pub struct EngineModel {
+    profile: Profile,
+    cache: BlockCache,
+    running: Vec<Live>,
+    waiting: VecDeque<Waiting>,
+    /// Entries of `waiting` that are not cancelled.
+    waiting_count: usize,
+    next_id: u64,
+    step_end: Option<Duration>,
+    /// Free blocks when the first of the waiting found too few: until there are more, it is not tried again.
+    head_blocked_at: Option<usize>,
+    stats: Stats,
+}
+
+/// A place in the queue. A cancelled sequence leaves its place empty, so that cancelling moves nobody.
+#[derive(Debug)]
+struct Waiting {
+    id: SequenceId,
+    live: Option<Live>,
+}
+
+impl EngineModel {
+    /// An idle engine.
+    ///
+    /// # Errors
+    /// If no engine can have this profile.
+    pub fn new(profile: Profile) -> Result<Self, ProfileError> {
+        profile.validate()?;
+        Ok(Self {
+            cache: BlockCache::new(profile.kv_blocks),
+            profile,
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            waiting_count: 0,
+            next_id: 0,
+            step_end: None,
+            head_blocked_at: None,
+            stats: Stats::default(),
+        })
+    }
+
+    /// What it can hold and how fast it is.
+    #[must_use]
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Queues a sequence.
+    ///
+    /// # Errors
+    /// If it can never run.
+    pub fn submit(&mut self, now: Duration, sequence: Sequence) -> Result<SequenceId, SubmitError> {
+        sequence.check(&self.profile)?;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        self.waiting.push_back(Waiting { id, live: Some(Live::new(id, sequence, now)) });
+        self.waiting_count += 1;
+        Ok(id)
+    }
+
+    /// Ends a sequence at once and frees its blocks. Returns whether there was such a one.
+    pub fn cancel(&mut self, id: SequenceId) -> bool {
+        if let Ok(at) = self.running.binary_search_by_key(&id, |live| live.id) {
+            let mut live = self.running.remove(at);
+            live.give_up_blocks(&mut self.cache);
+        } else {
+            let place = self.waiting.binary_search_by_key(&id, |waiting| waiting.id).ok();
+            let Some(_cancelled) = place.and_then(|at| self.waiting[at].live.take()) else { return false };
+            self.waiting_count -= 1;
+            self.drop_empty_places();
+            self.head_blocked_at = None;
+        }
+        self.stats.cancelled += 1;
+        true
+    }
+
+    /// Begins a step, if there is anything to do, and returns when it ends.
+    ///
+    /// # Panics
+    /// If the last step has not ended.
+    pub fn begin_step(&mut self, now: Duration) -> Option<Duration> {
+        assert!(self.step_end.is_none(), "a step begins after the last one ended");
+        let mut pass = Pass::default();
+        let mut budget = self.profile.max_num_batched_tokens;
+        if self.schedule_running(&mut pass, &mut budget) {
+            self.admit_waiting(now, &mut pass, &mut budget);
+        }
+        if pass == Pass::default() {
+            return None;
+        }
+        let end = now.saturating_add(self.profile.step_time(pass));
+        self.step_end = Some(end);
+        Some(end)
+    }
+
+    /// Ends the step and appends the tokens that it generated, at most one for each sequence. Does nothing when there is no step.
+    pub fn end_step(&mut self, events: &mut Vec<Event>) {
+        let Some(end) = self.step_end.take() else { return };
+        let Self { running, cache, stats, .. } = self;
+        stats.steps += 1;
+        running.retain_mut(|live| {
+            live.computed += std::mem::take(&mut live.scheduled);
+            if live.computed < live.known() {
+                return true;
+            }
+            let event = generate(live, end, stats);
+            events.push(event);
+            if event.finish.is_some() {
+                live.give_up_blocks(cache);
+            }
+            event.finish.is_none()
+        });
+    }
+
+    /// Drops the prefix cache. Refused, with `false`, while any block is in use.
+    pub fn reset_prefix_cache(&mut self) -> bool {
+        self.cache.clear()
+    }
+
+    /// Records changes of the prefix cache from now on, for [`take_cache_events`](Self::take_cache_events).
+    pub fn record_cache_events(&mut self) {
+        self.cache.record_events();
+    }
+
+    /// Changes of the prefix cache since the last call, in order. To be called about once a step: they pile up.
+    #[must_use]
+    pub fn take_cache_events(&mut self) -> Vec<CacheEvent> {
+        self.cache.take_events()
+    }
+
+    /// Whether nothing runs or waits.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting_count == 0
+    }
+
+    /// Gauges and totals.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            running: self.running.len() as u32,
+            waiting: self.waiting_count as u32,
+            kv_blocks_used: self.cache.used() as u32,
+            kv_blocks_total: self.cache.capacity() as u32,
+            stats: self.stats.clone(),
+        }
+    }
+
+    /// Gives every running sequence its tokens of this step. Returns whether nobody had to be preempted.
+    fn schedule_running(&mut self, pass: &mut Pass, budget: &mut u32) -> bool {
+        let mut roomy = true;
+        let mut at = 0;
+        while at < self.running.len() && *budget > 0 {
+            let live = &self.running[at];
+            let tokens = (live.known() - live.computed).min(*budget);
+            let missing = self.profile.blocks_for(live.computed + tokens).saturating_sub(live.blocks.len());
+            while missing > self.cache.free() {
+                roomy = false;
+                self.preempt_latest();
+                if self.running.len() == at {
+                    return false;
+                }
+            }
+            let live = &mut self.running[at];
+            live.blocks.extend((0..missing).map(|_| self.cache.allocate()));
+            live.schedule(tokens, &mut self.cache, &self.profile);
+            count(live, pass, budget);
+            at += 1;
+        }
+        roomy
+    }
+
+    fn admit_waiting(&mut self, now: Duration, pass: &mut Pass, budget: &mut u32) {
+        while *budget > 0 && self.running.len() < self.profile.max_num_seqs as usize {
+            let free = self.cache.free();
+            if self.head_blocked_at.is_some_and(|blocked_at| free <= blocked_at) {
+                return;
+            }
+            let Some(live) = self.waiting.front_mut().and_then(|head| head.live.as_mut()) else { return };
+            if !live.admit(&mut self.cache, &self.profile) {
+                self.head_blocked_at = Some(free);
+                return;
+            }
+            if live.cached_tokens.is_none() {
+                live.cached_tokens = Some(live.computed);
+                self.stats.prompt_tokens += u64::from(live.known());
+                self.stats.prefix_queries_tokens += u64::from(live.known());
+                self.stats.prefix_hits_tokens += u64::from(live.computed);
+                self.stats.queue_time.observe(now.saturating_sub(live.submitted));
+            }
+            live.schedule((live.known() - live.computed).min(*budget), &mut self.cache, &self.profile);
+            count(live, pass, budget);
+            let admitted = self.waiting.pop_front().and_then(|head| head.live);
+            self.running.extend(admitted);
+            self.waiting_count -= 1;
+            self.head_blocked_at = None;
+            self.drop_empty_places();
+        }
+    }
+
+    fn preempt_latest(&mut self) {
+        let Some(mut live) = self.running.pop() else { return };
+        live.give_up_blocks(&mut self.cache);
+        self.waiting.push_front(Waiting { id: live.id, live: Some(live) });
+        self.waiting_count += 1;
+        self.head_blocked_at = None;
+        self.stats.preemptions += 1;
+    }
+
+    /// Keeps both ends of the queue occupied.
+    fn drop_empty_places(&mut self) {
+        while self.waiting.front().is_some_and(|waiting| waiting.live.is_none()) {
+            self.waiting.pop_front();
+        }
+        while self.waiting.back().is_some_and(|waiting| waiting.live.is_none()) {
+            self.waiting.pop_back();
+        }
+    }
+}
+
+/// Takes what a sequence has scheduled from the step's budget.
+fn count(live: &Live, pass: &mut Pass, budget: &mut u32) {
+    *budget -= live.scheduled;
+    if live.prefilling {
+        pass.prefill_tokens += live.scheduled;
+    } else {
+        pass.decodes += 1;
+        pass.context_tokens += u64::from(live.computed);
+    }
+}
+
+/// The next token of a sequence whose known tokens are all computed.
+fn generate(live: &mut Live, now: Duration, stats: &mut Stats) -> Event {
+    let index = live.generated;
+    live.generated += 1;
+    live.prefilling = false;
+    if index == 0 {
+        stats.time_to_first_token.observe(now.saturating_sub(live.submitted));
+    } else {
+        stats.inter_token_latency.observe(now.saturating_sub(live.last_token));
+    }
+    live.last_token = now;
+    stats.generation_tokens += 1;
+    let finish = (live.generated == live.sequence.output_tokens).then_some(live.sequence.finish);
+    if let Some(reason) = finish {
+        stats.finished(reason);
+        stats.e2e_latency.observe(now.saturating_sub(live.submitted));
+    }
+    Event {
+        sequence: live.id,
+        index,
+        token: live.sequence.output_token(index),
+        cached_tokens: live.cached_tokens.unwrap_or_default(),
+        finish,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,314 @@
+//! Order: what a request asks of the engine, decoded and checked.
+
+use std::sync::Arc;
+
+use dynamo_engine_api::Endpoint;
+use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{error::ApiError, fields::Fields};
+use crate::{
+    model::{FinishReason, Sequence},
+    options::MockOptions,
+    tokens,
+};
+
+/// Output tokens of a completion whose request does not limit them: vLLM's default.
+const COMPLETION_TOKENS: u32 = 16;
+
+/// Choices that one request may ask for, over all its prompts.
+const MAX_CHOICES: usize = 1024;
+
+/// A request as the engine carries it out.
+#[derive(Clone, Debug)]
+pub(crate) struct Order {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) stream: bool,
+    /// A last chunk with the usage.
+    pub(crate) include_usage: bool,
+    /// The usage in every chunk.
+    pub(crate) continuous_usage: bool,
+    pub(crate) return_token_ids: bool,
+    /// Choices of one prompt.
+    pub(crate) n: usize,
+    /// All choices, prompt by prompt.
+    pub(crate) choices: Vec<Choice>,
+    salt: u64,
+}
+
+/// One choice of the answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Choice {
+    pub(crate) prompt: Arc<[u32]>,
+    output_tokens: u32,
+    finish: FinishReason,
+    /// Bytes of output text that are shown: up to the stop string, if there is one.
+    pub(crate) shown_bytes: usize,
+    /// The stop string that ends it.
+    pub(crate) stop_reason: Option<String>,
+}
+
+impl Order {
+    /// What to submit, one for each choice.
+    pub(crate) fn sequences(&self) -> Vec<Sequence> {
+        let sequence = |choice: &Choice| Sequence {
+            prompt: Arc::clone(&choice.prompt),
+            first_output_token: tokens::VOCABULARY,
+            output_tokens: choice.output_tokens,
+            finish: choice.finish,
+            salt: self.salt,
+        };
+        self.choices.iter().map(sequence).collect()
+    }
+}
+
+/// Reads a request's body.
+///
+/// # Errors
+/// As a vLLM server answers it.
+pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> Result<Order, ApiError> {
+    let mut fields = Fields::parse(body)?;
+    let model = fields.string("model");
+    let prompts = match endpoint {
+        Endpoint::ChatCompletions => messages(&mut fields).map(|ids| vec![ids]).unwrap_or_default(),
+        Endpoint::Completions => prompts(&mut fields)?,
+    };
+    let limit = fields.integer("max_tokens");
+    let limit = match endpoint {
+        Endpoint::ChatCompletions => fields.integer("max_completion_tokens").or(limit),
+        Endpoint::Completions => limit,
+    };
+    let n = fields.integer("n").unwrap_or(1);
+    let temperature = fields.number("temperature");
+    let stops = stops(&mut fields);
+    let stream = fields.boolean("stream");
+    let stream_options = fields.take("stream_options");
+    let stream_option =
+        |name| stream && stream_options.as_ref().and_then(|options| options.get(name)?.as_bool()).unwrap_or_default();
+    let return_token_ids = fields.boolean("return_token_ids");
+    let salt = fields.string("cache_salt").map_or(0, |salt| xxh3_64(salt.as_bytes()));
+    fields.finish()?;
+
+    if let Some(model) = model.filter(|model| !model.is_empty() && *model != options.model) {
+        return Err(ApiError::unknown_model(&model, &options.model));
+    }
+    if let Some(temperature) = temperature.filter(|&temperature| temperature < 0.0) {
+        let value = format!("{temperature:?}");
+        return Err(ApiError::bad_value("temperature", &value, &format!("temperature must be non-negative, got {value}.")));
+    }
+    if n < 1 {
+        return Err(ApiError::bad_value("n", n, &format!("n must be at least 1, got {n}.")));
+    }
+    if n > 1 && temperature == Some(0.0) {
+        return Err(ApiError::bad_request(None, format!("n must be 1 when using greedy sampling, got {n}.")));
+    }
+    let n = usize::try_from(n).unwrap_or(usize::MAX);
+    if n.saturating_mul(prompts.len()) > MAX_CHOICES {
+        return Err(ApiError::bad_value("n", n, &format!("n times the number of prompts must be at most {MAX_CHOICES}.")));
+    }
+    let default = match endpoint {
+        Endpoint::ChatCompletions => (options.chat_tokens, FinishReason::Stop),
+        Endpoint::Completions => (COMPLETION_TOKENS, FinishReason::Length),
+    };
+    let mut choices = Vec::with_capacity(n * prompts.len());
+    for prompt in prompts {
+        let choice = choice(prompt, limit, default, &stops, options.profile.max_model_len)?;
+        choices.extend(std::iter::repeat_n(choice, n));
+    }
+    let (include_usage, continuous_usage) = (stream_option("include_usage"), stream_option("continuous_usage_stats"));
+    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, salt })
+}
+
+/// Reads a body of `/tokenize`: the ids of its `prompt` or `messages`.
+///
+/// # Errors
+/// As a vLLM server answers it.
+pub(crate) fn decode_tokenize(body: &[u8], options: &MockOptions) -> Result<Vec<u32>, ApiError> {
+    let mut fields = Fields::parse(body)?;
+    let model = fields.string("model");
+    let prompt = fields.string("prompt");
+    let ids = match prompt {
+        Some(text) => {
+            let mut ids = Vec::new();
+            tokens::tokenize(&text, &mut ids);
+            ids
+        }
+        None => messages(&mut fields).unwrap_or_default(),
+    };
+    fields.finish()?;
+    match model.filter(|model| *model != options.model) {
+        Some(model) => Err(ApiError::unknown_model(&model, &options.model)),
+        None => Ok(ids),
+    }
+}
+
+/// How long a prompt's output is, and how it ends.
+fn choice(
+    prompt: Vec<u32>,
+    limit: Option<i64>,
+    default: (u32, FinishReason),
+    stops: &[String],
+    max_model_len: u32,
+) -> Result<Choice, ApiError> {
+    let input = prompt.len();
+    if input == 0 {
+        return Err(ApiError::bad_request(None, "The decoder prompt cannot be empty"));
+    }
+    let context = format!("This model's maximum context length is {max_model_len} tokens. However, ");
+    let room = match u32::try_from(input).ok().and_then(|input| max_model_len.checked_sub(input)) {
+        Some(room) => room,
+        None => {
+            let message = format!(
+                "{context}your prompt contains {input} input tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+            );
+            return Err(ApiError::bad_value("input_tokens", input, &message));
+        }
+    };
+    let (output_tokens, finish) = match limit {
+        Some(limit) if limit < 1 => {
+            return Err(ApiError::bad_value("max_tokens", limit, &format!("max_tokens must be at least 1, got {limit}.")));
+        }
+        Some(limit) if limit > i64::from(max_model_len) => {
+            let message = format!(
+                "max_tokens={limit} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens."
+            );
+            return Err(ApiError::bad_value("max_tokens", limit, &message));
+        }
+        Some(limit) => (u32::try_from(limit).unwrap_or(max_model_len), FinishReason::Length),
+        None if default.0 > room => (room, FinishReason::Length),
+        None => default,
+    };
+    if output_tokens == 0 || output_tokens > room {
+        let total = input + output_tokens.max(1) as usize;
+        let message = format!(
+            "{context}you requested {output_tokens} output tokens and your prompt contains at least {input} input tokens, for a total of at least {total} tokens. Please reduce the length of the input prompt or the number of requested output tokens."
+        );
+        return Err(ApiError::bad_value("input_tokens", input, &message));
+    }
+    let whole = Choice { prompt: prompt.into(), output_tokens, finish, shown_bytes: usize::MAX, stop_reason: None };
+    Ok(match first_stop(output_tokens, stops) {
+        Some((shown_bytes, stop, output_tokens)) => {
+            Choice { output_tokens, finish: FinishReason::Stop, shown_bytes, stop_reason: Some(stop.to_owned()), ..whole }
+        }
+        None => whole,
+    })
+}
+
+/// The stop string that an output of `limit` tokens meets first: where it begins, itself, and the tokens up to
+/// the one that completes it.
+fn first_stop(limit: u32, stops: &[String]) -> Option<(usize, &str, u32)> {
+    let mut text = String::new();
+    for index in 0..limit {
+        let known = text.len();
+        tokens::push_text(index, &mut text);
+        let begins = |stop: &String| {
+            // A stop string that ends before this token was met before.
+            let from = text.floor_char_boundary(known.saturating_sub(stop.len()));
+            text[from..].find(stop.as_str()).map(|at| from + at)
+        };
+        let met = stops.iter().filter_map(|stop| begins(stop).map(|at| (at, stop.as_str()))).min_by_key(|&(at, _)| at);
+        if let Some((at, stop)) = met {
+            return Some((at, stop, index + 1));
+        }
+        if stops.is_empty() {
+            return None;
+        }
+    }
+    None
+}
+
+/// `stop`: a string or a list of strings.
+fn stops(fields: &mut Fields) -> Vec<String> {
+    let stops = match fields.take("stop") {
+        None => return Vec::new(),
+        Some(Value::String(stop)) => vec![stop],
+        Some(Value::Array(items)) if items.iter().all(Value::is_string) => {
+            items.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+        }
+        Some(other) => {
+            return fields
+                .wrong("stop", "string_type", "Input should be a valid string or list of strings", &other)
+                .unwrap_or_default();
+        }
+    };
+    stops.into_iter().filter(|stop| !stop.is_empty()).collect()
+}
+
+/// `prompt`: a text, token ids, or a list of either.
+fn prompts(fields: &mut Fields) -> Result<Vec<Vec<u32>>, ApiError> {
+    let empty = || ApiError::bad_request(None, "Either prompt or prompt_embeds must be provided and non-empty.");
+    let prompt = fields.take("prompt").ok_or_else(empty)?;
+    let read = match &prompt {
+        Value::String(text) if text.is_empty() => return Err(empty()),
+        Value::Array(items) if items.is_empty() => return Err(empty()),
+        Value::Array(items) if !items[0].is_number() => items.iter().map(one_prompt).collect(),
+        one => one_prompt(one).map(|ids| vec![ids]),
+    };
+    Ok(match read {
+        Some(prompts) => prompts,
+        None => {
+            let message = "Input should be a valid string, list of strings, list of token ids or list of lists of token ids";
+            fields.wrong("prompt", "string_type", message, &prompt).unwrap_or_default()
+        }
+    })
+}
+
+fn one_prompt(prompt: &Value) -> Option<Vec<u32>> {
+    match prompt {
+        Value::String(text) => {
+            let mut ids = Vec::new();
+            tokens::tokenize(text, &mut ids);
+            Some(ids)
+        }
+        Value::Array(items) => items.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect(),
+        _ => None,
+    }
+}
+
+/// `messages` and `tools` through a chat template: a mark for the role, the content, a mark for its end; at last the mark
+/// of the answer's role. So a chat's next turn begins with this turn's prompt and output.
+fn messages(fields: &mut Fields) -> Option<Vec<u32>> {
+    let Some(messages) = fields.take("messages") else {
+        fields.missing("messages");
+        return None;
+    };
+    let Value::Array(messages) = messages else {
+        return fields.wrong("messages", "list_type", "Input should be a valid list", &messages);
+    };
+    let mut ids = Vec::new();
+    if let Some(tools) = fields.list("tools").filter(|tools| !tools.is_empty()) {
+        ids.push(tokens::mark("tools"));
+        tokens::tokenize(&Value::Array(tools).to_string(), &mut ids);
+    }
+    for (at, message) in messages.iter().enumerate() {
+        let Some(role) = message.get("role").and_then(Value::as_str) else {
+            return fields.wrong(&format!("messages.{at}.role"), "missing", "Field required", message);
+        };
+        ids.push(tokens::mark(role));
+        match message.get("content") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(text)) => tokens::tokenize(text, &mut ids),
+            Some(Value::Array(parts)) => parts.iter().for_each(|part| tokenize_part(part, &mut ids)),
+            Some(other) => {
+                return fields.wrong(&format!("messages.{at}.content"), "string_type", "Input should be a valid string", other);
+            }
+        }
+        if let Some(calls) = message.get("tool_calls").filter(|calls| !calls.is_null()) {
+            tokens::tokenize(&calls.to_string(), &mut ids);
+        }
+        ids.push(tokens::mark("end"));
+    }
+    ids.push(tokens::mark("assistant"));
+    Some(ids)
+}
+
+/// A part of a message's content: text, or one token for an image or the like.
+fn tokenize_part(part: &Value, ids: &mut Vec<u32>) {
+    match part.get("text").and_then(Value::as_str) {
+        Some(text) => tokens::tokenize(text, ids),
+        None => ids.push(tokens::mark(&part.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,70 @@
+//! The list of models as servers write it.
+
+use dynamo_engine_api::ModelCard;
+use serde::Deserialize;
+
+/// Reads the body of `GET /v1/models`.
+///
+/// The longest context is `max_model_len` (vLLM, SGLang; null for a LoRA adapter) or `meta.n_ctx` (llama.cpp, where it is
+/// one slot's share).
+pub(crate) fn parse(body: &[u8]) -> Result<Vec<ModelCard>, serde_json::Error> {
+    let list: List = serde_json::from_slice(body)?;
+    let card = |model: Model| {
+        let max_model_len = model.max_model_len.or(model.meta.and_then(|meta| meta.n_ctx));
+        ModelCard { id: model.id, max_model_len }
+    };
+    Ok(list.data.into_iter().map(card).collect())
+}
+
+#[derive(Deserialize)]
+struct List {
+    data: Vec<Model>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    id: String,
+    #[serde(default)]
+    max_model_len: Option<u32>,
+    #[serde(default)]
+    meta: Option<Meta>,
+}
+
+#[derive(Deserialize)]
+struct Meta {
+    #[serde(default)]
+    n_ctx: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(body: &str, expected: &[(&str, Option<u32>)]) {
+        let cards = parse(body.as_bytes()).unwrap();
+        let cards: Vec<_> = cards.iter().map(|card| (card.id.as_str(), card.max_model_len)).collect();
+        assert_eq!(cards, expected);
+    }
+
+    #[test]
+    fn vllm_states_the_length_of_the_base_model_only() {
+        check(include_str!("../tests/fixtures/vllm_models.json"), &[("tiny-qwen3", Some(4096)), ("sql", None)]);
+    }
+
+    #[test]
+    fn llama_cpp_states_it_in_meta() {
+        check(include_str!("../tests/fixtures/llama_models.json"), &[("tiny-qwen3", Some(2048))]);
+    }
+
+    #[test]
+    fn others_state_none() {
+        check(r#"{"object":"list","data":[{"id":"m","object":"model"}]}"#, &[("m", None)]);
+    }
+
+    #[test]
+    fn what_is_no_list_is_an_error() {
+        assert!(parse(b"Internal Server Error").is_err());
+        assert!(parse(b"{}").is_err());
+    }
+}

@@ -1,0 +1,9 @@
+//! The adapter against servers that behave as scripted, byte by byte where it matters, and against the mock engine.
+
+mod cancel;
+mod conformance;
+mod connections;
+mod control;
+mod replies;
+mod scripted;
+mod streams;

@@ -1,0 +1,81 @@
+//! The host's side of `dynamo:policy`: every import function, a module per interface.
+//!
+//! Functions are wired by hand, not generated: columns are a table (`core::column`), and each function is charged
+//! against the call's quota in one way. A test links a component that imports the whole world, so that a function
+//! that is missing or has another type cannot be released.
+
+mod answer;
+mod candidates;
+mod outcomes;
+mod request;
+mod services;
+#[cfg(test)]
+mod tests;
+
+use wasmtime::component::{ComponentNamedList, Lift, Linker, LinkerInstance, Lower};
+
+use crate::call::Guest;
+
+/// Package and version of the contract that this host speaks. Older 0.1 guests link against it, since the host
+/// only ever adds imports.
+pub(crate) const VERSION: &str = "0.1.0";
+
+/// Interfaces that a routing policy may import.
+pub(crate) const ROUTER_IMPORTS: &[&str] =
+    &["request", "candidates", "routing-answer", "outcomes", "state", "clock", "entropy", "telemetry"];
+
+/// Interfaces that a routing policy exports.
+pub(crate) const ROUTER_EXPORTS: &[&str] = &["lifecycle", "routing"];
+
+/// The full name of an interface.
+pub(crate) fn interface(name: &str) -> String {
+    format!("dynamo:policy/{name}@{VERSION}")
+}
+
+/// All that a routing policy may import.
+pub(crate) fn link_router(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
+    request::link(&mut linker.instance(&interface("request"))?)?;
+    candidates::link(&mut linker.instance(&interface("candidates"))?)?;
+    answer::link(&mut linker.instance(&interface("routing-answer"))?)?;
+    outcomes::link(&mut linker.instance(&interface("outcomes"))?)?;
+    services::link_state(&mut linker.instance(&interface("state"))?)?;
+    services::link_clock(&mut linker.instance(&interface("clock"))?)?;
+    services::link_entropy(&mut linker.instance(&interface("entropy"))?)?;
+    services::link_telemetry(&mut linker.instance(&interface("telemetry"))?)
+}
+
+type Interface<'a> = LinkerInstance<'a, Guest>;
+
+/// Defines a function of plain values. What it takes and gives beyond a few bytes it charges itself.
+fn define<P, R>(
+    interface: &mut Interface<'_>,
+    name: &'static str,
+    body: impl Fn(&mut Guest, P) -> wasmtime::Result<R> + Send + Sync + 'static,
+) -> wasmtime::Result<()>
+where
+    P: ComponentNamedList + Lift + 'static,
+    R: Lower + wasmtime::component::ComponentType + 'static,
+    (R,): ComponentNamedList + Lower,
+{
+    interface.func_wrap(name, move |mut store: wasmtime::StoreContextMut<'_, Guest>, params: P| {
+        let guest = store.data_mut();
+        guest.charge(0)?;
+        body(guest, params).map(|value| (value,))
+    })
+}
+
+/// Defines a function without a result.
+fn define_void<P>(
+    interface: &mut Interface<'_>,
+    name: &'static str,
+    body: impl Fn(&mut Guest, P) -> wasmtime::Result<()> + Send + Sync + 'static,
+) -> wasmtime::Result<()>
+where
+    P: ComponentNamedList + Lift + 'static,
+{
+    interface.func_wrap(name, move |mut store: wasmtime::StoreContextMut<'_, Guest>, params: P| {
+        let guest = store.data_mut();
+        guest.charge(0)?;
+        body(guest, params)
+    })
+}

@@ -1,0 +1,107 @@
+//! The contract and its host side hold each other to their word.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use wasmtime::component::{Component, Linker};
+use wit_component::{ComponentEncoder, StringEncoding, dummy_module, embed_component_metadata, semver_check};
+use wit_parser::{ManglingAndAbi, Resolve, WorldId};
+
+use super::{VERSION, link_router};
+use crate::{Limits, PolicyRuntime};
+
+fn wit() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wit")
+}
+
+/// The texts of a folder's files, joined as one package.
+fn package_text(directory: &Path) -> String {
+    let mut files: Vec<PathBuf> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "wit"))
+        .collect();
+    files.sort();
+    let texts = files.iter().map(|file| fs::read_to_string(file).unwrap());
+    let bodies: Vec<String> =
+        texts.map(|text| text.lines().filter(|line| !line.starts_with("package ")).collect::<Vec<_>>().join("\n")).collect();
+    bodies.join("\n")
+}
+
+fn parse(resolve: &mut Resolve, version: &str, body: &str, world: &str) -> WorldId {
+    let package = resolve.push_str("contract.wit", &format!("package dynamo:policy@{version};\n{body}")).unwrap();
+    resolve.select_world(&[package], Some(world)).unwrap()
+}
+
+/// A component that imports and exports all of a world.
+fn dummy(resolve: &Resolve, world: WorldId) -> Vec<u8> {
+    let mut module = dummy_module(resolve, world, ManglingAndAbi::Standard32);
+    embed_component_metadata(&mut module, resolve, world, StringEncoding::UTF8).unwrap();
+    ComponentEncoder::default().module(&module).unwrap().validate(true).encode().unwrap()
+}
+
+#[test]
+fn the_host_has_every_function_of_the_router_world_with_its_type() {
+    let mut resolve = Resolve::default();
+    let world = parse(&mut resolve, VERSION, &package_text(&wit().join("current")), "router");
+    let runtime = PolicyRuntime::new(Limits::default(), None).unwrap();
+    let component = Component::new(runtime.engine(), dummy(&resolve, world)).unwrap();
+    let mut linker = Linker::new(runtime.engine());
+    link_router(&mut linker).unwrap();
+    linker.instantiate_pre(&component).map(drop).unwrap();
+}
+
+#[test]
+fn the_host_speaks_the_version_that_the_contract_states() {
+    let text = fs::read_to_string(wit().join("current/router.wit")).unwrap();
+    assert!(text.contains(&format!("package dynamo:policy@{VERSION};")));
+}
+
+#[test]
+fn all_three_worlds_parse() {
+    for world in ["router", "admission", "autoscaler"] {
+        parse(&mut Resolve::default(), VERSION, &package_text(&wit().join("current")), world);
+    }
+}
+
+/// Whether a guest of the first text runs on a host of the second.
+fn is_compatible(old: (&str, &str), new: (&str, &str), world: &str) -> Result<(), String> {
+    let mut resolve = Resolve::default();
+    let old = parse(&mut resolve, old.0, old.1, world);
+    let new = parse(&mut resolve, new.0, new.1, world);
+    semver_check(resolve, old, new).map_err(|error| format!("{error:#}"))
+}
+
+#[test]
+fn every_released_world_still_runs_on_the_current_contract() {
+    let current = wit().join("current");
+    let Ok(releases) = fs::read_dir(wit().join("released")) else { return };
+    for release in releases.map(|entry| entry.unwrap().path()) {
+        let version = release.file_name().unwrap().to_str().unwrap();
+        if version == VERSION {
+            // Nothing was added since: what is released is what is current, to the byte.
+            for file in fs::read_dir(&release).unwrap().map(|entry| entry.unwrap().path()) {
+                let name = file.file_name().unwrap();
+                let same = fs::read(&file).unwrap() == fs::read(current.join(name)).unwrap();
+                assert!(same, "{name:?} of released {version} changed: raise the version of the package in wit/current first");
+            }
+        } else {
+            is_compatible((version, &package_text(&release)), (VERSION, &package_text(&current)), "router").unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_added_import_is_compatible_and_a_removed_or_changed_one_is_not() {
+    let old = package_text(&wit().join("current"));
+    let count = "  /// Number of rows, at least 1.\n  count: func() -> u32;\n";
+    assert!(old.contains(count));
+    let change = |to: &str| old.replacen(count, to, 1);
+    let check = |new: &str| is_compatible(("0.1.0", &old), ("0.1.1", new), "router");
+    check(&change(&format!("{count}  more: func() -> list<u32>;\n"))).unwrap();
+    check(&change("")).unwrap_err();
+    check(&change("  count: func() -> u64;\n")).unwrap_err();
+    check(&old.replace("  observe: func();", "  observe: func();\n  forget: func();")).unwrap_err();
+}

@@ -1,0 +1,217 @@
+//! Loading: bytes → inspected → compiled → linked → configured → probed → warm. All off the request path.
+
+use std::sync::Arc;
+
+use wasmtime::component::Component;
+
+use crate::{
+    abi,
+    fault::PolicyFault,
+    inspect::inspect,
+    runtime::PolicyRuntime,
+    state::SlotState,
+    synthetic,
+    version::{PolicyVersion, SetupError},
+};
+
+/// Why bytes cannot be activated as a policy. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// No bytes.
+    #[error("the file is empty; build the policy again (cargo xtask policies, or cargo build for wasm32-unknown-unknown)")]
+    Empty,
+    /// Over the bound.
+    #[error("the component has {bytes} bytes, more than the {max_bytes} that a policy may have; strip it and build it for size")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The bound.
+        max_bytes: usize,
+    },
+    /// Something else.
+    #[error("this is not WebAssembly; name a component (.wasm) that cargo xtask policies or wasm-tools component new made")]
+    NotWasm,
+    /// Not a component.
+    #[error(
+        "this is a core WebAssembly module, and a policy is a component; wrap it with cargo xtask policies, \
+         or wasm-tools component new IN.wasm -o OUT.wasm"
+    )]
+    CoreModule,
+    /// Cut off, or not valid.
+    #[error("the component is damaged or not valid: {reason}; build or copy it again")]
+    Malformed {
+        /// What the parser or validator said.
+        reason: String,
+    },
+    /// No name and version.
+    #[error(
+        "the custom section `dynamo:policy` {reason}; it holds the lines `name: …` and `version: …`, \
+         and the SDK's register! writes it"
+    )]
+    Description {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// For another slot.
+    #[error(
+        "policy {policy:?} does not export what the world `router` does (it exports: {found}); \
+         implement the SDK's Router, or activate it in the slot that it was written for"
+    )]
+    WrongWorld {
+        /// The policy.
+        policy: String,
+        /// What it exports instead.
+        found: String,
+    },
+    /// Half a router.
+    #[error("policy {policy:?} does not export {export}; build it against the world `router` of dynamo:policy@{}", abi::VERSION)]
+    MissingExport {
+        /// The policy.
+        policy: String,
+        /// What is missing.
+        export: String,
+    },
+    /// Another contract.
+    #[error(
+        "policy {policy:?} was built for dynamo:policy@{found}, and this host speaks {}; rebuild it with the SDK of this release",
+        abi::VERSION
+    )]
+    ContractVersion {
+        /// The policy.
+        policy: String,
+        /// The version that it was built for.
+        found: String,
+    },
+    /// Reaches for what is outside of the sandbox.
+    #[error(
+        "policy {policy:?} imports {import}, which a routing policy may not; allowed: dynamo:policy/{{{}}}@{}. \
+         Rebuild it for wasm32-unknown-unknown, without WASI",
+        abi::ROUTER_IMPORTS.join(","),
+        abi::VERSION
+    )]
+    ForbiddenImport {
+        /// The policy.
+        policy: String,
+        /// What it imports.
+        import: String,
+    },
+    /// Not valid, or not compilable.
+    #[error("policy {policy:?} cannot be compiled: {reason}")]
+    Compile {
+        /// The policy.
+        policy: String,
+        /// What the compiler said.
+        reason: String,
+    },
+    /// A function of another type or of a later contract.
+    #[error("policy {policy:?} does not fit this host's dynamo:policy@{}: {reason}; rebuild it with the SDK of this release", abi::VERSION)]
+    Link {
+        /// The policy.
+        policy: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Settings that are not JSON.
+    #[error("the settings of policy {policy:?} are not a JSON object: {reason}; write for example {{\"key\": 1}}")]
+    SettingsSyntax {
+        /// The policy.
+        policy: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// Settings that the policy refuses.
+    #[error("policy {policy:?} refuses its settings: {reason}; its schema: dynamo-host policy check FILE")]
+    Settings {
+        /// The policy.
+        policy: String,
+        /// The policy's words.
+        reason: String,
+    },
+    /// It fails before it is asked anything.
+    #[error("policy {policy:?} cannot be started: {fault}")]
+    Start {
+        /// The policy.
+        policy: String,
+        /// What happened.
+        fault: PolicyFault,
+    },
+    /// It fails on made-up requests.
+    #[error("policy {policy:?} failed its probe, a made-up request with {candidates} candidates: {fault}")]
+    Probe {
+        /// The policy.
+        policy: String,
+        /// Size of the probe.
+        candidates: u32,
+        /// What happened.
+        fault: PolicyFault,
+    },
+}
+
+impl LoadError {
+    /// Metric label and `code` of the error.
+    #[must_use]
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::TooLarge { .. } => "too-large",
+            Self::NotWasm => "not-wasm",
+            Self::CoreModule => "core-module",
+            Self::Malformed { .. } => "malformed",
+            Self::Description { .. } => "description",
+            Self::WrongWorld { .. } => "wrong-world",
+            Self::MissingExport { .. } => "missing-export",
+            Self::ContractVersion { .. } => "contract-version",
+            Self::ForbiddenImport { .. } => "forbidden-import",
+            Self::Compile { .. } => "compile",
+            Self::Link { .. } => "link",
+            Self::SettingsSyntax { .. } => "settings-syntax",
+            Self::Settings { .. } => "settings",
+            Self::Start { .. } => "start",
+            Self::Probe { .. } => "probe",
+        }
+    }
+}
+
+/// Sizes of the made-up fleets that a policy must decide for before it is activated.
+const PROBES: [u32; 3] = [1, 4, 64];
+
+impl PolicyRuntime {
+    /// Makes a policy version that is ready to decide. `settings` is a JSON object.
+    ///
+    /// Blocks for as long as compiling takes: call it off the request path.
+    ///
+    /// # Errors
+    /// Says why these bytes with these settings cannot decide, and what to do about it.
+    pub fn load(&self, bytes: &[u8], settings: &str, state: Arc<SlotState>) -> Result<Arc<PolicyVersion>, LoadError> {
+        let loaded = self.load_uncounted(bytes, settings, state);
+        if let Err(error) = &loaded {
+            metrics::counter!("dynamo_host_policy_load_failures_total", "cause" => error.cause()).increment(1);
+        }
+        loaded
+    }
+
+    fn load_uncounted(&self, bytes: &[u8], settings: &str, state: Arc<SlotState>) -> Result<Arc<PolicyVersion>, LoadError> {
+        let inspection = inspect(bytes, self.limits().component_bytes)?;
+        let policy = || inspection.name.name.clone();
+        let _: serde_json::Map<String, serde_json::Value> = serde_json::from_str(settings)
+            .map_err(|error| LoadError::SettingsSyntax { policy: policy(), reason: error.to_string() })?;
+        let component = Component::new(self.engine(), bytes)
+            .map_err(|error| LoadError::Compile { policy: policy(), reason: format!("{error:#}") })?;
+        let pre = self
+            .linker()
+            .instantiate_pre(&component)
+            .map_err(|error| LoadError::Link { policy: policy(), reason: format!("{error:#}") })?;
+        let version = PolicyVersion::new(self, inspection.clone(), settings.to_owned(), pre, state)
+            .map_err(|error| LoadError::Link { policy: policy(), reason: format!("{error:#}") })?;
+        version.warm_up().map_err(|error| match error {
+            SetupError::Refused(reason) => LoadError::Settings { policy: policy(), reason },
+            SetupError::Fault(fault) => LoadError::Start { policy: policy(), fault },
+        })?;
+        for candidates in PROBES {
+            version
+                .probe(synthetic::route_call(&synthetic::fleet(candidates), 1))
+                .map_err(|fault| LoadError::Probe { policy: policy(), candidates, fault })?;
+        }
+        Ok(Arc::new(version))
+    }
+}

@@ -1,0 +1,89 @@
+//! Warm instances, spread over shards so that threads do not meet at one lock.
+//!
+//! An instance is taken out for a call and put back after a good one; one that failed is dropped. A thread that finds
+//! its shard empty looks into the others before it makes a new instance.
+
+use std::{
+    cell::Cell,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use wasmtime::{Store, component::TypedFunc};
+
+use crate::call::Guest;
+
+/// A guest that is configured and ready.
+pub(crate) struct Instance {
+    pub(crate) store: Store<Guest>,
+    pub(crate) route: TypedFunc<(), ()>,
+    pub(crate) observe: TypedFunc<(), ()>,
+    /// Held for as long as the instance exists.
+    pub(crate) _permit: Permit,
+}
+
+/// The right to make one instance, within the bound of all that may exist.
+pub(crate) struct Permit(Arc<AtomicU32>);
+
+impl Permit {
+    /// `None` if `max` instances exist.
+    pub(crate) fn take(count: &Arc<AtomicU32>, max: u32) -> Option<Self> {
+        count.fetch_update(Relaxed, Relaxed, |count| (count < max).then_some(count + 1)).ok()?;
+        Some(Self(Arc::clone(count)))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+pub(crate) struct Pool {
+    shards: Box<[Mutex<Vec<Instance>>]>,
+}
+
+/// Instances that a shard keeps: a thread runs one decision at a time, so that a second is rarely needed.
+const KEPT_PER_SHARD: usize = 2;
+
+impl Pool {
+    pub(crate) fn new(shards: usize) -> Self {
+        Self { shards: (0..shards).map(|_| Mutex::default()).collect() }
+    }
+
+    pub(crate) fn shards(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// A warm instance, if one is free.
+    pub(crate) fn take(&self) -> Option<Instance> {
+        let own = self.own_shard();
+        (0..self.shards.len()).find_map(|step| {
+            // A shard that is locked is in use this very moment: go on to the next.
+            self.shards[(own + step) % self.shards.len()].try_lock().ok()?.pop()
+        })
+    }
+
+    /// Gives an instance back to this thread's shard.
+    pub(crate) fn put(&self, instance: Instance) {
+        self.put_into(self.own_shard(), instance);
+    }
+
+    /// Gives an instance to a shard; one too many is dropped.
+    pub(crate) fn put_into(&self, shard: usize, instance: Instance) {
+        let mut kept = self.shards[shard].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if kept.len() < KEPT_PER_SHARD {
+            kept.push(instance);
+        }
+    }
+
+    fn own_shard(&self) -> usize {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static OWN: Cell<usize> = Cell::new(NEXT.fetch_add(1, Relaxed));
+        }
+        OWN.get() % self.shards.len()
+    }
+}

@@ -1,0 +1,3 @@
+//! x
+use anyhow::Result;
+pub(crate) fn run(_once: bool) -> Result<()> { Ok(()) }

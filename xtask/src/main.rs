@@ -1,0 +1,78 @@
+//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `real-engine`.
+#![allow(clippy::print_stdout)]
+
+mod bench;
+mod demo;
+mod paths;
+mod policies;
+mod python;
+mod real_engine;
+mod run;
+#[cfg(test)]
+mod structure;
+mod system;
+mod wasm;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::run::cargo;
+
+/// Developer tasks of dynamo-host.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing, build policies and host, and stream a chat completion through three mock engines.
+    Demo {
+        /// Stop after one completion; otherwise the host keeps running until Ctrl-C.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Build the policies and the test guests as components.
+    Policies,
+    /// Run all tests. What CI runs.
+    Test {
+        /// Passed on to `cargo test`.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Check formatting and lints, then run all tests.
+    Ci,
+    /// Measure, side by side with the rivals where there are any.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        what: bench::What,
+    },
+    /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
+    RealEngine,
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Demo { once } => demo::run(once),
+        Task::Policies => policies::build().map(drop),
+        Task::Test { arguments } => test(&arguments),
+        Task::Ci => ci(),
+        Task::Bench { what } => bench::run(&what),
+        Task::RealEngine => real_engine::run(),
+    }
+}
+
+fn test(arguments: &[String]) -> Result<()> {
+    policies::build()?;
+    let python = python::with_openai_client()?;
+    run::check(cargo().args(["test", "--workspace"]).args(arguments).env("DYNAMO_HOST_TEST_PYTHON", python))
+}
+
+fn ci() -> Result<()> {
+    run::check(cargo().args(["fmt", "--all", "--check"]))?;
+    run::check(cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
+    test(&[])
+}

@@ -1,0 +1,91 @@
+//! Building Rust for WebAssembly, with rustup's target where it can be had and with Debian's toolchain where not.
+
+use std::{env, path::Path, path::PathBuf, process::Command};
+
+use anyhow::{Result, bail};
+
+use crate::{paths, run, system};
+
+const TARGET: &str = "wasm32-unknown-unknown";
+
+/// A way to build for WebAssembly.
+pub(crate) enum Toolchain {
+    /// The toolchain that runs this, with the target's standard library.
+    Rustup,
+    /// Debian's `rustc-web`, which builds the standard library from its own source.
+    Debian,
+}
+
+impl Toolchain {
+    /// Finds one, installing what is missing. `XTASK_WASM_TOOLCHAIN=rustup|debian` chooses.
+    pub(crate) fn find() -> Result<Self> {
+        match env::var("XTASK_WASM_TOOLCHAIN").as_deref() {
+            Ok("rustup") if rustup_target() => Ok(Self::Rustup),
+            Ok("rustup") => bail!("rustup cannot add {TARGET}; unset XTASK_WASM_TOOLCHAIN to use Debian's toolchain instead"),
+            Ok("debian") => debian(),
+            Ok(other) => bail!("XTASK_WASM_TOOLCHAIN is {other:?}; use rustup or debian, or unset it"),
+            Err(_) if rustup_target() => Ok(Self::Rustup),
+            Err(_) => debian(),
+        }
+    }
+
+    /// For people.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Rustup => "this toolchain's wasm32-unknown-unknown",
+            Self::Debian => "Debian's rustc-web, with the standard library built from source",
+        }
+    }
+
+    /// Builds packages; returns the folder of the modules.
+    pub(crate) fn build(&self, packages: &[&str]) -> Result<PathBuf> {
+        // A target directory of its own: another toolchain's artifacts must not invalidate the host's.
+        let (mut command, directory) = match self {
+            Self::Rustup => (run::cargo(), paths::target().join("wasm")),
+            Self::Debian => (debian_cargo()?, paths::target().join("wasm-debian")),
+        };
+        command.args(["build", "--quiet", "--profile", "policy", "--target", TARGET, "--target-dir"]).arg(&directory);
+        for package in packages {
+            command.args(["--package", package]);
+        }
+        run::check(&mut command)?;
+        Ok(directory.join(TARGET).join("policy"))
+    }
+}
+
+fn rustup_target() -> bool {
+    let installed = || {
+        let libraries = run::read(Command::new("rustc").args(["--print", "target-libdir", "--target", TARGET]).current_dir(paths::root()));
+        libraries.is_ok_and(|path| Path::new(path.trim()).is_dir())
+    };
+    installed() || (run::works(Command::new("rustup").args(["target", "add", TARGET]).current_dir(paths::root())) && installed())
+}
+
+fn debian() -> Result<Toolchain> {
+    if wasm_ld().is_none() || !Path::new("/usr/bin/cargo").exists() || !Path::new("/usr/lib/rustlib/src").exists() {
+        system::install(&["rustc-web", "cargo-web", "rust-web-src", "lld-22"], "building policies without rustup's wasm target")?;
+    }
+    Ok(Toolchain::Debian)
+}
+
+fn wasm_ld() -> Option<PathBuf> {
+    let names = ["/usr/bin/wasm-ld", "/usr/bin/wasm-ld-22", "/usr/lib/llvm-22/bin/wasm-ld"];
+    names.into_iter().map(PathBuf::from).find(|path| path.exists())
+}
+
+fn debian_cargo() -> Result<Command> {
+    let Some(linker) = wasm_ld() else { bail!("wasm-ld is not there after installing lld-22; install any wasm-ld as /usr/bin/wasm-ld") };
+    let mut command = Command::new("/usr/bin/cargo");
+    command
+        .current_dir(paths::root())
+        // Debian's compiler finds its own parts only if nothing points it to rustup's.
+        .env("PATH", format!("/usr/bin:{}", env::var("PATH").unwrap_or_default()))
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env_remove("RUSTC")
+        .env_remove("CARGO")
+        .env_remove("LD_LIBRARY_PATH")
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", linker)
+        .arg("-Zbuild-std=std,panic_abort");
+    Ok(command)
+}
