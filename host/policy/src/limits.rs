@@ -12,7 +12,8 @@ pub struct Limits {
     pub decision_fuel: u64,
     /// Fuel of `configure` and `settings-schema`, which run once and parse JSON.
     pub setup_fuel: u64,
-    /// Backstop for what fuel does not count (bulk memory instructions): a call ends between this and a tick more.
+    /// Backstop for what fuel does not count, a host call that takes long or a thread that is pre-empted: a call ends
+    /// between this and a tick more. (Bulk memory instructions cost fuel by their length.)
     pub backstop: Duration,
     /// Linear memory of one instance.
     pub memory_bytes: usize,

@@ -97,7 +97,7 @@ fn config(limits: &Limits, cache: Option<&Path>, pooling: bool) -> Result<Config
     let mut config = Config::new();
     // Fuel is the bound on work: deterministic, so a decision ends at the same instruction here and in a replay.
     config.consume_fuel(true);
-    // The backstop, for what fuel does not count.
+    // The backstop, see `Limits::backstop`.
     config.epoch_interruption(true);
     config.max_wasm_stack(limits.stack_bytes);
     // Decisions are synchronous calls on the request's task; without this, stores set up for async guests.

@@ -90,7 +90,7 @@ fn each_misbehaviour_has_its_own_cause_and_the_next_call_works() {
         ("loop", FaultCause::Fuel),
         ("memory", FaultCause::Memory),
         ("recursion", FaultCause::Stack),
-        ("bulk", FaultCause::HostStall),
+        ("bulk", FaultCause::Fuel),
         ("host-calls", FaultCause::HostBytes),
         ("out-of-range", FaultCause::Answer("answer-out-of-range")),
         ("duplicate", FaultCause::Answer("answer-duplicate")),

@@ -28,7 +28,7 @@ pub enum Mode {
     Memory,
     /// Recursion without end.
     Recursion,
-    /// Bulk memory writes, which cost little fuel.
+    /// Bulk memory writes: few instructions, much work.
     Bulk,
     /// Endless calls of the host.
     HostCalls,
