@@ -1,1 +1,21 @@
-//! One native binary that turns many LLM engines into one service, with its decisions in WebAssembly
+//! The host: wiring, the front door, and a request's life.
+//!
+//! Everything that decides or remembers is a crate of its own; what is here brings them together. Start reading at
+//! [`request`]: one file, top to bottom, from a client's bytes to the engine's last token.
+
+mod admin;
+pub mod cli;
+mod clock;
+mod config;
+mod decode;
+mod door;
+mod error;
+mod meters;
+mod observe;
+mod policies;
+mod relay;
+mod request;
+mod roster;
+mod serve;
+mod tasks;
+mod telemetry;

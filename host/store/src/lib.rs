@@ -1,1 +1,300 @@
-//! Durable state
+//! Durable state: which policies a host's slots hold, and the components themselves.
+//!
+//! Contract: what a method has returned is on disk. Components lie beside the database as plain files named by their
+//! digest, so that an operator can look at them and a damaged one is found by its name; whoever reads one compares
+//! its digest. One process at a time owns a directory.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{self, Write},
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
+
+use dynamo_host_core::SlotName;
+use serde::{Deserialize, Serialize};
+
+/// Pages that sled keeps in memory: the state is a few kilobytes.
+const CACHE_BYTES: u64 = 4 << 20;
+
+/// Counts changes, in the database and in a file of this name. sled opens a damaged database as an older or empty one
+/// without a word; if it is behind the file, something that was acknowledged is missing.
+const GENERATION: &str = "generation";
+
+/// State that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process has it.
+    #[error("state directory {path:?} is in use by another process; stop that, or give this host another --state-dir")]
+    InUse {
+        /// Which.
+        path: PathBuf,
+    },
+    /// It cannot be opened.
+    #[error("state directory {path:?} cannot be read: {reason}; restore it from a backup, or move it away to start without state")]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// What the database or the system said.
+        reason: String,
+    },
+    /// A record is not what it should be.
+    #[error("the state of slot {slot} in {path:?} cannot be read: {reason}; activate a policy to write it anew")]
+    Record {
+        /// Which directory.
+        path: PathBuf,
+        /// Which slot.
+        slot: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A component is not there.
+    #[error("policy component {path:?} cannot be read: {reason}; activate the policy again")]
+    Component {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// It could not be written.
+    #[error("state directory {path:?} cannot be written: {reason}; nothing was changed")]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// What a slot held.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlotRecord {
+    /// Policies, oldest first; the last is active. `None` is the native fallback.
+    pub versions: Vec<Option<VersionRecord>>,
+    /// What the start-up configuration asked for when it last decided the slot.
+    pub seed: Option<VersionRecord>,
+}
+
+/// A policy with its settings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VersionRecord {
+    /// `name@version`, for people.
+    pub policy: String,
+    /// Digest of the component, which names its file.
+    pub digest: String,
+    /// Settings, a JSON object.
+    pub settings: String,
+}
+
+/// A host's state directory.
+#[derive(Debug)]
+pub struct Store {
+    db: sled::Db,
+    path: PathBuf,
+}
+
+impl Store {
+    /// Opens a directory, or makes it.
+    ///
+    /// # Errors
+    /// If another process has it, or it cannot be read.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed = |reason: String| StoreError::Open { path: path.to_owned(), reason };
+        fs::create_dir_all(components(path)).map_err(|error| failed(error.to_string()))?;
+        let config = sled::Config::new().path(path.join("state")).cache_capacity(CACHE_BYTES).flush_every_ms(None);
+        // sled panics on some kinds of damage where it should return an error.
+        match catch_unwind(AssertUnwindSafe(|| config.open())) {
+            Ok(Ok(db)) => {
+                let store = Self { db, path: path.to_owned() };
+                let (found, acknowledged) = (store.generation(), store.acknowledged());
+                if found < acknowledged {
+                    return Err(failed(format!("the database is damaged: it knows {found} changes of {acknowledged}")));
+                }
+                Ok(store)
+            }
+            Ok(Err(sled::Error::Io(error))) if is_locked(&error) => Err(StoreError::InUse { path: path.to_owned() }),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(_) => Err(failed("the database is damaged".to_owned())),
+        }
+    }
+
+    /// What a slot held.
+    ///
+    /// # Errors
+    /// If its record cannot be read.
+    pub fn slot(&self, slot: &SlotName) -> Result<Option<SlotRecord>, StoreError> {
+        let failed = |reason: String| StoreError::Record { path: self.path.clone(), slot: slot.to_string(), reason };
+        let Some(bytes) = self.db.get(key(slot)).map_err(|error| failed(error.to_string()))? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| failed(error.to_string()))
+    }
+
+    /// Keeps what a slot holds, and lets go of components that no version needs any more.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn put_slot(&self, slot: &SlotName, record: &SlotRecord) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(record).map_err(|error| self.unwritten(&error))?;
+        let generation = self.generation() + 1;
+        let mut batch = sled::Batch::default();
+        batch.insert(key(slot).as_str(), bytes);
+        batch.insert(GENERATION, &generation.to_le_bytes());
+        self.db.apply_batch(batch).map_err(|error| self.unwritten(&error))?;
+        self.db.flush().map_err(|error| self.unwritten(&error))?;
+        write_whole(&self.path.join(GENERATION), generation.to_string().as_bytes()).map_err(|error| self.unwritten(&error))?;
+        self.collect();
+        Ok(())
+    }
+
+    /// Changes that the database knows.
+    fn generation(&self) -> u64 {
+        let stored = self.db.get(GENERATION).ok().flatten();
+        stored.and_then(|bytes| bytes.as_ref().try_into().ok()).map_or(0, u64::from_le_bytes)
+    }
+
+    /// Changes that were acknowledged.
+    fn acknowledged(&self) -> u64 {
+        fs::read_to_string(self.path.join(GENERATION)).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// Keeps a component.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn put_component(&self, digest: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        write_whole(&self.component_path(digest), bytes).map_err(|error| self.unwritten(&error))
+    }
+
+    /// A component's bytes, as they lie there.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn component(&self, digest: &str) -> Result<Vec<u8>, StoreError> {
+        let path = self.component_path(digest);
+        fs::read(&path).map_err(|error| StoreError::Component { reason: error.to_string(), path })
+    }
+
+    /// Where a component lies.
+    #[must_use]
+    pub fn component_path(&self, digest: &str) -> PathBuf {
+        components(&self.path).join(format!("{digest}.wasm"))
+    }
+
+    /// Removes components that no slot names. What fails is tried again at the next change.
+    fn collect(&self) {
+        let mut needed = BTreeSet::new();
+        for value in self.db.scan_prefix("slot/").values() {
+            let Some(record) = value.ok().and_then(|bytes| serde_json::from_slice::<SlotRecord>(&bytes).ok()) else { return };
+            needed.extend(record.versions.into_iter().flatten().map(|version| format!("{}.wasm", version.digest)));
+        }
+        let Ok(files) = fs::read_dir(components(&self.path)) else { return };
+        for file in files.flatten() {
+            if !file.file_name().to_str().is_some_and(|name| needed.contains(name)) {
+                let _ = fs::remove_file(file.path());
+            }
+        }
+    }
+
+    fn unwritten(&self, error: &dyn std::error::Error) -> StoreError {
+        StoreError::Write { path: self.path.clone(), reason: error.to_string() }
+    }
+}
+
+/// Writes a file so that after a crash it is there whole, or as it was.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("partial");
+    let mut file = File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+}
+
+fn components(path: &Path) -> PathBuf {
+    path.join("policies")
+}
+
+fn key(slot: &SlotName) -> String {
+    format!("slot/{slot}")
+}
+
+fn is_locked(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || error.to_string().contains("could not acquire lock")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(digest: &str) -> Option<VersionRecord> {
+        Some(VersionRecord { policy: "p@1".to_owned(), digest: digest.to_owned(), settings: "{}".to_owned() })
+    }
+
+    fn record(digests: &[&str]) -> SlotRecord {
+        SlotRecord { versions: digests.iter().map(|digest| version(digest)).collect(), seed: None }
+    }
+
+    #[test]
+    fn a_slot_is_there_after_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        assert_eq!(store.slot(&SlotName::ROUTING).unwrap(), None);
+        store.put_component("aa", b"bytes").unwrap();
+        store.put_slot(&SlotName::ROUTING, &record(&["aa"])).unwrap();
+        drop(store);
+        let store = Store::open(directory.path()).unwrap();
+        assert_eq!(store.slot(&SlotName::ROUTING).unwrap(), Some(record(&["aa"])));
+        assert_eq!(store.component("aa").unwrap(), b"bytes");
+    }
+
+    #[test]
+    fn components_that_nothing_needs_are_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        for digest in ["aa", "bb"] {
+            store.put_component(digest, b"x").unwrap();
+        }
+        store.put_slot(&SlotName::ROUTING, &record(&["bb"])).unwrap();
+        assert!(store.component("aa").unwrap_err().to_string().contains("activate the policy again"));
+        store.component("bb").unwrap();
+    }
+
+    #[test]
+    fn a_second_process_is_told_that_the_directory_is_in_use() {
+        let directory = tempfile::tempdir().unwrap();
+        let _first = Store::open(directory.path()).unwrap();
+        assert!(matches!(Store::open(directory.path()), Err(StoreError::InUse { .. })));
+    }
+
+    #[test]
+    fn a_record_of_another_shape_is_an_error_not_a_panic() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.db.insert(key(&SlotName::ROUTING), b"{\"versions\":7}").unwrap();
+        let error = store.slot(&SlotName::ROUTING).unwrap_err().to_string();
+        assert!(error.contains("slot routing") && error.contains("activate a policy"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_database_is_an_error_not_a_panic_and_not_an_empty_state() {
+        for file in ["db", "conf"] {
+            for damage in [&b"garbage"[..], b""] {
+                let directory = tempfile::tempdir().unwrap();
+                let store = Store::open(directory.path()).unwrap();
+                store.put_slot(&SlotName::ROUTING, &record(&["aa"])).unwrap();
+                drop(store);
+                fs::write(directory.path().join("state").join(file), damage).unwrap();
+                // sled can do without some of its files: then all must be there.
+                match Store::open(directory.path()) {
+                    Ok(store) => assert_eq!(store.slot(&SlotName::ROUTING).unwrap(), Some(record(&["aa"])), "{file}"),
+                    Err(error) => {
+                        let error = error.to_string();
+                        assert!(error.contains("cannot be read") && error.contains("move it away"), "{file}: {error}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -86,7 +86,8 @@ pub enum ProfileError {
     },
     /// The longest sequence does not fit.
     #[error(
-        "kv_blocks={kv_blocks} of {block_size} tokens cannot hold max_model_len={max_model_len} tokens; raise kv_blocks or lower max_model_len"
+        "kv_blocks={kv_blocks} of {block_size} tokens cannot hold max_model_len={max_model_len} tokens; \
+         raise kv_blocks or lower max_model_len"
     )]
     KvTooSmall {
         /// Blocks.
@@ -98,7 +99,8 @@ pub enum ProfileError {
     },
     /// A step could not hold a token of each running sequence.
     #[error(
-        "max_num_batched_tokens={max_num_batched_tokens} is below max_num_seqs={max_num_seqs}; a step must hold a token of each running sequence"
+        "max_num_batched_tokens={max_num_batched_tokens} is below max_num_seqs={max_num_seqs}; \
+         a step must hold a token of each running sequence"
     )]
     StepTooSmall {
         /// Tokens per step.

@@ -34,10 +34,11 @@ pub(super) fn render(snapshot: &Snapshot, options: &MockOptions) -> String {
     page.histogram("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", &stats.e2e_latency);
     page.histogram("request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", &stats.queue_time);
     let (block_size, blocks) = (options.profile.block_size, options.profile.kv_blocks);
-    let cache =
-        format!("block_size=\"{block_size}\",cache_dtype=\"auto\",enable_prefix_caching=\"True\",num_gpu_blocks=\"{blocks}\",");
     page.head("cache_config_info", "Information of the LLMEngine CacheConfig", "gauge");
-    page.sample("cache_config_info", &cache, 1.0);
+    page.line(format_args!(
+        "vllm:cache_config_info{{block_size=\"{block_size}\",cache_dtype=\"auto\",enable_prefix_caching=\"True\",\
+         engine=\"0\",num_gpu_blocks=\"{blocks}\"}} 1.0"
+    ));
     page.text
 }
 

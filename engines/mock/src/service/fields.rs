@@ -142,7 +142,8 @@ fn json_invalid(body: &[u8], error: &serde_json::Error) -> ApiError {
     let place = format!("body.{position}");
     let words = python(&Value::from(words));
     let error = format!(
-        "{{'type': 'json_invalid', 'loc': '{place}', 'msg': 'JSON decode error', 'input': '<dict of 0 items>', 'ctx': {{'error': {words}}}}}"
+        "{{'type': 'json_invalid', 'loc': '{place}', 'msg': 'JSON decode error', \
+         'input': '<dict of 0 items>', 'ctx': {{'error': {words}}}}}"
     );
     ApiError::invalid(place, &[error])
 }

@@ -89,23 +89,8 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
     let salt = fields.string("cache_salt").map_or(0, |salt| xxh3_64(salt.as_bytes()));
     fields.finish()?;
 
-    if let Some(model) = model.filter(|model| !model.is_empty() && *model != options.model) {
-        return Err(ApiError::unknown_model(&model, &options.model));
-    }
-    if let Some(temperature) = temperature.filter(|&temperature| temperature < 0.0) {
-        let value = format!("{temperature:?}");
-        return Err(ApiError::bad_value("temperature", &value, &format!("temperature must be non-negative, got {value}.")));
-    }
-    if n < 1 {
-        return Err(ApiError::bad_value("n", n, &format!("n must be at least 1, got {n}.")));
-    }
-    if n > 1 && temperature == Some(0.0) {
-        return Err(ApiError::bad_request(None, format!("n must be 1 when using greedy sampling, got {n}.")));
-    }
-    let n = usize::try_from(n).unwrap_or(usize::MAX);
-    if n.saturating_mul(prompts.len()) > MAX_CHOICES {
-        return Err(ApiError::bad_value("n", n, &format!("n times the number of prompts must be at most {MAX_CHOICES}.")));
-    }
+    check_model(model, options)?;
+    let n = check_sampling(n, temperature, prompts.len())?;
     let default = match endpoint {
         Endpoint::ChatCompletions => (options.chat_tokens, FinishReason::Stop),
         Endpoint::Completions => (COMPLETION_TOKENS, FinishReason::Length),
@@ -136,10 +121,35 @@ pub(crate) fn decode_tokenize(body: &[u8], options: &MockOptions) -> Result<Vec<
         None => messages(&mut fields).unwrap_or_default(),
     };
     fields.finish()?;
-    match model.filter(|model| *model != options.model) {
+    check_model(model, options)?;
+    Ok(ids)
+}
+
+/// A request without a model gets the one that there is.
+fn check_model(model: Option<String>, options: &MockOptions) -> Result<(), ApiError> {
+    match model.filter(|model| !model.is_empty() && *model != options.model) {
         Some(model) => Err(ApiError::unknown_model(&model, &options.model)),
-        None => Ok(ids),
+        None => Ok(()),
     }
+}
+
+/// Returns the choices of one prompt.
+fn check_sampling(n: i64, temperature: Option<f64>, prompts: usize) -> Result<usize, ApiError> {
+    if let Some(temperature) = temperature.filter(|&temperature| temperature < 0.0) {
+        let value = format!("{temperature:?}");
+        return Err(ApiError::bad_value("temperature", &value, &format!("temperature must be non-negative, got {value}.")));
+    }
+    if n < 1 {
+        return Err(ApiError::bad_value("n", n, &format!("n must be at least 1, got {n}.")));
+    }
+    if n > 1 && temperature == Some(0.0) {
+        return Err(ApiError::bad_request(None, format!("n must be 1 when using greedy sampling, got {n}.")));
+    }
+    let n = usize::try_from(n).unwrap_or(usize::MAX);
+    if n.saturating_mul(prompts) > MAX_CHOICES {
+        return Err(ApiError::bad_value("n", n, &format!("n times the number of prompts must be at most {MAX_CHOICES}.")));
+    }
+    Ok(n)
 }
 
 /// How long a prompt's output is, and how it ends.
@@ -159,7 +169,8 @@ fn choice(
         Some(room) => room,
         None => {
             let message = format!(
-                "{context}your prompt contains {input} input tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+                "{context}your prompt contains {input} input tokens, which exceeds this limit even without any output tokens. \
+                 Please reduce the length of the input prompt."
             );
             return Err(ApiError::bad_value("input_tokens", input, &message));
         }
@@ -181,7 +192,9 @@ fn choice(
     if output_tokens == 0 || output_tokens > room {
         let total = input + output_tokens.max(1) as usize;
         let message = format!(
-            "{context}you requested {output_tokens} output tokens and your prompt contains at least {input} input tokens, for a total of at least {total} tokens. Please reduce the length of the input prompt or the number of requested output tokens."
+            "{context}you requested {output_tokens} output tokens and your prompt contains at least {input} input tokens, \
+             for a total of at least {total} tokens. \
+             Please reduce the length of the input prompt or the number of requested output tokens."
         );
         return Err(ApiError::bad_value("input_tokens", input, &message));
     }
@@ -197,6 +210,9 @@ fn choice(
 /// The stop string that an output of `limit` tokens meets first: where it begins, itself, and the tokens up to
 /// the one that completes it.
 fn first_stop(limit: u32, stops: &[String]) -> Option<(usize, &str, u32)> {
+    if stops.is_empty() {
+        return None;
+    }
     let mut text = String::new();
     for index in 0..limit {
         let known = text.len();
@@ -209,9 +225,6 @@ fn first_stop(limit: u32, stops: &[String]) -> Option<(usize, &str, u32)> {
         let met = stops.iter().filter_map(|stop| begins(stop).map(|at| (at, stop.as_str()))).min_by_key(|&(at, _)| at);
         if let Some((at, stop)) = met {
             return Some((at, stop, index + 1));
-        }
-        if stops.is_empty() {
-            return None;
         }
     }
     None

@@ -1,0 +1,135 @@
+//! The admin API, on a listener of its own: slots, their policies, and the host's status.
+//!
+//! Whoever reaches it controls the host: it listens on loopback only, or demands a bearer token.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, Path, Query, Request, State},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post, put},
+};
+use bytes::Bytes;
+use dynamo_host_core::{SlotName, slot::SlotNameError};
+use http::{StatusCode, header::AUTHORIZATION};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::{
+    policies::{ChangeError, Policies},
+    roster::Roster,
+};
+
+/// Bytes that a component may have here; the policy host's own bound, which is lower, has the better words.
+const MAX_BODY_BYTES: usize = 64 << 20;
+
+#[derive(Clone)]
+pub(crate) struct Admin {
+    pub(crate) policies: Arc<Policies>,
+    pub(crate) roster: Arc<Roster>,
+    pub(crate) started: Instant,
+    pub(crate) token: Option<Arc<str>>,
+    pub(crate) prometheus: PrometheusHandle,
+}
+
+/// The admin API's paths.
+pub(crate) fn router(admin: Admin) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/slots", get(slots))
+        .route("/v1/slots/{slot}/policy", put(activate).delete(activate_native))
+        .route("/v1/slots/{slot}/rollback", post(rollback))
+        .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
+        .fallback(|request: Request| async move {
+            let message = format!("there is no {} {} here; see dynamo-host policy --help", request.method(), request.uri().path());
+            refusal(StatusCode::NOT_FOUND, "not_found", &message)
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(middleware::from_fn_with_state(admin.clone(), authorize))
+        .with_state(admin)
+}
+
+async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+    let Some(token) = &admin.token else { return next.run(request).await };
+    let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    if given.is_some_and(|given| is_same(given.as_bytes(), token.as_bytes())) {
+        return next.run(request).await;
+    }
+    refusal(StatusCode::UNAUTHORIZED, "unauthorized", "send the admin token as `authorization: Bearer …` (--token)")
+}
+
+/// Compares in time that does not depend on where the two differ.
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+}
+
+async fn status(State(admin): State<Admin>) -> Response {
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_s": admin.started.elapsed().as_secs(),
+        "workers": admin.roster.report(),
+        "slots": admin.policies.reports(),
+    }))
+    .into_response()
+}
+
+async fn slots(State(admin): State<Admin>) -> Response {
+    Json(json!({ "slots": admin.policies.reports() })).into_response()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ActivateQuery {
+    #[serde(default)]
+    settings: Option<String>,
+}
+
+async fn activate(
+    State(admin): State<Admin>,
+    Path(slot): Path<String>,
+    Query(query): Query<ActivateQuery>,
+    body: Bytes,
+) -> Result<Response, AdminError> {
+    let settings = query.settings.unwrap_or_else(|| "{}".to_owned());
+    let change = admin.policies.activate(&slot.parse()?, Some((body.to_vec(), settings))).await?;
+    Ok(Json(change).into_response())
+}
+
+async fn activate_native(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
+    Ok(Json(admin.policies.activate(&slot.parse()?, None).await?).into_response())
+}
+
+async fn rollback(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
+    let slot: SlotName = slot.parse()?;
+    Ok(Json(admin.policies.rollback(&slot).await?).into_response())
+}
+
+/// What the admin API refuses.
+#[derive(Debug, thiserror::Error)]
+enum AdminError {
+    #[error("{0}")]
+    Slot(#[from] SlotNameError),
+    #[error("{0}")]
+    Change(#[from] ChangeError),
+}
+
+impl IntoResponse for AdminError {
+    fn into_response(self) -> Response {
+        let (status, code) = match &self {
+            Self::Slot(_) | Self::Change(ChangeError::NoSlot { .. }) => (StatusCode::NOT_FOUND, "no-slot"),
+            Self::Change(ChangeError::Load(error)) => (StatusCode::UNPROCESSABLE_ENTITY, error.cause()),
+            Self::Change(ChangeError::NoHistory { .. }) => (StatusCode::CONFLICT, "no-history"),
+            Self::Change(ChangeError::Store(_) | ChangeError::StateBroken { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "state"),
+            Self::Change(ChangeError::Panicked(_)) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        };
+        tracing::warn!(code, "refused: {self}");
+        refusal(status, code, &self.to_string())
+    }
+}
+
+fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
+    (status, Json(json!({ "error": { "code": code, "message": message } }))).into_response()
+}

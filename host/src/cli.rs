@@ -1,0 +1,187 @@
+//! The command line: what can be typed, and which exit code comes of it.
+//!
+//! 0: done. 1: the command failed, with one message on stderr. 2: it could not begin: flags, configuration, addresses.
+
+mod admin;
+mod mock;
+mod policy;
+
+use std::{fmt::Display, net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::{
+    config::{Config, ServeFlags},
+    serve,
+};
+
+/// Many LLM engines as one service, with its decisions in WebAssembly.
+#[derive(Parser)]
+#[command(name = "dynamo-host", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve: a front door over workers, routed by a policy
+    Serve(Box<ServeFlags>),
+    /// Activate, list, roll back, check or measure policies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// What a running host is doing
+    Status {
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// An engine without a GPU: vLLM's endpoints over a model of an engine
+    MockEngine(MockFlags),
+}
+
+#[derive(Subcommand)]
+enum PolicyCommand {
+    /// Make a component decide in a slot of a running host, from the next request on
+    Activate {
+        /// Where it decides: routing
+        slot: String,
+        /// The component, or `native` for the built-in fallback
+        file: String,
+        /// Its settings: JSON, or @FILE
+        #[arg(long, value_name = "JSON|@FILE")]
+        settings: Option<String>,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Go back to what decided before
+    Rollback {
+        /// Where: routing
+        slot: String,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Slots, their policies, and what went wrong with them
+    List {
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Load a component as a host would, without a host, and say what it is
+    Check {
+        /// The component
+        file: PathBuf,
+        /// Its settings: JSON, or @FILE
+        #[arg(long, value_name = "JSON|@FILE")]
+        settings: Option<String>,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Measure a component's decisions, beside the native fallback's
+    Bench {
+        /// The component
+        file: PathBuf,
+        /// Its settings: JSON, or @FILE
+        #[arg(long, value_name = "JSON|@FILE")]
+        settings: Option<String>,
+        /// Numbers of candidates
+        #[arg(long, value_delimiter = ',', value_name = "N,…", default_values_t = [4, 64, 1024, 10_000],
+            value_parser = clap::value_parser!(u32).range(1..=100_000))]
+        candidates: Vec<u32>,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+}
+
+#[derive(clap::Args)]
+struct AdminFlags {
+    /// URL of the host's admin API
+    #[arg(long, value_name = "URL", env = "DYNAMO_HOST_ADMIN", default_value = "http://127.0.0.1:8081")]
+    admin: String,
+    /// Its token, if it demands one
+    #[arg(long, value_name = "TOKEN", env = "DYNAMO_HOST_ADMIN_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+}
+
+#[derive(clap::Args, Clone, Copy)]
+struct OutputFlags {
+    /// How to print the result
+    #[arg(long, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// For tools.
+    Json,
+}
+
+#[derive(clap::Args)]
+struct MockFlags {
+    /// Address to listen on, port 0 for any free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    http: SocketAddr,
+    /// Name of the model that it serves
+    #[arg(long, value_name = "NAME", default_value = "mock")]
+    model: String,
+    /// A property of the engine, such as speedup=10 or kv_blocks=4096; may be repeated
+    #[arg(long = "profile", value_name = "KEY=VALUE")]
+    profile: Vec<String>,
+}
+
+/// Runs what the command line says.
+#[must_use]
+pub fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Serve(flags) => match Config::resolve(*flags) {
+            Ok(config) => exit(2, run(true, serve::run(config))),
+            Err(error) => exit(2, Err(error)),
+        },
+        Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
+        Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
+        Command::Policy(command) => match command {
+            PolicyCommand::Activate { slot, file, settings, admin, output } => {
+                exit(1, run(false, admin::activate(&slot, &file, settings.as_deref(), &admin, output.output)))
+            }
+            PolicyCommand::Rollback { slot, admin, output } => exit(1, run(false, admin::rollback(&slot, &admin, output.output))),
+            PolicyCommand::List { admin, output } => exit(1, run(false, admin::list(&admin, output.output))),
+            PolicyCommand::Check { file, settings, output } => exit(1, policy::check(&file, settings.as_deref(), output.output)),
+            PolicyCommand::Bench { file, settings, candidates, output } => {
+                exit(1, policy::bench(&file, settings.as_deref(), &candidates, output.output))
+            }
+        },
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "a command's error is for the person at the terminal")]
+fn exit<E: Display>(code: u8, result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Runs asynchronous work: a server on all cores, a client on this thread.
+fn run<T, E>(is_server: bool, work: impl Future<Output = Result<T, E>>) -> Result<T, String>
+where
+    E: Display,
+{
+    let mut builder =
+        if is_server { tokio::runtime::Builder::new_multi_thread() } else { tokio::runtime::Builder::new_current_thread() };
+    let runtime = builder.enable_all().build().map_err(|error| format!("the async runtime cannot start: {error}"))?;
+    let result = runtime.block_on(work).map_err(|error| error.to_string());
+    // What still runs after the drain has had its time.
+    runtime.shutdown_background();
+    result
+}

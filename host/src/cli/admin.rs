@@ -1,0 +1,157 @@
+//! Commands that talk to a running host's admin API.
+#![allow(clippy::print_stdout)]
+
+use std::{fs, time::Duration};
+
+use bytes::Bytes;
+use http::{Method, Request, Uri, header::AUTHORIZATION};
+use http_body_util::{BodyExt, Full};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use serde_json::Value;
+
+use super::{AdminFlags, Output};
+use crate::config::read_settings;
+
+/// Compiling a large policy takes seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(super) async fn activate(slot: &str, file: &str, settings: Option<&str>, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let settings = settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
+    let path = format!("/v1/slots/{slot}/policy");
+    let change = if file == "native" {
+        if settings.is_some() {
+            return Err("the native fallback takes no --settings".to_owned());
+        }
+        call(admin, Method::DELETE, &path, Bytes::new()).await?
+    } else {
+        let component = fs::read(file).map_err(|error| format!("{file}: {error}"))?;
+        let query: String = form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(settings.map(|settings| ("settings", settings)))
+            .finish();
+        call(admin, Method::PUT, &format!("{path}?{query}"), component.into()).await.map_err(|error| format!("{file}: {error}"))?
+    };
+    print_change(&change, output);
+    Ok(())
+}
+
+pub(super) async fn rollback(slot: &str, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let change = call(admin, Method::POST, &format!("/v1/slots/{slot}/rollback"), Bytes::new()).await?;
+    print_change(&change, output);
+    Ok(())
+}
+
+pub(super) async fn list(admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let answer = call(admin, Method::GET, "/v1/slots", Bytes::new()).await?;
+    if output == Output::Json {
+        println!("{answer:#}");
+    } else {
+        print_slots(&answer);
+    }
+    Ok(())
+}
+
+pub(super) async fn status(admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let answer = call(admin, Method::GET, "/v1/status", Bytes::new()).await?;
+    if output == Output::Json {
+        println!("{answer:#}");
+        return Ok(());
+    }
+    println!("dynamo-host {}, up {} s", text(&answer["version"]), answer["uptime_s"]);
+    print_slots(&answer);
+    println!("{:<24} {:<20} {:<12} {:>7} {:>9}  trouble", "worker", "model", "state", "active", "served");
+    for worker in list_of(&answer["workers"]) {
+        println!(
+            "{:<24} {:<20} {:<12} {:>7} {:>9}  {}",
+            text(&worker["name"]),
+            text(&worker["model"]),
+            text(&worker["state"]),
+            worker["active_requests"],
+            worker["served"],
+            text(&worker["trouble"])
+        );
+    }
+    Ok(())
+}
+
+fn print_change(change: &Value, output: Output) {
+    if output == Output::Json {
+        println!("{change:#}");
+        return;
+    }
+    println!(
+        "{}: {} is active (loaded in {:.1} ms, stored in {:.1} ms, swapped in {:.1} µs)",
+        text(&change["slot"]),
+        describe(&change["active"]),
+        change["load_ms"].as_f64().unwrap_or_default(),
+        change["store_ms"].as_f64().unwrap_or_default(),
+        change["swap_us"].as_f64().unwrap_or_default()
+    );
+}
+
+fn print_slots(answer: &Value) {
+    for slot in list_of(&answer["slots"]) {
+        print_version(&text(&slot["slot"]), "active", &slot["active"]);
+        for previous in list_of(&slot["previous"]) {
+            print_version("", "before", previous);
+        }
+    }
+}
+
+fn print_version(slot: &str, role: &str, version: &Value) {
+    println!("{slot:<10} {role:<8} {:<40} {} calls", describe(version), version["calls"]);
+    if let Some(settings) = version["settings"].as_object().filter(|settings| !settings.is_empty()) {
+        println!("{:<20}settings {}", "", Value::Object(settings.clone()));
+    }
+    for (cause, count) in version["fallbacks"].as_object().into_iter().flatten() {
+        println!("{:<20}native decided instead, {cause}: {count}", "");
+    }
+    if let Some(fault) = version["last_fault"].as_str() {
+        println!("{:<20}last fault: {fault}", "");
+    }
+}
+
+fn describe(version: &Value) -> String {
+    match version["digest"].as_str() {
+        Some(digest) => format!("{} ({})", text(&version["policy"]), digest.get(..8).unwrap_or(digest)),
+        None => text(&version["policy"]),
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or("-").to_owned()
+}
+
+fn list_of(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+async fn call(admin: &AdminFlags, method: Method, path: &str, body: Bytes) -> Result<Value, String> {
+    let base = admin.admin.trim_end_matches('/');
+    let uri: Uri = format!("{base}{path}").parse().map_err(|error| format!("--admin {base:?} is not a URL: {error}"))?;
+    if uri.scheme_str() != Some("http") {
+        return Err(format!("--admin {base:?} is not a URL such as http://127.0.0.1:8081"));
+    }
+    let mut request = Request::builder().method(method).uri(uri);
+    if let Some(token) = &admin.token {
+        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+    }
+    let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
+    let client = Client::builder(TokioExecutor::new()).build_http();
+    let exchange = async {
+        let answer = client.request(request).await.map_err(|error| {
+            let source = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            format!("cannot reach the admin API at {base}: {source}; is the host running, and is this its --admin address?")
+        })?;
+        let status = answer.status();
+        let body = answer.into_body().collect().await.map_err(|error| format!("the admin API's answer broke off: {error}"))?.to_bytes();
+        let value: Value = serde_json::from_slice(&body)
+            .map_err(|_| format!("{base} answered {status} with what is not its JSON; is this the --admin address, not the front door?"))?;
+        if status.is_success() {
+            return Ok(value);
+        }
+        Err(value["error"]["message"].as_str().map_or_else(|| format!("the admin API answered {status}"), str::to_owned))
+    };
+    tokio::time::timeout(PATIENCE, exchange).await.unwrap_or_else(|_| {
+        Err(format!("the admin API at {base} did not answer within {} s", PATIENCE.as_secs()))
+    })
+}

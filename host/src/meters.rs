@@ -1,0 +1,113 @@
+//! Metrics: every name with its help text and buckets, in one table, and the handles that requests use.
+
+use std::time::Duration;
+
+use metrics::{Counter, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// Buckets for the host's own work: a decision takes microseconds.
+const MICROSECONDS: &[f64] =
+    &[1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1];
+/// Buckets for what engines take.
+const ENGINE_SECONDS: &[f64] =
+    &[1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7.5e-2, 1e-1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0];
+/// Buckets for fuel.
+const FUEL: &[f64] = &[1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6];
+
+enum Kind {
+    Counter,
+    Gauge,
+    Histogram(&'static [f64]),
+}
+
+/// All metrics: name, kind, help.
+const METRICS: &[(&str, Kind, &str)] = &[
+    ("dynamo_host_requests_total", Kind::Counter, "Requests by endpoint, model and HTTP status; 499: the client left first"),
+    ("dynamo_host_errors_total", Kind::Counter, "Errors by kind, those inside started streams included"),
+    ("dynamo_host_requests_in_flight", Kind::Gauge, "Requests being served"),
+    ("dynamo_host_time_to_first_token_seconds", Kind::Histogram(ENGINE_SECONDS), "From accepting a request to its first token"),
+    ("dynamo_host_inter_token_latency_seconds", Kind::Histogram(ENGINE_SECONDS), "Time between tokens of a stream"),
+    ("dynamo_host_request_seconds", Kind::Histogram(ENGINE_SECONDS), "From accepting a request to the end of its answer"),
+    ("dynamo_host_prompt_tokens_total", Kind::Counter, "Prompt tokens, as engines count them where they say, else estimated"),
+    ("dynamo_host_output_tokens_total", Kind::Counter, "Output tokens, as engines count them where they say, else by deltas"),
+    (
+        "dynamo_host_stage_seconds",
+        Kind::Histogram(MICROSECONDS),
+        "The host's own overhead by stage: decode, route, dispatch (all until the engine is asked), relay (per chunk)",
+    ),
+    ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
+    ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
+    ("dynamo_host_worker_requests_total", Kind::Counter, "Requests that a worker was given"),
+    ("dynamo_host_policy_calls_total", Kind::Counter, "Decisions asked of a policy"),
+    ("dynamo_host_policy_call_seconds", Kind::Histogram(MICROSECONDS), "Time of one policy call"),
+    ("dynamo_host_policy_call_fuel", Kind::Histogram(FUEL), "Fuel of one policy call"),
+    ("dynamo_host_policy_fallbacks_total", Kind::Counter, "Decisions that the native fallback made instead of a policy, by cause"),
+    ("dynamo_host_policy_load_failures_total", Kind::Counter, "Components that were refused, by cause"),
+    ("dynamo_host_policy_swaps_total", Kind::Counter, "Changes of a slot's policy"),
+    ("dynamo_host_policy_swap_seconds", Kind::Histogram(MICROSECONDS), "Time of the swap itself, after loading"),
+    ("dynamo_host_policy_outcomes_dropped_total", Kind::Counter, "Outcomes that did not reach observe, since its queue was full"),
+    ("dynamo_host_policy_telemetry_dropped_total", Kind::Counter, "Log lines and metric updates of policies over their quota"),
+    ("dynamo_host_policy_counter_total", Kind::Counter, "Counters that policies keep, by policy and name"),
+    ("dynamo_host_policy_gauge", Kind::Gauge, "Gauges that policies keep, by policy and name"),
+    ("dynamo_host_task_panics_total", Kind::Counter, "Background tasks that panicked"),
+];
+
+/// How often histograms fold their samples: between scrapes they would only grow.
+pub(crate) const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Installs the exporter of this process.
+pub(crate) fn install() -> PrometheusHandle {
+    let mut builder = PrometheusBuilder::new();
+    for (name, kind, _) in METRICS {
+        if let Kind::Histogram(buckets) = kind {
+            builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), buckets).expect("buckets are not empty");
+        }
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    // A second server in one process, as tests may have, goes on with the first's exporter.
+    if metrics::set_global_recorder(recorder).is_ok() {
+        for (name, kind, help) in METRICS {
+            match kind {
+                Kind::Counter => describe_counter!(*name, *help),
+                Kind::Gauge => describe_gauge!(*name, *help),
+                Kind::Histogram(_) if name.ends_with("_seconds") => describe_histogram!(*name, Unit::Seconds, *help),
+                Kind::Histogram(_) => describe_histogram!(*name, *help),
+            }
+        }
+    }
+    handle
+}
+
+/// Handles that every request uses: looked up once.
+#[derive(Clone)]
+pub(crate) struct RequestMeters {
+    pub(crate) in_flight: metrics::Gauge,
+    pub(crate) ttft: Histogram,
+    pub(crate) itl: Histogram,
+    pub(crate) seconds: Histogram,
+    pub(crate) prompt_tokens: Counter,
+    pub(crate) output_tokens: Counter,
+    pub(crate) decode: Histogram,
+    pub(crate) route: Histogram,
+    pub(crate) dispatch: Histogram,
+    pub(crate) relay: Histogram,
+}
+
+impl RequestMeters {
+    pub(crate) fn new() -> Self {
+        let stage = |stage: &'static str| histogram!("dynamo_host_stage_seconds", "stage" => stage);
+        Self {
+            in_flight: gauge!("dynamo_host_requests_in_flight"),
+            ttft: histogram!("dynamo_host_time_to_first_token_seconds"),
+            itl: histogram!("dynamo_host_inter_token_latency_seconds"),
+            seconds: histogram!("dynamo_host_request_seconds"),
+            prompt_tokens: counter!("dynamo_host_prompt_tokens_total"),
+            output_tokens: counter!("dynamo_host_output_tokens_total"),
+            decode: stage("decode"),
+            route: stage("route"),
+            dispatch: stage("dispatch"),
+            relay: stage("relay"),
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Brings outcomes to the policies that placed the requests, in batches, off the request path.
+//!
+//! Bounded: when policies learn more slowly than requests end, outcomes are dropped and counted. They are advice.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use dynamo_host_policy::{OutcomeRow, PolicyVersion};
+use tokio::sync::mpsc;
+
+use crate::tasks;
+
+const QUEUE: usize = 8192;
+const BATCH: usize = 1024;
+const EVERY: Duration = Duration::from_millis(250);
+
+/// Where requests leave their outcomes.
+#[derive(Clone)]
+pub(crate) struct Observer(mpsc::Sender<(Arc<PolicyVersion>, OutcomeRow)>);
+
+impl Observer {
+    pub(crate) fn start() -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        tasks::spawn("observe", deliver(receiver));
+        Self(sender)
+    }
+
+    /// Leaves an outcome for the version that placed the request.
+    pub(crate) fn tell(&self, version: Arc<PolicyVersion>, outcome: OutcomeRow) {
+        if self.0.try_send((version, outcome)).is_err() {
+            metrics::counter!("dynamo_host_policy_outcomes_dropped_total").increment(1);
+        }
+    }
+}
+
+async fn deliver(mut receiver: mpsc::Receiver<(Arc<PolicyVersion>, OutcomeRow)>) {
+    let mut batch = Vec::with_capacity(BATCH);
+    while receiver.recv_many(&mut batch, BATCH).await > 0 {
+        let mut by_version: HashMap<usize, (Arc<PolicyVersion>, Vec<OutcomeRow>)> = HashMap::new();
+        for (version, outcome) in batch.drain(..) {
+            by_version.entry(Arc::as_ptr(&version).addr()).or_insert_with(|| (version, Vec::new())).1.push(outcome);
+        }
+        for (_, (version, outcomes)) in by_version {
+            let learned = tokio::task::spawn_blocking(move || version.observe(outcomes.into()).map_err(|fault| (version, fault)));
+            if let Ok(Err((version, fault))) = learned.await {
+                tracing::warn!(policy = %version.label(), cause = %fault.cause, "policy failed to learn from outcomes: {}", fault.detail);
+            }
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}

@@ -1,0 +1,168 @@
+//! `dynamo-host serve`: wires the parts, prints the listeners, runs until it is told to stop.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, Instant},
+};
+
+use axum::{Router, serve::ListenerExt};
+use dynamo_host_policy::{Limits as PolicyLimits, PolicyRuntime, RuntimeError};
+use tokio::{net::TcpListener, sync::watch};
+
+use crate::{
+    admin::{self, Admin},
+    clock::Clock,
+    config::Config,
+    door, meters,
+    meters::RequestMeters,
+    observe::Observer,
+    policies::Policies,
+    request::Lane,
+    roster::{Roster, RosterError},
+    tasks, telemetry,
+};
+
+/// How long the first probes may delay the start.
+const FIRST_PROBES: Duration = Duration::from_secs(1);
+
+/// Why the host does not run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServeError {
+    #[error("the {what} cannot listen on {address}: {reason}; choose another address with {flag}, port 0 for any free one")]
+    Listen { what: &'static str, address: SocketAddr, flag: &'static str, reason: String },
+    #[error("{0}")]
+    Roster(#[from] RosterError),
+    #[error("{0}")]
+    Sandbox(#[from] RuntimeError),
+    #[error("the {what} failed: {reason}")]
+    Failed { what: &'static str, reason: String },
+}
+
+/// Runs a host until a stop signal.
+pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
+    telemetry::install(config.log, &config.log_level);
+    let prometheus = meters::install();
+    let clock = Clock::start();
+
+    let door_listener = listen("front door", config.http, "--http").await?;
+    let admin_listener = listen("admin API", config.admin, "--admin").await?;
+    let roster = Roster::new(&config.workers, clock, config.limits.max_workers)?;
+    let cache = config.state_dir.as_ref().map(|state| state.join("compiled"));
+    let runtime = match PolicyRuntime::new(PolicyLimits::default(), cache.as_deref()) {
+        // Policies compile more slowly without their cache; that is no reason not to serve.
+        Err(error @ RuntimeError::Cache { .. }) => {
+            tracing::warn!("{error}; policies are compiled anew at each start");
+            PolicyRuntime::new(PolicyLimits::default(), None)?
+        }
+        other => other?,
+    };
+    let policies = {
+        let (state_dir, seed) = (config.state_dir.clone(), config.routing.clone());
+        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), seed.as_ref());
+        let opened = tokio::task::spawn_blocking(open).await;
+        Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })?)
+    };
+    if config.state_dir.is_none() {
+        tracing::info!("no --state-dir: policy changes do not survive a restart");
+    }
+    roster.start(FIRST_PROBES).await;
+
+    let lane = Arc::new(Lane {
+        routing: Arc::clone(policies.routing()),
+        roster: Arc::clone(&roster),
+        clock,
+        limits: config.limits.clone(),
+        meters: RequestMeters::new(),
+        observer: Observer::start(),
+        expose_worker: config.expose_worker,
+        // Another run decides with other seeds.
+        decisions: AtomicU64::new(crate::clock::unix_ms() << 20),
+    });
+    let upkeep = prometheus.clone();
+    tasks::spawn("metrics upkeep", async move {
+        loop {
+            tokio::time::sleep(meters::UPKEEP).await;
+            upkeep.run_upkeep();
+        }
+    });
+    let admin = Admin {
+        policies,
+        roster,
+        started: Instant::now(),
+        token: config.admin_token.as_deref().map(Arc::from),
+        prometheus: prometheus.clone(),
+    };
+
+    announce("front door", &door_listener);
+    announce("admin", &admin_listener);
+    let (stop, stopping) = watch::channel(false);
+    let door = serve_until("front door", door_listener, door::router(lane, prometheus), stopping.clone());
+    let admin = serve_until("admin API", admin_listener, admin::router(admin), stopping);
+    let servers = async { tokio::try_join!(door, admin).map(drop) };
+    tokio::pin!(servers);
+    tokio::select! {
+        ended = &mut servers => return ended,
+        () = stop_signal() => {}
+    }
+    tracing::info!("stopping: no new requests, running ones have {} s", config.limits.drain_s);
+    let _ = stop.send(true);
+    let patience = async {
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(config.limits.drain_s)) => {}
+            () = stop_signal() => {}
+        }
+    };
+    tokio::select! {
+        ended = servers => ended,
+        () = patience => {
+            tracing::warn!("stopped with requests still running");
+            Ok(())
+        }
+    }
+}
+
+/// Binds an address.
+pub(crate) async fn listen(what: &'static str, address: SocketAddr, flag: &'static str) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let reason = match error.kind() {
+            io::ErrorKind::AddrInUse => "the port is in use".to_owned(),
+            io::ErrorKind::PermissionDenied => "this user may not".to_owned(),
+            _ => error.to_string(),
+        };
+        ServeError::Listen { what, address, flag, reason }
+    })
+}
+
+/// Tells people and scripts where a listener is: one line that ends in its URL.
+#[expect(clippy::print_stdout, reason = "the listeners' lines are what stdout is for")]
+pub(crate) fn announce(what: &str, listener: &TcpListener) {
+    if let Ok(address) = listener.local_addr() {
+        println!("{what} listening on http://{address}");
+    }
+}
+
+async fn serve_until(what: &'static str, listener: TcpListener, router: Router, mut stop: watch::Receiver<bool>) -> Result<(), ServeError> {
+    // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
+    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
+    let stopped = async move { drop(stop.wait_for(|stop| *stop).await) };
+    axum::serve(listener, router)
+        .with_graceful_shutdown(stopped)
+        .await
+        .map_err(|error| ServeError::Failed { what, reason: error.to_string() })
+}
+
+/// Resolves at SIGINT or SIGTERM.
+pub(crate) async fn stop_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminate) => {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        Err(_) => drop(tokio::signal::ctrl_c().await),
+    }
+}
