@@ -44,7 +44,8 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/v1/slots/{slot}/rollback", post(rollback))
         .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
         .fallback(|request: Request| async move {
-            let message = format!("there is no {} {} here; see dynamo-host policy --help", request.method(), request.uri().path());
+            let message =
+                format!("there is no {} {} here; see dynamo-host policy --help", request.method(), request.uri().path());
             refusal(StatusCode::NOT_FOUND, "not_found", &message)
         })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

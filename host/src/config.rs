@@ -26,7 +26,9 @@ pub(crate) enum ConfigError {
     File { path: PathBuf, reason: String },
     #[error("--worker {text:?}: {reason}; write URL[,name=…][,model=…][,role=aggregated|prefill|decode][,label.KEY=VALUE]")]
     Worker { text: String, reason: String },
-    #[error("no worker is configured; give --worker URL, for example --worker http://127.0.0.1:8000 or --worker 'mock://a?model=demo'")]
+    #[error(
+        "no worker is configured; give --worker URL, for example --worker http://127.0.0.1:8000 or --worker 'mock://a?model=demo'"
+    )]
     NoWorker,
     #[error("role {role} of worker {name:?} is not served by this release; use aggregated")]
     Role { name: String, role: Role },
@@ -34,7 +36,9 @@ pub(crate) enum ConfigError {
     Settings { origin: &'static str, reason: String },
     #[error("routing settings are given, but no policy; name one with --routing FILE.wasm")]
     SettingsAlone,
-    #[error("admin address {address} can be reached from other machines, and no token is set; set --admin-token, or use 127.0.0.1")]
+    #[error(
+        "admin address {address} can be reached from other machines, and no token is set; set --admin-token, or use 127.0.0.1"
+    )]
     AdminOpen { address: SocketAddr },
     #[error("limits.{key} is 0; use at least 1")]
     Zero { key: &'static str },
@@ -212,10 +216,10 @@ impl Config {
         }
         let settings = match (flags.routing_settings, file.routing.settings) {
             (Some(text), _) => Some(read_settings("--routing-settings", &text)?),
-            (None, Some(table)) => Some(serde_json::to_string(&table).map_err(|error| ConfigError::Settings {
-                origin: "routing.settings",
-                reason: error.to_string(),
-            })?),
+            (None, Some(table)) => Some(
+                serde_json::to_string(&table)
+                    .map_err(|error| ConfigError::Settings { origin: "routing.settings", reason: error.to_string() })?,
+            ),
             (None, None) => None,
         };
         let routing = match (flags.routing.or(file.routing.policy), settings) {
@@ -253,7 +257,8 @@ impl File {
         let text = fs::read_to_string(path)
             .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), reason: error.to_string() })?;
         // toml names line, key, and what is accepted.
-        toml::from_str(&text).map_err(|error| ConfigError::File { path: path.to_owned(), reason: error.to_string().trim_end().to_owned() })
+        toml::from_str(&text)
+            .map_err(|error| ConfigError::File { path: path.to_owned(), reason: error.to_string().trim_end().to_owned() })
     }
 }
 

@@ -64,10 +64,9 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
     let fields: Fields<'_> =
         serde_json::from_str(text).map_err(|error| RequestError::InvalidJson { reason: explain(text, &error) })?;
 
-    let model: String = fields.read("model", "a string naming a model of GET /v1/models")?.ok_or(RequestError::MissingField {
-        field: "model",
-        expected: "name a model of GET /v1/models",
-    })?;
+    let model: String = fields
+        .read("model", "a string naming a model of GET /v1/models")?
+        .ok_or(RequestError::MissingField { field: "model", expected: "name a model of GET /v1/models" })?;
     let stream = fields.read("stream", "true or false")?.unwrap_or(false);
     let prompt = match endpoint {
         Endpoint::ChatCompletions => messages(&fields)?,
@@ -185,8 +184,9 @@ impl<'a> Fields<'a> {
 
     fn flags(&self, stream: bool) -> u32 {
         let has = |name: &str| self.get(name).is_some_and(|value| !matches!(value.get(), "[]" | "false" | "{}"));
-        let guided = ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"].into_iter().any(has)
-            || self.get("response_format").is_some_and(|format| !format.get().contains("\"text\""));
+        let guided =
+            ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"].into_iter().any(has)
+                || self.get("response_format").is_some_and(|format| !format.get().contains("\"text\""));
         [(stream, flags::STREAM), (has("tools"), flags::TOOLS), (guided, flags::GUIDED), (has("logprobs"), flags::LOGPROBS)]
             .into_iter()
             .filter_map(|(set, flag)| set.then_some(flag))
@@ -304,7 +304,9 @@ mod tests {
 
     #[test]
     fn facts_are_read() {
-        let body = chat(r#","stream":true,"max_tokens":5,"max_completion_tokens":7,"n":2,"tools":[{}],"response_format":{"type":"json_object"}"#);
+        let body = chat(
+            r#","stream":true,"max_tokens":5,"max_completion_tokens":7,"n":2,"tools":[{}],"response_format":{"type":"json_object"}"#,
+        );
         let decoded = decode_text(Endpoint::ChatCompletions, &body).unwrap();
         assert!(decoded.stream);
         assert_eq!(decoded.facts.max_output_tokens, Some(7));

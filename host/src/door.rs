@@ -37,7 +37,8 @@ pub(crate) fn router(lane: Arc<Lane>, prometheus: PrometheusHandle) -> Router {
         post(move |State(door): State<Door>, request: Request| generate(door.lane, endpoint, request))
             .fallback(|request: Request| method_not_allowed(request, "POST"))
     };
-    let read = |handler: axum::routing::MethodRouter<Door>| handler.fallback(|request: Request| method_not_allowed(request, "GET"));
+    let read =
+        |handler: axum::routing::MethodRouter<Door>| handler.fallback(|request: Request| method_not_allowed(request, "GET"));
     Router::new()
         .route(Endpoint::ChatCompletions.path(), generate(Endpoint::ChatCompletions))
         .route(Endpoint::Completions.path(), generate(Endpoint::Completions))
@@ -70,7 +71,8 @@ async fn generate(lane: Arc<Lane>, endpoint: Endpoint, request: Request) -> Resp
 
 /// The client's id if it can be used in logs and headers, else one of ours.
 fn request_id(headers: &HeaderMap) -> String {
-    let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(|id| !id.is_empty() && id.len() <= MAX_ID_BYTES);
+    let given =
+        headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(|id| !id.is_empty() && id.len() <= MAX_ID_BYTES);
     given.map_or_else(new_id, str::to_owned)
 }
 

@@ -6,11 +6,12 @@ use metrics::{Counter, Histogram, Unit, counter, describe_counter, describe_gaug
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Buckets for the host's own work: a decision takes microseconds.
-const MICROSECONDS: &[f64] =
-    &[1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1];
+const MICROSECONDS: &[f64] = &[1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1];
 /// Buckets for what engines take.
-const ENGINE_SECONDS: &[f64] =
-    &[1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7.5e-2, 1e-1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0];
+const ENGINE_SECONDS: &[f64] = &[
+    1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7.5e-2, 1e-1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0,
+    120.0,
+];
 /// Buckets for fuel.
 const FUEL: &[f64] = &[1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6];
 
@@ -41,7 +42,11 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("dynamo_host_policy_calls_total", Kind::Counter, "Decisions asked of a policy"),
     ("dynamo_host_policy_call_seconds", Kind::Histogram(MICROSECONDS), "Time of one policy call"),
     ("dynamo_host_policy_call_fuel", Kind::Histogram(FUEL), "Fuel of one policy call"),
-    ("dynamo_host_policy_fallbacks_total", Kind::Counter, "Decisions that the native fallback made instead of a policy, by cause"),
+    (
+        "dynamo_host_policy_fallbacks_total",
+        Kind::Counter,
+        "Decisions that the native fallback made instead of a policy, by cause",
+    ),
     ("dynamo_host_policy_load_failures_total", Kind::Counter, "Components that were refused, by cause"),
     ("dynamo_host_policy_swaps_total", Kind::Counter, "Changes of a slot's policy"),
     ("dynamo_host_policy_swap_seconds", Kind::Histogram(MICROSECONDS), "Time of the swap itself, after loading"),

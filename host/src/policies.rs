@@ -115,7 +115,10 @@ impl Policies {
         if let Some(record) = stored {
             keeper.restore(&runtime, &routing, record);
             if wanted.is_some() && !is_news {
-                tracing::info!(policy = routing.report().active.policy, "the slot's policy comes from the state directory; --routing seeded it before");
+                tracing::info!(
+                    policy = routing.report().active.policy,
+                    "the slot's policy comes from the state directory; --routing seeded it before"
+                );
             }
         }
         match wanted {
@@ -148,7 +151,8 @@ impl Policies {
             Some((bytes, settings)) => {
                 let (runtime, state) = (Arc::clone(&self.runtime), Arc::clone(routing.state()));
                 let load = move || runtime.load(&bytes, &settings, state).map(|version| (version, bytes));
-                let (version, bytes) = tokio::task::spawn_blocking(load).await.map_err(|error| ChangeError::Panicked(error.to_string()))??;
+                let (version, bytes) =
+                    tokio::task::spawn_blocking(load).await.map_err(|error| ChangeError::Panicked(error.to_string()))??;
                 (Some(version), bytes)
             }
         };
@@ -234,10 +238,15 @@ impl Keeper {
             match load(version) {
                 Ok(loaded) => versions.push(loaded),
                 Err(reason) if index == last => {
-                    tracing::error!(policy = name, "the active policy cannot be restored: {reason}; serving with the native fallback");
+                    tracing::error!(
+                        policy = name,
+                        "the active policy cannot be restored: {reason}; serving with the native fallback"
+                    );
                     versions.push(None);
                 }
-                Err(reason) => tracing::warn!(policy = name, "an earlier policy cannot be restored and not be rolled back to: {reason}"),
+                Err(reason) => {
+                    tracing::warn!(policy = name, "an earlier policy cannot be restored and not be rolled back to: {reason}")
+                }
             }
         }
         routing.restore(versions);
@@ -256,7 +265,10 @@ impl Keeper {
         let (version, bytes) = match loaded {
             Ok(loaded) => loaded,
             Err(error) => {
-                tracing::error!("the configured routing policy is not activated: {error}; serving with {}", routing.report().active.policy);
+                tracing::error!(
+                    "the configured routing policy is not activated: {error}; serving with {}",
+                    routing.report().active.policy
+                );
                 return;
             }
         };

@@ -185,7 +185,8 @@ impl Roster {
             let known = self.snapshot.load();
             let is_news = source.trouble.is_some() != trouble.is_some()
                 || source.workers.iter().any(|worker| worker.state != state)
-                || source.workers.len() != known.fleet.workers().iter().filter(|worker| worker.spec.name == source.config.name).count();
+                || source.workers.len()
+                    != known.fleet.workers().iter().filter(|worker| worker.spec.name == source.config.name).count();
             let was_known = source.trouble.is_some();
             source.trouble = trouble;
             if !is_news {

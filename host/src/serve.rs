@@ -143,7 +143,12 @@ pub(crate) fn announce(what: &str, listener: &TcpListener) {
     }
 }
 
-async fn serve_until(what: &'static str, listener: TcpListener, router: Router, mut stop: watch::Receiver<bool>) -> Result<(), ServeError> {
+async fn serve_until(
+    what: &'static str,
+    listener: TcpListener,
+    router: Router,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
     // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
     let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
     let stopped = async move { drop(stop.wait_for(|stop| *stop).await) };

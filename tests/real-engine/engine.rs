@@ -22,7 +22,18 @@ impl LlamaServer {
         command.arg("--model").arg(told("DYNAMO_HOST_TEST_LLAMA_MODEL"));
         command.args(["--alias", MODEL, "--host", "127.0.0.1", "--port", "0", "--ctx-size", "8192", "--parallel", "2"]);
         // One thread and no flash attention: answers are then the same, alone or among others.
-        command.args(["--threads", "1", "--threads-batch", "1", "--flash-attn", "off", "--slots", "--no-webui", "--jinja"]);
+        command.args([
+            "--threads",
+            "1",
+            "--threads-batch",
+            "1",
+            "--flash-attn",
+            "off",
+            "--slots",
+            "--metrics",
+            "--no-webui",
+            "--jinja",
+        ]);
         let process = Process::start("llama-server", &mut command);
         let url = eventually("llama-server says where it listens", async || {
             let log = process.log();

@@ -1,7 +1,111 @@
-//! x
-use anyhow::Result;
-#[derive(clap::Subcommand)]
-pub(crate) enum What { 
-/// x
-Policy }
-pub(crate) fn run(_: &What) -> Result<()> { Ok(()) }
+//! `cargo xtask bench`: what is measured against others, side by side in one run.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result};
+use clap::Subcommand;
+use serde_json::Value;
+
+use crate::{paths, policies, run};
+
+#[derive(Subcommand)]
+pub(crate) enum What {
+    /// Cost of one routing decision: sandboxed, native, and Dynamo 1.6.1's own selection
+    Policy {
+        /// Rounds; each runs every contender once, and the median round counts
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
+}
+
+/// Numbers of candidates.
+const SIZES: &[u64] = &[4, 64, 1024, 10_000];
+
+pub(crate) fn run(what: &What) -> Result<()> {
+    match what {
+        What::Policy { rounds } => policy(*rounds),
+    }
+}
+
+/// A contender's name, and where its median stands in the output of a run.
+type Column = (&'static str, Vec<Vec<f64>>);
+
+fn policy(rounds: usize) -> Result<()> {
+    policies::build()?;
+    println!("Building the host and the rival for release");
+    run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host"]))?;
+    let rivals = paths::target().join("bench");
+    let mut rival = run::cargo();
+    rival.current_dir(paths::root().join("bench")).env("CARGO_TARGET_DIR", &rivals);
+    run::check(rival.args(["build", "--quiet", "--release", "--bin", "worker-selection"]))?;
+
+    let host = paths::target().join("release/dynamo-host");
+    let rival = rivals.join("release/worker-selection");
+    let kv_cost = paths::guests().join("kv-cost.wasm");
+    let least_loaded = paths::policies().join("least-loaded.wasm");
+    let empty = || vec![Vec::new(); SIZES.len()];
+    let mut columns: Vec<Column> =
+        ["kv-cost.wasm", "least-loaded.wasm", "least-loaded native", "Dynamo reference", "Dynamo shipped"]
+            .map(|name| (name, empty()))
+            .into();
+    for round in 1..=rounds {
+        println!("Round {round} of {rounds}");
+        let kv = bench_component(&host, &kv_cost)?;
+        let least = bench_component(&host, &least_loaded)?;
+        let dynamo: Value = serde_json::from_str(&run::read(&mut Command::new(&rival))?)?;
+        for (at, &size) in SIZES.iter().enumerate() {
+            let medians = [
+                median_of(&kv["results"], size, "policy")?,
+                median_of(&least["results"], size, "policy")?,
+                median_of(&least["results"], size, "native")?,
+                median_of(&dynamo["results"], size, "")?,
+                median_of(&dynamo["shipped"]["results"], size, "")?,
+            ];
+            for ((_, column), median) in columns.iter_mut().zip(medians) {
+                column[at].push(median);
+            }
+        }
+    }
+    print_table(&columns);
+    Ok(())
+}
+
+fn bench_component(host: &Path, component: &Path) -> Result<Value> {
+    let sizes = SIZES.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+    let output =
+        run::read(Command::new(host).args(["policy", "bench", "--output", "json", "--candidates", &sizes]).arg(component))?;
+    serde_json::from_str(&output).context("policy bench printed no JSON")
+}
+
+/// The median at a size, in microseconds.
+fn median_of(results: &Value, size: u64, part: &str) -> Result<f64> {
+    let rows = results.as_array().context("no results")?;
+    let find = |row: &Value| {
+        let row = if part.is_empty() { row } else { &row[part] };
+        (row["candidates"].as_u64() == Some(size)).then(|| row["median_ns"].as_f64()).flatten()
+    };
+    rows.iter().find_map(find).map(|ns| ns / 1e3).with_context(|| format!("no result for {size} candidates"))
+}
+
+fn print_table(columns: &[Column]) {
+    let median = |samples: &[f64]| {
+        let mut samples = samples.to_vec();
+        samples.sort_unstable_by(f64::total_cmp);
+        samples[samples.len() / 2]
+    };
+    println!("\nMedian µs per decision, columns built and answer checked (median of rounds):\n");
+    print!("| candidates |");
+    for (name, _) in columns {
+        print!(" {name} |");
+    }
+    println!(" kv-cost.wasm ÷ Dynamo shipped |");
+    println!("|---:|{}", "---:|".repeat(columns.len() + 1));
+    for (at, size) in SIZES.iter().enumerate() {
+        let row: Vec<f64> = columns.iter().map(|(_, samples)| median(&samples[at])).collect();
+        print!("| {size} |");
+        for value in &row {
+            print!(" {value:.2} |");
+        }
+        println!(" {:.2} |", row[0] / row[row.len() - 1]);
+    }
+}

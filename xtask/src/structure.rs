@@ -1,1 +1,113 @@
-//! x
+//! The structure that the design promises, held by tests.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
+
+use serde_json::Value;
+
+use crate::{paths, policies, run};
+
+/// Who may know whom, by package; what is not listed may know nobody of ours.
+const EDGES: &[(&str, &[&str])] = &[
+    ("dynamo-host-core", &[]),
+    ("dynamo-host-policy", &["dynamo-host-core"]),
+    ("dynamo-host-store", &["dynamo-host-core"]),
+    ("dynamo-engine-api", &["dynamo-host-core"]),
+    ("dynamo-engine-mock", &["dynamo-engine-api"]),
+    ("dynamo-engine-openai", &["dynamo-engine-api"]),
+    (
+        "dynamo-host",
+        &[
+            "dynamo-host-core",
+            "dynamo-host-policy",
+            "dynamo-host-store",
+            "dynamo-engine-api",
+            "dynamo-engine-mock",
+            "dynamo-engine-openai",
+        ],
+    ),
+    ("dynamo-policy-sdk", &[]),
+    ("least-loaded", &["dynamo-policy-sdk"]),
+    ("round-robin", &["dynamo-policy-sdk"]),
+    ("hostile", &["dynamo-policy-sdk"]),
+    ("kv-cost", &["dynamo-policy-sdk"]),
+    ("xtask", &[]),
+];
+
+/// Packages that only one of ours may depend on.
+const QUARANTINED: &[(&str, &str)] = &[("wasmtime", "dynamo-host-policy"), ("sled", "dynamo-host-store")];
+
+struct Package {
+    name: String,
+    directory: String,
+    /// Dependencies in builds, not those of tests alone.
+    dependencies: BTreeSet<String>,
+}
+
+fn packages() -> Vec<Package> {
+    let text = run::read(run::cargo().args(["metadata", "--format-version", "1", "--no-deps", "--offline"])).unwrap();
+    let metadata: Value = serde_json::from_str(&text).unwrap();
+    let root = format!("{}/", paths::root().display());
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    let package = |package: Value| Package {
+        name: package["name"].as_str().unwrap().to_owned(),
+        directory: package["manifest_path"].as_str().unwrap().replace(&root, "").replace("/Cargo.toml", ""),
+        dependencies: list(&package["dependencies"])
+            .iter()
+            .filter(|dependency| dependency["kind"].as_str() != Some("dev"))
+            .map(|dependency| dependency["name"].as_str().unwrap().to_owned())
+            .collect(),
+    };
+    list(&metadata["packages"]).into_iter().map(package).collect()
+}
+
+#[test]
+fn packages_know_only_whom_they_may() {
+    let packages = packages();
+    let allowed: BTreeMap<&str, &[&str]> = EDGES.iter().copied().collect();
+    let ours: BTreeSet<&str> = packages.iter().map(|package| package.name.as_str()).collect();
+    for package in &packages {
+        let may = allowed.get(package.name.as_str()).unwrap_or_else(|| panic!("{} is not in the table of edges", package.name));
+        for dependency in package.dependencies.iter().filter(|dependency| ours.contains(dependency.as_str())) {
+            assert!(may.contains(&dependency.as_str()), "{} may not depend on {dependency}", package.name);
+        }
+    }
+}
+
+#[test]
+fn heavy_dependencies_stay_where_they_are_contained() {
+    for package in packages() {
+        for (heavy, home) in QUARANTINED {
+            assert!(!package.dependencies.contains(*heavy) || package.name == *home, "only {home} may depend on {heavy}");
+        }
+    }
+}
+
+#[test]
+fn the_architecture_names_every_package_and_its_folder() {
+    let text = fs::read_to_string(paths::root().join("ARCHITECTURE.md")).unwrap();
+    for package in packages() {
+        let folder = format!("`{}`", package.directory);
+        assert!(text.contains(&folder), "ARCHITECTURE.md does not name {folder}");
+    }
+}
+
+#[test]
+fn every_policy_and_guest_is_built_as_a_component() {
+    let of = |folder: &str| -> BTreeSet<String> {
+        packages().into_iter().filter_map(|package| package.directory.strip_prefix(folder).map(str::to_owned)).collect()
+    };
+    assert_eq!(of("policies/"), policies::POLICIES.iter().map(|&name| name.to_owned()).collect());
+    assert_eq!(of("tests/guests/"), policies::GUESTS.iter().map(|&name| name.to_owned()).collect());
+}
+
+#[test]
+fn ci_runs_the_readmes_test_command_and_nothing_else() {
+    let readme = fs::read_to_string(paths::root().join("README.md")).unwrap();
+    let script = fs::read_to_string(paths::root().join(".ci/run")).unwrap();
+    let command = script.lines().rfind(|line| !line.trim().is_empty()).unwrap();
+    let command = command.trim_start_matches("exec ");
+    assert!(readme.lines().any(|line| line.trim() == command), "README.md does not name {command:?}");
+}

@@ -55,7 +55,8 @@ impl Toolchain {
 
 fn rustup_target() -> bool {
     let installed = || {
-        let libraries = run::read(Command::new("rustc").args(["--print", "target-libdir", "--target", TARGET]).current_dir(paths::root()));
+        let libraries =
+            run::read(Command::new("rustc").args(["--print", "target-libdir", "--target", TARGET]).current_dir(paths::root()));
         libraries.is_ok_and(|path| Path::new(path.trim()).is_dir())
     };
     installed() || (run::works(Command::new("rustup").args(["target", "add", TARGET]).current_dir(paths::root())) && installed())
@@ -74,7 +75,9 @@ fn wasm_ld() -> Option<PathBuf> {
 }
 
 fn debian_cargo() -> Result<Command> {
-    let Some(linker) = wasm_ld() else { bail!("wasm-ld is not there after installing lld-22; install any wasm-ld as /usr/bin/wasm-ld") };
+    let Some(linker) = wasm_ld() else {
+        bail!("wasm-ld is not there after installing lld-22; install any wasm-ld as /usr/bin/wasm-ld")
+    };
     let mut command = Command::new("/usr/bin/cargo");
     command
         .current_dir(paths::root())

@@ -172,7 +172,8 @@ mod tests {
 
     #[test]
     fn a_rejection_must_be_an_error_status() {
-        let reject = |status| validate(Some(Answer::Reject(Rejection { status, retry_after_ms: None, reason: String::new() })), 1);
+        let reject =
+            |status| validate(Some(Answer::Reject(Rejection { status, retry_after_ms: None, reason: String::new() })), 1);
         assert!(reject(429).is_ok());
         assert_eq!(reject(200), Err(AnswerFault::Status { status: 200 }));
         assert_eq!(validate(None, 1), Err(AnswerFault::NoAnswer));

@@ -150,7 +150,8 @@ impl Candidates {
         if excluded.is_empty() {
             return Some(Arc::clone(self));
         }
-        let rows: Vec<u32> = self.rows.iter().copied().filter(|&row| !excluded.contains(&self.workers[row as usize].id)).collect();
+        let rows: Vec<u32> =
+            self.rows.iter().copied().filter(|&row| !excluded.contains(&self.workers[row as usize].id)).collect();
         (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows, self.pool)))
     }
 

@@ -140,8 +140,8 @@ impl LoadSlot {
     }
 
     fn sub(&self, load: Load, by: u32) {
-        let _ = self.board.columns[load as usize][self.index as usize]
-            .fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_sub(by)));
+        let _ =
+            self.board.columns[load as usize][self.index as usize].fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_sub(by)));
     }
 }
 

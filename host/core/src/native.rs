@@ -17,8 +17,10 @@ pub const NAME: &str = "native";
 pub fn least_loaded(candidates: &Candidates, seed: u64) -> Ranking {
     let requests = candidates.u32_column(U32Column::ActiveRequests, 0);
     let prefill = candidates.u32_column(U32Column::ActivePrefillTokens, 0);
-    let mut best: Vec<(u32, u32, u64, u32)> =
-        (0..).zip(requests.iter().zip(prefill.iter())).map(|(row, (&requests, &prefill))| (requests, prefill, mix(seed, row), row)).collect();
+    let mut best: Vec<(u32, u32, u64, u32)> = (0..)
+        .zip(requests.iter().zip(prefill.iter()))
+        .map(|(row, (&requests, &prefill))| (requests, prefill, mix(seed, row), row))
+        .collect();
     if best.len() > MAX_RANKED {
         best.select_nth_unstable(MAX_RANKED);
         best.truncate(MAX_RANKED);
@@ -59,7 +61,13 @@ mod tests {
                     block_size: None,
                     labels: BTreeMap::new(),
                 };
-                Worker { id: spec.id("t"), spec: Arc::new(spec), state: WorkerState::Healthy, joined_ms: 0, load: board.claim().unwrap() }
+                Worker {
+                    id: spec.id("t"),
+                    spec: Arc::new(spec),
+                    state: WorkerState::Healthy,
+                    joined_ms: 0,
+                    load: board.claim().unwrap(),
+                }
             })
             .collect();
         Fleet::new(1, workers).unwrap().candidates("m", Role::Aggregated).unwrap()

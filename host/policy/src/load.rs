@@ -104,7 +104,10 @@ pub enum LoadError {
         reason: String,
     },
     /// A function of another type or of a later contract.
-    #[error("policy {policy:?} does not fit this host's dynamo:policy@{}: {reason}; rebuild it with the SDK of this release", abi::VERSION)]
+    #[error(
+        "policy {policy:?} does not fit this host's dynamo:policy@{}: {reason}; rebuild it with the SDK of this release",
+        abi::VERSION
+    )]
     Link {
         /// The policy.
         policy: String,
@@ -208,9 +211,11 @@ impl PolicyRuntime {
             SetupError::Fault(fault) => LoadError::Start { policy: policy(), fault },
         })?;
         for candidates in PROBES {
-            version
-                .probe(synthetic::route_call(&synthetic::fleet(candidates), 1))
-                .map_err(|fault| LoadError::Probe { policy: policy(), candidates, fault })?;
+            version.probe(synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| LoadError::Probe {
+                policy: policy(),
+                candidates,
+                fault,
+            })?;
         }
         Ok(Arc::new(version))
     }

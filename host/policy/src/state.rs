@@ -140,7 +140,13 @@ impl Entries {
     }
 
     /// The entry of `key`, made if there is none or an expired one. `value_bytes` is what it is about to hold.
-    fn entry(&mut self, key: &str, now_ms: u64, value_bytes: usize, make: impl FnOnce() -> Value) -> Result<&mut Entry, StateError> {
+    fn entry(
+        &mut self,
+        key: &str,
+        now_ms: u64,
+        value_bytes: usize,
+        make: impl FnOnce() -> Value,
+    ) -> Result<&mut Entry, StateError> {
         if key.is_empty() || key.len() > MAX_KEY_BYTES {
             return Err(StateError::TooLarge);
         }

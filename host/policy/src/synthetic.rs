@@ -27,12 +27,12 @@ pub fn fleet(count: u32) -> SyntheticFleet {
     let workers = (0..count)
         .map(|i| {
             let load = board.claim().expect("the board has a slot per worker");
-            for request in 0..i % 4 {
-                let mut booked = InFlight::dispatch(Arc::clone(&load), 100 + (i * 37 + request * 811) % 4000);
-                if request % 2 == 0 {
-                    booked.tokens(i % 100 + 1);
-                }
-                in_flight.push(booked);
+            // One request in prefill and up to seven that decode, no two workers quite alike.
+            in_flight.push(InFlight::dispatch(Arc::clone(&load), i.wrapping_mul(2_654_435_761) >> 16));
+            for request in 0..i % 8 {
+                let mut decoding = InFlight::dispatch(Arc::clone(&load), (i * 37 + request * 811) % 4000);
+                decoding.tokens(i % 100 + 1);
+                in_flight.push(decoding);
             }
             let spec = WorkerSpec {
                 name: format!("synthetic-{i}"),

@@ -198,7 +198,12 @@ fn settings_are_checked_before_a_policy_is_active() {
     refused(&bytes, "[]", "settings-syntax", &["JSON object"]);
     refused(&bytes, r#"{"prefil_token": 1}"#, "settings", &["prefil_token", "prefill_token"]);
     refused(&bytes, r#"{"request": -1}"#, "settings", &["request is -1"]);
-    refused(&component("guests", "hostile"), r#"{"mode":"trap-in-configure"}"#, "start", &["trap", "configured to panic in configure"]);
+    refused(
+        &component("guests", "hostile"),
+        r#"{"mode":"trap-in-configure"}"#,
+        "start",
+        &["trap", "configured to panic in configure"],
+    );
     refused(&component("guests", "hostile"), r#"{"mode":"trap-always"}"#, "probe", &["1 candidates", "configured to panic"]);
 }
 

@@ -15,8 +15,15 @@ use crate::config::read_settings;
 /// Compiling a large policy takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(super) async fn activate(slot: &str, file: &str, settings: Option<&str>, admin: &AdminFlags, output: Output) -> Result<(), String> {
-    let settings = settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
+pub(super) async fn activate(
+    slot: &str,
+    file: &str,
+    settings: Option<&str>,
+    admin: &AdminFlags,
+    output: Output,
+) -> Result<(), String> {
+    let settings =
+        settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
     let path = format!("/v1/slots/{slot}/policy");
     let change = if file == "native" {
         if settings.is_some() {
@@ -28,7 +35,9 @@ pub(super) async fn activate(slot: &str, file: &str, settings: Option<&str>, adm
         let query: String = form_urlencoded::Serializer::new(String::new())
             .extend_pairs(settings.map(|settings| ("settings", settings)))
             .finish();
-        call(admin, Method::PUT, &format!("{path}?{query}"), component.into()).await.map_err(|error| format!("{file}: {error}"))?
+        call(admin, Method::PUT, &format!("{path}?{query}"), component.into())
+            .await
+            .map_err(|error| format!("{file}: {error}"))?
     };
     print_change(&change, output);
     Ok(())
@@ -143,15 +152,17 @@ async fn call(admin: &AdminFlags, method: Method, path: &str, body: Bytes) -> Re
             format!("cannot reach the admin API at {base}: {source}; is the host running, and is this its --admin address?")
         })?;
         let status = answer.status();
-        let body = answer.into_body().collect().await.map_err(|error| format!("the admin API's answer broke off: {error}"))?.to_bytes();
-        let value: Value = serde_json::from_slice(&body)
-            .map_err(|_| format!("{base} answered {status} with what is not its JSON; is this the --admin address, not the front door?"))?;
+        let body =
+            answer.into_body().collect().await.map_err(|error| format!("the admin API's answer broke off: {error}"))?.to_bytes();
+        let value: Value = serde_json::from_slice(&body).map_err(|_| {
+            format!("{base} answered {status} with what is not its JSON; is this the --admin address, not the front door?")
+        })?;
         if status.is_success() {
             return Ok(value);
         }
         Err(value["error"]["message"].as_str().map_or_else(|| format!("the admin API answered {status}"), str::to_owned))
     };
-    tokio::time::timeout(PATIENCE, exchange).await.unwrap_or_else(|_| {
-        Err(format!("the admin API at {base} did not answer within {} s", PATIENCE.as_secs()))
-    })
+    tokio::time::timeout(PATIENCE, exchange)
+        .await
+        .unwrap_or_else(|_| Err(format!("the admin API at {base} did not answer within {} s", PATIENCE.as_secs())))
 }

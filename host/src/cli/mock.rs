@@ -10,9 +10,9 @@ use crate::serve::{announce, listen, stop_signal};
 pub(super) async fn run(flags: MockFlags) -> Result<(), String> {
     let mut options = MockOptions { name: "mock".to_owned(), model: flags.model, ..MockOptions::default() };
     for property in &flags.profile {
-        let (key, value) = property.split_once('=').ok_or_else(|| {
-            format!("--profile {property:?} is not KEY=VALUE; the keys are {}", MockOptions::keys().join(", "))
-        })?;
+        let (key, value) = property
+            .split_once('=')
+            .ok_or_else(|| format!("--profile {property:?} is not KEY=VALUE; the keys are {}", MockOptions::keys().join(", ")))?;
         options.set(key, value).map_err(|error| error.to_string())?;
     }
     let engine = MockEngine::start(options).map_err(|error| error.to_string())?;

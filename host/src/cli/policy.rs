@@ -14,7 +14,8 @@ use crate::config::read_settings;
 const SIZES: [u32; 4] = [1, 4, 64, 1024];
 
 fn load(file: &Path, settings: Option<&str>) -> Result<Arc<PolicyVersion>, String> {
-    let settings = settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
+    let settings =
+        settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
     let bytes = fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let runtime = PolicyRuntime::new(Limits::default(), None).map_err(|error| error.to_string())?;
     let settings = settings.as_deref().unwrap_or("{}");
@@ -48,14 +49,21 @@ pub(super) fn check(file: &Path, settings: Option<&str>, output: Output) -> Resu
         return Ok(());
     }
     println!("{}: a policy that can be activated", file.display());
-    println!("  name      {} by {}", inspection.name, if inspection.name.author.is_empty() { "-" } else { &inspection.name.author });
+    println!(
+        "  name      {} by {}",
+        inspection.name,
+        if inspection.name.author.is_empty() { "-" } else { &inspection.name.author }
+    );
     println!("  digest    {}", inspection.digest);
     println!("  size      {} kB", inspection.bytes / 1000);
     println!("  world     {}", inspection.world);
     println!("  imports   {}", inspection.imports.join(", "));
     println!("  settings  {schema}");
     for (candidates, answer, fuel) in decisions {
-        println!("  probe     {candidates:>4} candidates: {answer}, fuel {fuel} ({:.2} % of its bound)", 100.0 * fuel as f64 / limit as f64);
+        println!(
+            "  probe     {candidates:>4} candidates: {answer}, fuel {fuel} ({:.2} % of its bound)",
+            100.0 * fuel as f64 / limit as f64
+        );
     }
     Ok(())
 }
@@ -64,12 +72,16 @@ pub(super) fn bench(file: &Path, settings: Option<&str>, sizes: &[u32], output: 
     let version = load(file, settings)?;
     let mut rows = Vec::new();
     for &candidates in sizes {
-        let policy = bench::policy(&version, candidates).map_err(|fault| format!("it failed with {candidates} candidates: {fault}"))?;
+        let policy =
+            bench::policy(&version, candidates).map_err(|fault| format!("it failed with {candidates} candidates: {fault}"))?;
         rows.push((policy, bench::native_fallback(candidates)));
     }
     if output == Output::Json {
         let results: Vec<_> = rows.iter().map(|(policy, native)| json!({ "policy": policy, "native": native })).collect();
-        println!("{:#}", json!({ "policy": version.label().to_string(), "digest": version.digest().to_string(), "results": results }));
+        println!(
+            "{:#}",
+            json!({ "policy": version.label().to_string(), "digest": version.digest().to_string(), "results": results })
+        );
         return Ok(());
     }
     println!("{} beside the native fallback (least-loaded), per decision, columns built:", version.label());

@@ -32,7 +32,9 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// It cannot be opened.
-    #[error("state directory {path:?} cannot be read: {reason}; restore it from a backup, or move it away to start without state")]
+    #[error(
+        "state directory {path:?} cannot be read: {reason}; restore it from a backup, or move it away to start without state"
+    )]
     Open {
         /// Which.
         path: PathBuf,

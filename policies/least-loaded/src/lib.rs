@@ -15,11 +15,11 @@ use dynamo_policy_sdk::{
 #[schemars(crate = "schemars")]
 pub struct Settings {
     /// Cost of a prompt token that is still to be computed.
-    pub prefill_token: f32,
+    pub prefill_token: f64,
     /// Cost of a context token of a request that decodes.
-    pub decode_token: f32,
+    pub decode_token: f64,
     /// Cost of a request as such.
-    pub request: f32,
+    pub request: f64,
 }
 
 impl Default for Settings {
@@ -48,7 +48,8 @@ impl Router for LeastLoaded {
     }
 
     fn route(&self, _: &Request, candidates: &Candidates) -> Decision {
-        let Settings { prefill_token, decode_token, request } = self.settings;
+        let [prefill_token, decode_token, request] =
+            [self.settings.prefill_token, self.settings.decode_token, self.settings.request].map(|weight| weight as f32);
         let prefill = candidates.active_prefill_tokens();
         let decode = candidates.active_decode_tokens();
         let requests = candidates.active_requests();

@@ -82,12 +82,15 @@ macro_rules! register {
                 }
             }
 
-            $crate::bindings::export_router!(Component with_types_in $crate::bindings);
+    $crate::bindings::export_router!(Component with_types_in $crate::bindings);
 
             const DESCRIPTION: &str = concat!(
-                "name: ", env!("CARGO_PKG_NAME"),
-                "\nversion: ", env!("CARGO_PKG_VERSION"),
-                "\nauthor: ", env!("CARGO_PKG_AUTHORS"),
+                "name: ",
+                env!("CARGO_PKG_NAME"),
+                "\nversion: ",
+                env!("CARGO_PKG_VERSION"),
+                "\nauthor: ",
+                env!("CARGO_PKG_AUTHORS"),
                 "\n"
             );
 

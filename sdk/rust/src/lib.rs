@@ -61,3 +61,8 @@ pub use serde;
 
 /// What columns and facts hold where an amount is not known.
 pub const UNKNOWN: u32 = u32::MAX;
+
+/// The README's policy compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -4,6 +4,8 @@ use crate::{Decision, entropy};
 
 /// Rows that a decision holds at most.
 const MAX_RANKED: usize = 16;
+/// Rows that are looked at together.
+const CHUNK: usize = 32;
 
 /// Places the request on the rows of lowest cost, best first. `costs` has one value per row. Equal costs are
 /// ordered at random, so that identical workers share the load; a NaN is worse than any number.
@@ -13,33 +15,48 @@ pub fn lowest(costs: impl IntoIterator<Item = f32>) -> Decision {
 
 /// The rows that [`lowest`] ranks, with equals ordered by `seed`.
 pub fn lowest_rows(costs: impl IntoIterator<Item = f32>, seed: u64) -> Vec<u32> {
-    // A sorted array of the best so far: nearly every row of a large set is turned away by one comparison.
-    let mut best: Vec<(f32, u32, u32)> = Vec::with_capacity(MAX_RANKED + 1);
-    let mut worst = f32::INFINITY;
-    for (row, cost) in (0..).zip(costs) {
-        let cost = if cost.is_nan() { f32::INFINITY } else { cost };
-        if cost > worst {
+    // Integers in separate passes, since those become SIMD: nearly every chunk of a large set is turned away whole.
+    let costs: Vec<u32> = costs.into_iter().map(ordered).collect();
+    let mut best = [(u64::MAX, 0u32); MAX_RANKED];
+    let mut count = 0;
+    let mut worst = u64::MAX;
+    for (chunk, costs) in (0u32..).zip(costs.chunks(CHUNK)) {
+        if costs.iter().min().is_some_and(|&least| least > (worst >> 32) as u32) {
             continue;
         }
-        let entry = (cost, mix(seed, row), row);
-        let at = best.partition_point(|other| (other.0, other.1) < (entry.0, entry.1));
-        if at < MAX_RANKED {
-            best.insert(at, entry);
-            best.truncate(MAX_RANKED);
-            if best.len() == MAX_RANKED {
+        for (row, &cost) in (chunk * CHUNK as u32..).zip(costs) {
+            if cost > (worst >> 32) as u32 {
+                continue;
+            }
+            let key = u64::from(cost) << 32 | u64::from(mix(seed, row));
+            if key >= worst && count == MAX_RANKED {
+                continue;
+            }
+            let mut at = count.min(MAX_RANKED - 1);
+            while at > 0 && best[at - 1].0 > key {
+                best[at] = best[at - 1];
+                at -= 1;
+            }
+            best[at] = (key, row);
+            count = (count + 1).min(MAX_RANKED);
+            if count == MAX_RANKED {
                 worst = best[MAX_RANKED - 1].0;
             }
         }
     }
-    best.into_iter().map(|(_, _, row)| row).collect()
+    best[..count].iter().map(|&(_, row)| row).collect()
 }
 
-/// A well-mixed function of seed and row (the finalizer of murmur3, Appleby 2011).
+/// An integer that is ordered as costs are: NaN last.
+fn ordered(cost: f32) -> u32 {
+    let bits = cost.to_bits();
+    let negative = (bits as i32 >> 31) as u32;
+    if cost.is_nan() { u32::MAX } else { bits ^ (negative | 1 << 31) }
+}
+
+/// Orders equals: multiply-shift hashing (Dietzfelbinger et al. 1997) with both constants from the seed.
 fn mix(seed: u64, row: u32) -> u32 {
-    let mut x = (seed as u32) ^ row.wrapping_mul(0x9e37_79b1);
-    x = (x ^ (x >> 16)).wrapping_mul(0x85eb_ca6b);
-    x = (x ^ (x >> 13)).wrapping_mul(0xc2b2_ae35);
-    x ^ (x >> 16)
+    (row ^ (seed >> 32) as u32).wrapping_mul(seed as u32 | 1)
 }
 
 #[cfg(test)]
@@ -56,14 +73,15 @@ mod tests {
     #[test]
     fn a_nan_is_last_and_infinities_are_ranked() {
         assert_eq!(lowest_rows([f32::NAN, 5.0, f32::NEG_INFINITY], 0), [2, 1, 0]);
-        assert_eq!(lowest_rows([f32::NAN; 3], 0).len(), 3);
+        assert_eq!(lowest_rows([-1.0, 0.5, f32::INFINITY, -2.5, f32::NAN], 0), [3, 0, 1, 2, 4]);
+        assert_eq!(lowest_rows([f32::NAN; 40], 0).len(), 16);
     }
 
     #[test]
     fn equal_costs_share_the_load() {
         let mut hits = [0u32; 40];
-        for seed in 0..40_000 {
-            hits[lowest_rows([1.0; 40], seed)[0] as usize] += 1;
+        for _ in 0..40_000 {
+            hits[lowest_rows([1.0; 40], entropy::next())[0] as usize] += 1;
         }
         assert!(hits.iter().all(|hits| (800..1200).contains(hits)), "{hits:?}");
     }

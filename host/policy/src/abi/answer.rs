@@ -20,7 +20,9 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
         pairs.truncate(MAX_RANKED + 1);
         answer(guest, "place-disaggregated", Answer::PlaceDisaggregated(pairs))
     })?;
-    define_void(interface, "hold", |guest: &mut Guest, (at_most_ms,): (u32,)| answer(guest, "hold", Answer::Hold { at_most_ms }))?;
+    define_void(interface, "hold", |guest: &mut Guest, (at_most_ms,): (u32,)| {
+        answer(guest, "hold", Answer::Hold { at_most_ms })
+    })?;
     define_void(interface, "reject", |guest: &mut Guest, (status, retry_after_ms, reason): (u16, Option<u32>, String)| {
         guest.charge(reason.len())?;
         let reason = reason[..reason.floor_char_boundary(1024)].to_owned();

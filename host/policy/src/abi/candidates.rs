@@ -9,14 +9,18 @@ use crate::call::{Guest, RouteCall};
 
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     define(interface, "count", |guest: &mut Guest, (): ()| Ok(guest.route("count")?.candidates.count()))?;
-    define(interface, "worker-id", |guest: &mut Guest, (): ()| hand_out(guest, "worker-id", |call| call.candidates.worker_ids()))?;
+    define(interface, "worker-id", |guest: &mut Guest, (): ()| {
+        hand_out(guest, "worker-id", |call| call.candidates.worker_ids())
+    })?;
     for &(name, column) in U32Column::ALL {
         define(interface, name, move |guest: &mut Guest, (): ()| {
             hand_out(guest, name, |call| call.candidates.u32_column(column, call.now_ms))
         })?;
     }
     for &(name, column) in F32Column::ALL {
-        define(interface, name, move |guest: &mut Guest, (): ()| hand_out(guest, name, |call| call.candidates.f32_column(column)))?;
+        define(interface, name, move |guest: &mut Guest, (): ()| {
+            hand_out(guest, name, |call| call.candidates.f32_column(column))
+        })?;
     }
     define(interface, "topology", |guest: &mut Guest, (level,): (u32,)| {
         hand_out(guest, "topology", |call| call.candidates.topology_column(level))

@@ -71,8 +71,10 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
             return dropped(guest, "counter");
         }
         match guest.state.metric_name(&name) {
-            Some(metric) => metrics::counter!("dynamo_host_policy_counter_total", "policy" => guest.label.to_string(), "name" => metric)
-                .increment(by as u64),
+            Some(metric) => {
+                metrics::counter!("dynamo_host_policy_counter_total", "policy" => guest.label.to_string(), "name" => metric)
+                    .increment(by as u64)
+            }
             None => return dropped(guest, "counter"),
         }
         Ok(())
@@ -94,6 +96,7 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
 
 /// Counts what was over a quota.
 fn dropped(guest: &Guest, what: &'static str) -> wasmtime::Result<()> {
-    metrics::counter!("dynamo_host_policy_telemetry_dropped_total", "policy" => guest.label.to_string(), "what" => what).increment(1);
+    metrics::counter!("dynamo_host_policy_telemetry_dropped_total", "policy" => guest.label.to_string(), "what" => what)
+        .increment(1);
     Ok(())
 }

@@ -15,7 +15,7 @@ impl Router for KvCost {
     }
 
     fn route(&self, request: &Request, candidates: &Candidates) -> Decision {
-        let prompt = request.prompt_tokens() as f32;
+        let prompt = request.prompt_tokens();
         let columns = candidates
             .cached_device_tokens()
             .iter()
@@ -23,8 +23,8 @@ impl Router for KvCost {
             .zip(candidates.active_decode_tokens())
             .zip(candidates.active_requests());
         rank::lowest(columns.map(|(((&cached, &prefill), &decode), &requests)| {
-            let cached = if cached == UNKNOWN { 0.0 } else { cached as f32 };
-            (prefill as f32 + prompt - cached).max(0.0) + decode as f32 + requests as f32
+            let cached = if cached == UNKNOWN { 0 } else { cached };
+            (prefill + prompt).saturating_sub(cached) as f32 + decode as f32 + requests as f32
         }))
     }
 }
