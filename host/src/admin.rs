@@ -6,7 +6,10 @@ use std::{sync::Arc, time::Instant};
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, Path, Query, Request, State},
+    extract::{
+        DefaultBodyLimit, Path, Query, Request, State,
+        rejection::{BytesRejection, QueryRejection},
+    },
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post, put},
@@ -43,11 +46,8 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/v1/slots/{slot}/policy", put(activate).delete(activate_native))
         .route("/v1/slots/{slot}/rollback", post(rollback))
         .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
-        .fallback(|request: Request| async move {
-            let message =
-                format!("there is no {} {} here; see dynamo-host policy --help", request.method(), request.uri().path());
-            refusal(StatusCode::NOT_FOUND, "not_found", &message)
-        })
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(nothing_here)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(middleware::from_fn_with_state(admin.clone(), authorize))
         .with_state(admin)
@@ -60,6 +60,11 @@ async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> 
         return next.run(request).await;
     }
     refusal(StatusCode::UNAUTHORIZED, "unauthorized", "send the admin token as `authorization: Bearer …` (--token)")
+}
+
+async fn nothing_here(request: Request) -> Response {
+    let message = format!("there is no {} {} here; see dynamo-host policy --help", request.method(), request.uri().path());
+    refusal(StatusCode::NOT_FOUND, "not-found", &message)
 }
 
 /// Compares in time that does not depend on where the two differ.
@@ -91,9 +96,11 @@ struct ActivateQuery {
 async fn activate(
     State(admin): State<Admin>,
     Path(slot): Path<String>,
-    Query(query): Query<ActivateQuery>,
-    body: Bytes,
+    query: Result<Query<ActivateQuery>, QueryRejection>,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, AdminError> {
+    let Query(query) = query?;
+    let body = body?;
     let settings = query.settings.unwrap_or_else(|| "{}".to_owned());
     let change = admin.policies.activate(&slot.parse()?, Some((body.to_vec(), settings))).await?;
     Ok(Json(change).into_response())
@@ -115,6 +122,10 @@ enum AdminError {
     Slot(#[from] SlotNameError),
     #[error("{0}")]
     Change(#[from] ChangeError),
+    #[error("{}; the query takes settings=JSON", .0.body_text())]
+    Query(#[from] QueryRejection),
+    #[error("the component did not arrive: {}; it may have {MAX_BODY_BYTES} bytes here", .0.body_text())]
+    Body(#[from] BytesRejection),
 }
 
 impl IntoResponse for AdminError {
@@ -124,6 +135,8 @@ impl IntoResponse for AdminError {
             Self::Change(ChangeError::Load(error)) => (StatusCode::UNPROCESSABLE_ENTITY, error.cause()),
             Self::Change(ChangeError::NoHistory { .. }) => (StatusCode::CONFLICT, "no-history"),
             Self::Change(ChangeError::Store(_) | ChangeError::StateBroken { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "state"),
+            Self::Query(_) => (StatusCode::BAD_REQUEST, "query"),
+            Self::Body(rejection) => (rejection.status(), "body"),
             Self::Change(ChangeError::Panicked(_)) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         tracing::warn!(code, "refused: {self}");

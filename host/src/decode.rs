@@ -75,14 +75,18 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
     let limit = format!("a whole number from 0 to {}; omit it for the model's own limit", bounds.max_output_tokens);
     let max_completion_tokens = fields.integer("max_completion_tokens", bounds.max_output_tokens, &limit)?;
     let max_tokens = fields.integer("max_tokens", bounds.max_output_tokens, &limit)?;
-    let choices = fields.integer("n", bounds.max_choices, &format!("a whole number from 1 to {}", bounds.max_choices))?;
+    let choices_expected = format!("a whole number from 1 to {}", bounds.max_choices);
+    let choices = fields.integer("n", bounds.max_choices, &choices_expected)?;
+    if let (Some(0), Some(raw)) = (choices, fields.get("n")) {
+        return Err(invalid("n", raw, &choices_expected));
+    }
 
     let mut facts = RequestFacts::new(id, model, endpoint);
     facts.prompt = prompt.tokens;
     facts.prefix_key = prompt.prefix_key;
     facts.multimodal_items = prompt.multimodal_items;
     facts.max_output_tokens = max_completion_tokens.or(max_tokens).map(|tokens| tokens as u32);
-    facts.choices = choices.unwrap_or(1).max(1) as u32;
+    facts.choices = choices.unwrap_or(1) as u32;
     facts.flags = fields.flags(stream);
     let body = fields.without_host_fields().map_or_else(|| body.clone(), Bytes::from);
     Ok(Decoded { facts, body, stream })
@@ -109,7 +113,7 @@ fn messages(fields: &Fields<'_>) -> Result<Prompt, RequestError> {
         return Err(invalid("messages", raw, EXPECTED));
     }
     let parts = messages.iter().filter_map(|message| message.content).filter(|content| content.get().starts_with('['));
-    let multimodal_items = parts.map(|content| multimodal_items(content)).sum();
+    let multimodal_items = parts.map(multimodal_items).sum();
     Ok(Prompt { multimodal_items, ..Prompt::of(raw.get(), TokenCount::estimate(raw.get().len())) })
 }
 
@@ -355,6 +359,7 @@ mod tests {
         chat_error(r#","max_tokens":99999999999999999999999"#, &["`max_tokens` is 99999"]);
         chat_error(r#","max_tokens":1000001"#, &["`max_tokens` is 1000001"]);
         chat_error(r#","n":1.5"#, &["`n` is 1.5"]);
+        chat_error(r#","n":0"#, &["`n` is 0", "from 1"]);
         check_error(Endpoint::ChatCompletions, r#"{"messages":[]}"#, &["`model` is missing"]);
         check_error(Endpoint::ChatCompletions, r#"{"model":7,"messages":[]}"#, &["`model` is 7"]);
         check_error(Endpoint::ChatCompletions, r#"{"model":"m"}"#, &["`messages` is missing"]);

@@ -11,15 +11,18 @@ use axum::{
 };
 use dynamo_engine_api::Endpoint;
 use dynamo_host_core::{WorkerState, id};
-use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
+    header::{ALLOW, CONTENT_TYPE},
+};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
 use tracing::Instrument;
 
 use crate::{
     error::RequestError,
-    relay::{REQUEST_ID, count_request},
-    request::{self, Arrival, Lane},
+    relay::{POLICY, REQUEST_ID, count_request},
+    request::{self, Arrival, Lane, Notes},
 };
 
 /// Longest request id that is taken from a client.
@@ -60,12 +63,17 @@ async fn generate(lane: Arc<Lane>, endpoint: Endpoint, request: Request) -> Resp
     let span = tracing::info_span!("request", id, endpoint = endpoint.label());
     let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
     let arrival = Arrival { endpoint, id: id.clone(), session_key, body, at };
-    let served = request::serve(&lane, arrival).instrument(span.clone()).await;
+    let mut notes = Notes::default();
+    let served = request::serve(&lane, arrival, &mut notes).instrument(span.clone()).await;
     served.unwrap_or_else(|error| {
         span.in_scope(|| error.record());
-        let model = "none"; // a name that no worker serves must not become a label
-        count_request(endpoint.label(), model, error.status());
-        with_id(error.into_response(), &id)
+        // A name that no worker serves must not become a label.
+        count_request(endpoint.label(), notes.model.as_deref().unwrap_or("none"), error.status());
+        let mut response = with_header(error.into_response(), REQUEST_ID, &id);
+        if let Some(policy) = notes.policy {
+            response = with_header(response, POLICY, &policy);
+        }
+        response
     })
 }
 
@@ -83,9 +91,9 @@ fn new_id() -> String {
     format!("{:016x}{:016x}", half(), half())
 }
 
-fn with_id(mut response: Response, id: &str) -> Response {
-    if let Ok(id) = HeaderValue::from_str(id) {
-        response.headers_mut().insert(REQUEST_ID, id);
+fn with_header(mut response: Response, name: HeaderName, value: &str) -> Response {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        response.headers_mut().insert(name, value);
     }
     response
 }
@@ -131,12 +139,17 @@ async fn metrics(State(door): State<Door>) -> Response {
 }
 
 async fn not_found(request: Request) -> Response {
-    RequestError::NotFound { path: request.uri().path().to_owned() }.into_response()
+    misdirected(&request, RequestError::NotFound { path: request.uri().path().to_owned() })
 }
 
 async fn method_not_allowed(request: Request, allowed: &'static str) -> Response {
     let (path, method) = (request.uri().path().to_owned(), request.method().to_string());
-    let mut response = RequestError::MethodNotAllowed { path, method, allowed }.into_response();
-    response.headers_mut().insert(http::header::ALLOW, HeaderValue::from_static(allowed));
-    response
+    let response = misdirected(&request, RequestError::MethodNotAllowed { path, method, allowed });
+    with_header(response, ALLOW, allowed)
+}
+
+/// A request that is for nothing here.
+fn misdirected(request: &Request, error: RequestError) -> Response {
+    error.record();
+    with_header(error.into_response(), REQUEST_ID, &request_id(request.headers()))
 }

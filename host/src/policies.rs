@@ -85,11 +85,15 @@ type Version = Option<Arc<PolicyVersion>>;
 
 impl Policies {
     /// Opens the state, restores what it holds, and seeds what it does not.
-    pub(crate) fn open(runtime: Arc<PolicyRuntime>, state_dir: Option<&Path>, seed: Option<&Seed>) -> Self {
+    ///
+    /// # Errors
+    /// If another process has the state directory. Whatever else is wrong is said, and the native fallback serves.
+    pub(crate) fn open(runtime: Arc<PolicyRuntime>, state_dir: Option<&Path>, seed: Option<&Seed>) -> Result<Self, StoreError> {
         let routing = Arc::new(RoutingSlot::new(SlotName::ROUTING));
         let keeping = match state_dir.map(Store::open) {
             None => Keeping::Memory,
             Some(Ok(store)) => Keeping::Disk(store),
+            Some(Err(error @ StoreError::InUse { .. })) => return Err(error),
             Some(Err(error)) => {
                 tracing::error!("{error}; serving with the native fallback");
                 Keeping::Broken(error.to_string())
@@ -103,7 +107,7 @@ impl Policies {
                 tracing::error!("{error}; serving with the native fallback");
                 None
             }),
-            Keeping::Broken(_) => return policies(keeper),
+            Keeping::Broken(_) => return Ok(policies(keeper)),
             Keeping::Memory => None,
         };
         let wanted = seed.map(|seed| (seed, keeper.seed(seed)));
@@ -128,7 +132,7 @@ impl Policies {
             }
             _ => {}
         }
-        policies(keeper)
+        Ok(policies(keeper))
     }
 
     /// The slot that routes.
@@ -233,10 +237,12 @@ impl Keeper {
         };
         let mut versions = Vec::new();
         let last = record.versions.len().saturating_sub(1);
+        let mut kept = Vec::new();
         for (index, version) in record.versions.iter().enumerate() {
             let name = version.as_ref().map_or(native::NAME, |version| &version.policy);
             match load(version) {
                 Ok(loaded) => versions.push(loaded),
+                // The record keeps it: it may be repaired, and nothing that was asked for is forgotten.
                 Err(reason) if index == last => {
                     tracing::error!(
                         policy = name,
@@ -245,13 +251,15 @@ impl Keeper {
                     versions.push(None);
                 }
                 Err(reason) => {
-                    tracing::warn!(policy = name, "an earlier policy cannot be restored and not be rolled back to: {reason}")
+                    tracing::warn!(policy = name, "an earlier policy cannot be restored and not be rolled back to: {reason}");
+                    continue;
                 }
             }
+            kept.push(version.clone());
         }
         routing.restore(versions);
         tracing::info!(policy = routing.report().active.policy, "restored from the state directory");
-        self.record = record;
+        self.record = SlotRecord { versions: kept, seed: record.seed };
     }
 
     /// Activates what the configuration wants.

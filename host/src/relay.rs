@@ -30,7 +30,8 @@ use crate::{error::RequestError, meters::RequestMeters, observe::Observer, reque
 
 /// The header under which clients find their request in the log.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const POLICY: HeaderName = HeaderName::from_static("x-dynamo-policy");
+/// The header that names who placed the request.
+pub(crate) const POLICY: HeaderName = HeaderName::from_static("x-dynamo-policy");
 const WORKER: HeaderName = HeaderName::from_static("x-dynamo-worker");
 
 /// What the host says about an answer.

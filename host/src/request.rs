@@ -13,12 +13,12 @@ use std::{
 };
 
 use axum::{body::Body, response::Response};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest, Reply};
 use dynamo_host_core::{Candidates, RequestFacts, answer::Verdict};
 use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, RouteCall, RoutingSlot};
 use http::StatusCode;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 
 use crate::{
     clock::{Clock, unix_ms},
@@ -36,6 +36,8 @@ const MAX_PLACINGS: u32 = 3;
 /// How often a policy may hold one request, and for how long at a time.
 const MAX_HOLDS: u32 = 8;
 const MAX_HOLD: Duration = Duration::from_secs(2);
+/// Bytes of a body that is too large that are read on and thrown away.
+const MAX_DISCARDED_BYTES: usize = 64 << 20;
 
 /// What requests need of the host.
 pub(crate) struct Lane {
@@ -60,8 +62,17 @@ pub(crate) struct Arrival {
     pub(crate) at: Instant,
 }
 
+/// What is known of a request by the time that it fails.
+#[derive(Default)]
+pub(crate) struct Notes {
+    /// Its model, if it is one that is served.
+    pub(crate) model: Option<String>,
+    /// Who decided last.
+    pub(crate) policy: Option<String>,
+}
+
 /// Serves one request.
-pub(crate) async fn serve(lane: &Lane, arrival: Arrival) -> Result<Response, RequestError> {
+pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
     let Arrival { endpoint, id, session_key, body, at } = arrival;
     let body = read_body(body, &lane.limits).await?;
 
@@ -73,13 +84,14 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival) -> Result<Response, Req
     let request_id: Arc<str> = facts.id.as_str().into();
     lane.meters.decode.record(begun.elapsed());
 
+    notes.model = lane.roster.snapshot().fleet().models().get(&facts.model).cloned();
     let pinned = lane.routing.pin();
     let mut ask = GenerateRequest { endpoint, body, stream, request_id };
     let mut failure = None;
     for attempt in 0..MAX_PLACINGS {
         facts.attempt = attempt;
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
-        let placing = match place(lane, &pinned, &facts).await {
+        let placing = match place(lane, &pinned, &facts, notes).await {
             Ok(placing) => placing,
             // Every worker has failed it: what the last one failed with says more than "no worker".
             Err(error) => return Err(failure.unwrap_or(error)),
@@ -100,12 +112,13 @@ struct Placing {
     snapshot: Arc<Snapshot>,
     candidates: Arc<Candidates>,
     rows: Vec<u32>,
-    pinned: Pinned,
     by: DecidedBy,
+    /// `x-dynamo-policy`.
+    policy: String,
 }
 
 /// Asks the policy where the request shall go, again and again while it holds it.
-async fn place(lane: &Lane, pinned: &Pinned, facts: &RequestFacts) -> Result<Placing, RequestError> {
+async fn place(lane: &Lane, pinned: &Pinned, facts: &RequestFacts, notes: &mut Notes) -> Result<Placing, RequestError> {
     let request = Arc::new(facts.clone());
     let mut changes = lane.roster.changes();
     for holds in 0..=MAX_HOLDS {
@@ -128,10 +141,12 @@ async fn place(lane: &Lane, pinned: &Pinned, facts: &RequestFacts) -> Result<Pla
         };
         lane.meters.route.record(begun.elapsed());
         let Decision { verdict, by, .. } = decision;
+        let policy = decided_by(&by, pinned);
+        notes.policy = Some(policy.clone());
         match verdict {
             Verdict::Place(ranking) => {
                 let rows = ranking.rows().to_vec();
-                return Ok(Placing { snapshot, candidates, rows, pinned: pinned.clone(), by });
+                return Ok(Placing { snapshot, candidates, rows, by, policy });
             }
             Verdict::Reject(rejection) => return Err(RequestError::Rejected(rejection)),
             Verdict::Hold { at_most_ms } => {
@@ -157,7 +172,7 @@ async fn dispatch(
         metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let account = Account::open(lane, facts, worker, observed_version(placing), at);
         let head = Head {
-            policy: decided_by(&placing.by, &placing.pinned),
+            policy: placing.policy.clone(),
             worker: lane.expose_worker.then(|| worker.spec.name.clone()),
             request_id: Arc::clone(&ask.request_id),
         };
@@ -214,17 +229,29 @@ fn is_busy(status: StatusCode) -> bool {
     matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
 }
 
-async fn read_body(body: Body, limits: &Limits) -> Result<Bytes, RequestError> {
+/// Collects a body up to its bound. One that is larger is read on for a while all the same: a client that is still
+/// writing when the connection closes sees a reset, not the answer.
+async fn read_body(mut body: Body, limits: &Limits) -> Result<Bytes, RequestError> {
     let max_bytes = limits.max_body_bytes;
-    let too_large = || RequestError::BodyTooLarge { max_bytes };
-    if axum::body::HttpBody::size_hint(&body).lower() > max_bytes as u64 {
-        return Err(too_large());
-    }
+    let declared = axum::body::HttpBody::size_hint(&body).lower();
+    let mut is_too_large = declared > max_bytes as u64;
+    let mut collected = BytesMut::with_capacity(if is_too_large { 0 } else { declared as usize });
+    let mut discarded = 0;
+    let read = async {
+        while discarded < MAX_DISCARDED_BYTES
+            && let Some(frame) = body.frame().await
+        {
+            let frame = frame.map_err(|error| RequestError::BodyUnread { reason: error.to_string() })?;
+            let Ok(data) = frame.into_data() else { continue };
+            is_too_large |= collected.len() + data.len() > max_bytes;
+            if is_too_large {
+                discarded += data.len();
+            } else {
+                collected.extend_from_slice(&data);
+            }
+        }
+        if is_too_large { Err(RequestError::BodyTooLarge { max_bytes }) } else { Ok(collected.freeze()) }
+    };
     let seconds = limits.body_timeout_s;
-    match tokio::time::timeout(Duration::from_secs(seconds), Limited::new(body, max_bytes).collect()).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(error)) => Err(RequestError::BodyUnread { reason: error.to_string() }),
-        Err(_) => Err(RequestError::BodySlow { seconds }),
-    }
+    tokio::time::timeout(Duration::from_secs(seconds), read).await.unwrap_or(Err(RequestError::BodySlow { seconds }))
 }

@@ -9,6 +9,7 @@ use std::{
 
 use axum::{Router, serve::ListenerExt};
 use dynamo_host_policy::{Limits as PolicyLimits, PolicyRuntime, RuntimeError};
+use dynamo_host_store::StoreError;
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
@@ -36,6 +37,8 @@ pub(crate) enum ServeError {
     Roster(#[from] RosterError),
     #[error("{0}")]
     Sandbox(#[from] RuntimeError),
+    #[error("{0}")]
+    State(#[from] StoreError),
     #[error("the {what} failed: {reason}")]
     Failed { what: &'static str, reason: String },
 }
@@ -62,7 +65,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         let (state_dir, seed) = (config.state_dir.clone(), config.routing.clone());
         let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), seed.as_ref());
         let opened = tokio::task::spawn_blocking(open).await;
-        Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })?)
+        Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };
     if config.state_dir.is_none() {
         tracing::info!("no --state-dir: policy changes do not survive a restart");

@@ -1,8 +1,8 @@
 //! HTTP/1.1 to one engine: requests, whole answers, and what goes wrong with them.
 //!
-//! Invariant: a request is sent once. The pool sends it again only if none of it was written, because the kept
-//! connection that it was meant for had been closed meanwhile. A request that meets a closing connection is
-//! [`EngineError::Broken`], like any that the engine may have seen.
+//! Invariant: a request is sent again only while no byte of an answer has come, and only because its connection was
+//! closed under it: engines close kept connections whenever they like (llama.cpp after every streamed answer, without
+//! saying so), and then the request was most likely never read. What breaks later is [`EngineError::Broken`].
 
 use std::{error::Error, io, sync::Arc, time::Duration};
 
@@ -21,6 +21,9 @@ use hyper_util::{
 use tokio::time::timeout;
 
 use crate::options::OpenAiOptions;
+
+/// How often a request is sent again whose connection was closed under it.
+const RESENDS: usize = 2;
 
 /// Connections to one engine.
 #[derive(Debug)]
@@ -47,7 +50,13 @@ impl Client {
 
     /// Sends a request and waits for the head of its answer. Dropping the future closes the connection.
     pub(crate) async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, EngineError> {
-        self.pool.request(request).await.map_err(|error| self.send_error(&error))
+        let mut resends = 0;
+        loop {
+            match self.pool.request(request.clone()).await {
+                Err(error) if was_closed(&error) && resends < RESENDS => resends += 1,
+                answer => return answer.map_err(|error| self.send_error(&error)),
+            }
+        }
     }
 
     /// Waits for the rest of an answer.
@@ -93,6 +102,16 @@ impl Client {
             EngineError::Broken { engine, reason: root_cause(error) }
         }
     }
+}
+
+/// Whether a connection ended before any byte of an answer.
+fn was_closed(error: &legacy::Error) -> bool {
+    let closed = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionAborted];
+    !error.is_connect()
+        && chain(error).any(|error| {
+            error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message)
+                || error.downcast_ref::<io::Error>().is_some_and(|error| closed.contains(&error.kind()))
+        })
 }
 
 /// What the system said, without what wraps it ("client error (Connect): tcp connect error: …").

@@ -34,12 +34,11 @@ pub struct Cost {
 /// If it fails to decide.
 pub fn policy(version: &PolicyVersion, candidates: u32) -> Result<Cost, PolicyFault> {
     let fleet = synthetic::fleet(candidates);
-    let call = synthetic::route_call(&fleet, 1);
-    let fuel = version.probe(call.clone())?.fuel;
+    let mut call = synthetic::route_call(&fleet, 1);
+    let fuel = version.probe(&call)?.fuel;
     let (median_ns, p99_ns) = measure(|seed| {
-        let mut call = call.clone();
         call.seed = seed;
-        version.probe(call).map(|routed| drop(std::hint::black_box(routed.verdict)))
+        version.probe(&call).map(|routed| drop(std::hint::black_box(routed.verdict)))
     })?;
     Ok(Cost { candidates, median_ns, p99_ns, fuel })
 }

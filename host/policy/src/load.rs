@@ -211,7 +211,7 @@ impl PolicyRuntime {
             SetupError::Fault(fault) => LoadError::Start { policy: policy(), fault },
         })?;
         for candidates in PROBES {
-            version.probe(synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| LoadError::Probe {
+            version.probe(&synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| LoadError::Probe {
                 policy: policy(),
                 candidates,
                 fault,

@@ -29,6 +29,8 @@ use crate::{
 
 /// Ticks of the backstop that setting up may take: about a second.
 const SETUP_TICKS: u64 = 40;
+/// How often a probe is tried that the backstop ends.
+const PROBE_TRIES: u32 = 5;
 
 /// A component with its settings: what decides, and what a request is pinned to.
 pub struct PolicyVersion {
@@ -222,11 +224,25 @@ impl PolicyVersion {
             let detail = "it was rolled back while the request was under way".to_owned();
             return Err(PolicyFault { cause: FaultCause::Revoked, detail });
         }
-        self.probe(call)
+        self.decide(call)
     }
 
-    /// Decides without being counted: probes and benches.
-    pub(crate) fn probe(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
+    /// Decides without being counted: for probes and benches, which must not hold a busy machine against a policy.
+    ///
+    /// # Errors
+    /// Why it did not decide.
+    pub fn probe(&self, call: &RouteCall) -> Result<Routed, PolicyFault> {
+        let mut tries = 0..PROBE_TRIES;
+        loop {
+            tries.next();
+            match self.decide(call.clone()) {
+                Err(PolicyFault { cause: FaultCause::HostStall, .. }) if !tries.is_empty() => {}
+                decided => return decided,
+            }
+        }
+    }
+
+    fn decide(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
         let count = call.candidates.count();
         let mut instance = self.instance()?;
         let fuel = run(&mut instance, |instance| &instance.route, Subject::Route(call), &self.limits)?;
@@ -293,8 +309,8 @@ impl PolicyVersion {
         let set_up = self.pre.instantiate(&mut store).and_then(|instance| {
             let configure = instance.get_typed_func::<(&str,), (Result<(), String>,)>(&mut store, &self.exports.configure)?;
             let (configured,) = configure.call(&mut store, (&self.settings,))?;
-            let route = instance.get_typed_func(&mut store, &self.exports.route)?;
-            let observe = instance.get_typed_func(&mut store, &self.exports.observe)?;
+            let route = instance.get_typed_func(&mut store, self.exports.route)?;
+            let observe = instance.get_typed_func(&mut store, self.exports.observe)?;
             Ok((configured, route, observe))
         });
         match set_up {

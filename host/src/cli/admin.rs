@@ -4,6 +4,7 @@
 use std::{fs, time::Duration};
 
 use bytes::Bytes;
+use dynamo_host_core::{SlotName, slot::SlotNameError};
 use http::{Method, Request, Uri, header::AUTHORIZATION};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
@@ -24,7 +25,8 @@ pub(super) async fn activate(
 ) -> Result<(), String> {
     let settings =
         settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
-    let path = format!("/v1/slots/{slot}/policy");
+    let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
+    let path = format!("/v1/slots/{}/policy", path_segment(&slot));
     let change = if file == "native" {
         if settings.is_some() {
             return Err("the native fallback takes no --settings".to_owned());
@@ -44,7 +46,8 @@ pub(super) async fn activate(
 }
 
 pub(super) async fn rollback(slot: &str, admin: &AdminFlags, output: Output) -> Result<(), String> {
-    let change = call(admin, Method::POST, &format!("/v1/slots/{slot}/rollback"), Bytes::new()).await?;
+    let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
+    let change = call(admin, Method::POST, &format!("/v1/slots/{}/rollback", path_segment(&slot)), Bytes::new()).await?;
     print_change(&change, output);
     Ok(())
 }
@@ -80,6 +83,12 @@ pub(super) async fn status(admin: &AdminFlags, output: Output) -> Result<(), Str
         );
     }
     Ok(())
+}
+
+/// A slot's name within a path: a model's name may hold slashes.
+fn path_segment(slot: &SlotName) -> String {
+    let encoded: String = form_urlencoded::byte_serialize(slot.to_string().as_bytes()).collect();
+    encoded.replace('+', "%20")
 }
 
 fn print_change(change: &Value, output: Output) {

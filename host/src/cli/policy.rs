@@ -28,7 +28,7 @@ pub(super) fn check(file: &Path, settings: Option<&str>, output: Output) -> Resu
     let mut decisions = Vec::new();
     for candidates in SIZES {
         let routed = version
-            .route(synthetic::route_call(&synthetic::fleet(candidates), 1))
+            .probe(&synthetic::route_call(&synthetic::fleet(candidates), 1))
             .map_err(|fault| format!("it failed with {candidates} candidates: {fault}"))?;
         let answer = match routed.verdict {
             Verdict::Place(ranking) => format!("place on {} of {candidates}", ranking.rows().len()),

@@ -111,7 +111,7 @@ impl Store {
         match catch_unwind(AssertUnwindSafe(|| config.open())) {
             Ok(Ok(db)) => {
                 let store = Self { db, path: path.to_owned() };
-                let (found, acknowledged) = (store.generation(), store.acknowledged());
+                let (found, acknowledged) = (store.generation(), store.acknowledged().map_err(failed)?);
                 if found < acknowledged {
                     return Err(failed(format!("the database is damaged: it knows {found} changes of {acknowledged}")));
                 }
@@ -157,8 +157,12 @@ impl Store {
     }
 
     /// Changes that were acknowledged.
-    fn acknowledged(&self) -> u64 {
-        fs::read_to_string(self.path.join(GENERATION)).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    fn acknowledged(&self) -> Result<u64, String> {
+        match fs::read_to_string(self.path.join(GENERATION)) {
+            Ok(text) => text.trim().parse().map_err(|_| format!("its file `{GENERATION}` is damaged")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// Keeps a component.

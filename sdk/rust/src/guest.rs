@@ -17,7 +17,9 @@ pub use wit_bindgen::rt as wit_bindgen_rt;
 pub fn configure<R: Router>(policy: &OnceCell<R>, settings: &str) -> Result<(), String> {
     // A panic ends the instance; its text is all that the operator gets to see of it.
     std::panic::set_hook(Box::new(|panic| log(Level::Error, &panic.to_string())));
-    let settings = serde_json::from_str(settings).map_err(|error| error.to_string())?;
+    // With the path to the key that is wrong; serde_json alone gives its column.
+    let deserializer = &mut serde_json::Deserializer::from_str(settings);
+    let settings = serde_path_to_error::deserialize(deserializer).map_err(|error| error.to_string())?;
     let _ = policy.set(R::new(settings)?);
     Ok(())
 }

@@ -10,7 +10,7 @@ const UNKNOWN_U64: u64 = u64::MAX;
 
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "decision-id", |request| request.decision_id)?;
-    text(interface, "model", |request| Some(&request.model), |text| text.unwrap_or_default())?;
+    text(interface, "model", |request| Some(&request.model), std::option::Option::unwrap_or_default)?;
     text(interface, "adapter", |_| None, |text| text)?;
     fact(interface, "endpoint", |request| request.endpoint.code())?;
     fact(interface, "stage", |request| request.stage.code())?;

@@ -13,11 +13,11 @@ pub(super) fn link_state(interface: &mut Interface<'_>) -> wasmtime::Result<()> 
     })?;
     define(interface, "set", |guest: &mut Guest, (key, value, ttl_ms): (String, Vec<u8>, u32)| {
         guest.charge(key.len() + value.len())?;
-        Ok(guest.state.set(&key, value, ttl_ms, guest.now_ms).map_err(|error| error.code()))
+        Ok(guest.state.set(&key, value, ttl_ms, guest.now_ms).map_err(super::super::state::StateError::code))
     })?;
     define(interface, "add", |guest: &mut Guest, (key, delta, ttl_ms): (String, i64, u32)| {
         guest.charge(key.len())?;
-        Ok(guest.state.add(&key, delta, ttl_ms, guest.now_ms).map_err(|error| error.code()))
+        Ok(guest.state.add(&key, delta, ttl_ms, guest.now_ms).map_err(super::super::state::StateError::code))
     })?;
     define(interface, "take", |guest: &mut Guest, (key, amount, per_second, burst): (String, f64, f64, f64)| {
         guest.charge(key.len())?;
@@ -73,7 +73,7 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
         match guest.state.metric_name(&name) {
             Some(metric) => {
                 metrics::counter!("dynamo_host_policy_counter_total", "policy" => guest.label.to_string(), "name" => metric)
-                    .increment(by as u64)
+                    .increment(by as u64);
             }
             None => return dropped(guest, "counter"),
         }

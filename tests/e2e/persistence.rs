@@ -1,0 +1,258 @@
+//! State on disk: what was active survives `kill -9`; what is lost or broken is said clearly, and service goes on natively.
+
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::json;
+
+use crate::harness::{
+    components,
+    host::Host,
+    process::{Process, dynamo_host, serve},
+};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// A host over one mock engine with its state in `directory`.
+async fn host_in(directory: &Path, more: &[&str]) -> Host {
+    Host::over_mocks(&["a"], "speedup=50", &[&["--state-dir", directory.to_str().unwrap()], more].concat()).await
+}
+
+async fn is_active(host: &Host, policy: &str) {
+    assert_eq!(host.active().await, policy);
+    assert_eq!(host.serves(2).await.header("x-dynamo-policy"), policy);
+}
+
+/// All files below a directory.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+/// The stored policies' files.
+fn policy_files(directory: &Path) -> Vec<PathBuf> {
+    let found: Vec<_> = files(directory).into_iter().filter(|path| path.extension().is_some_and(|kind| kind == "wasm")).collect();
+    assert!(!found.is_empty(), "no .wasm among {:?}", files(directory));
+    found
+}
+
+#[tokio::test]
+async fn the_active_policy_its_settings_and_history_survive_kill_9() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut host = host_in(directory.path(), &[]).await;
+    host.activate(&components::policy("round-robin"), &json!({})).await;
+    host.activate(&components::policy("least-loaded"), &json!({ "request": 5.0 })).await;
+    // Right after the answer: it comes only when the state is on disk.
+    host.process.kill();
+
+    let mut host = host_in(directory.path(), &[]).await;
+    is_active(&host, &format!("least-loaded@{VERSION}")).await;
+    assert_eq!(host.slot().await["active"]["settings"], json!({ "request": 5.0 }));
+    host.cli(&["policy", "rollback", "routing"]).await.succeeded();
+    host.process.kill();
+
+    let host = host_in(directory.path(), &[]).await;
+    is_active(&host, &format!("round-robin@{VERSION}")).await;
+    host.cli(&["policy", "rollback", "routing"]).await.succeeded();
+    is_active(&host, "native").await;
+}
+
+#[tokio::test]
+async fn native_is_remembered_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut host = host_in(directory.path(), &[]).await;
+    host.activate(&components::policy("round-robin"), &json!({})).await;
+    host.activate_native().await;
+    host.process.kill();
+    is_active(&host_in(directory.path(), &[]).await, "native").await;
+}
+
+#[tokio::test]
+async fn a_damaged_policy_file_is_named_and_service_goes_on_natively() {
+    for damage in ["truncated", "emptied", "removed", "overwritten"] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut host = host_in(directory.path(), &[]).await;
+        host.activate(&components::policy("round-robin"), &json!({})).await;
+        host.process.kill();
+        let stored = policy_files(directory.path());
+        for file in &stored {
+            let bytes = fs::read(file).unwrap();
+            match damage {
+                "truncated" => fs::write(file, &bytes[..bytes.len() / 2]).unwrap(),
+                "emptied" => fs::write(file, b"").unwrap(),
+                // Another policy, whole and sound, but not the one that was activated.
+                "overwritten" => fs::write(file, fs::read(components::policy("least-loaded")).unwrap()).unwrap(),
+                _ => fs::remove_file(file).unwrap(),
+            }
+        }
+        let host = host_in(directory.path(), &[]).await;
+        is_active(&host, "native").await;
+        let log = host.process.log();
+        let name = stored[0].file_name().unwrap().to_str().unwrap();
+        assert!(log.contains(name) || log.contains(name.trim_end_matches(".wasm")), "{damage}: the log names {name}: {log}");
+        assert!(!host.process.panicked(), "{damage}: {log}");
+
+        // It is put right by activating it again.
+        host.activate(&components::policy("round-robin"), &json!({})).await;
+        is_active(&host, &format!("round-robin@{VERSION}")).await;
+    }
+}
+
+#[tokio::test]
+async fn an_earlier_policy_that_is_damaged_is_passed_over_by_rollbacks() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut host = host_in(directory.path(), &[]).await;
+    host.activate(&components::policy("least-loaded"), &json!({})).await;
+    let before: HashSet<_> = policy_files(directory.path()).into_iter().collect();
+    host.activate(&components::policy("round-robin"), &json!({})).await;
+    let after: HashSet<_> = policy_files(directory.path()).into_iter().collect();
+    host.activate(&components::guest("hostile"), &json!({})).await;
+    host.process.kill();
+    let [damaged] = after.difference(&before).collect::<Vec<_>>()[..] else { panic!("one file more: {before:?}, {after:?}") };
+    fs::write(damaged, b"damaged").unwrap();
+
+    let mut host = host_in(directory.path(), &[]).await;
+    is_active(&host, &format!("hostile@{VERSION}")).await;
+    assert_eq!(host.roll_back().await.status, 200);
+    is_active(&host, &format!("least-loaded@{VERSION}")).await;
+    host.process.kill();
+    // What was active when it was killed, not what was active long ago.
+    is_active(&host_in(directory.path(), &[]).await, &format!("least-loaded@{VERSION}")).await;
+}
+
+#[tokio::test]
+async fn broken_state_is_said_clearly_and_service_goes_on() {
+    for damage in ["truncated", "overwritten", "half"] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut host = host_in(directory.path(), &[]).await;
+        host.activate(&components::policy("round-robin"), &json!({})).await;
+        host.process.kill();
+        let is_state = |path: &PathBuf| path.extension().is_none_or(|kind| kind != "wasm");
+        for file in files(directory.path()).into_iter().filter(is_state) {
+            let bytes = fs::read(&file).unwrap();
+            match damage {
+                "truncated" => fs::write(file, b"").unwrap(),
+                "half" => fs::write(file, &bytes[..bytes.len() / 2]).unwrap(),
+                _ => fs::write(file, vec![0xa5; bytes.len().max(64)]).unwrap(),
+            }
+        }
+        let mut host = host_in(directory.path(), &[]).await;
+        is_served_though_broken(&host, directory.path(), damage).await;
+        host.process.kill();
+
+        // As the message says: moved away, the host starts anew.
+        fs::remove_dir_all(directory.path()).unwrap();
+        let mut host = host_in(directory.path(), &[]).await;
+        host.activate(&components::policy("least-loaded"), &json!({})).await;
+        host.process.kill();
+        is_active(&host_in(directory.path(), &[]).await, &format!("least-loaded@{VERSION}")).await;
+    }
+}
+
+/// Whatever could be read: it serves, it says what could not, and it takes no change that it could not keep.
+async fn is_served_though_broken(host: &Host, directory: &Path, damage: &str) {
+    let policy = host.active().await;
+    is_active(host, &policy).await;
+    let log = host.process.log();
+    if policy == "native" {
+        assert!(
+            log.contains(directory.to_str().unwrap()) && log.contains("ERROR"),
+            "{damage}: the log says what is broken: {log}"
+        );
+    }
+    let reply = host.put_policy(fs::read(components::policy("least-loaded")).unwrap(), "{}").await;
+    if reply.status.is_success() {
+        is_active(host, &format!("least-loaded@{VERSION}")).await;
+    } else {
+        let message = reply.is_error(503, "state");
+        assert!(message.contains(directory.to_str().unwrap()), "{damage}: {message}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_activated_wins_over_the_flag_until_the_flag_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let [round_robin, least_loaded] = ["round-robin", "least-loaded"].map(components::policy);
+    let [round_robin_label, least_loaded_label] = ["round-robin", "least-loaded"].map(|name| format!("{name}@{VERSION}"));
+    let seeded = ["--routing", &round_robin];
+    let mut host = host_in(directory.path(), &seeded).await;
+    is_active(&host, &round_robin_label).await;
+    host.activate(&least_loaded, &json!({ "request": 9.0 })).await;
+    host.process.kill();
+
+    let mut host = host_in(directory.path(), &seeded).await;
+    is_active(&host, &least_loaded_label).await;
+    host.process.kill();
+
+    let mut host = host_in(directory.path(), &["--routing", "native"]).await;
+    is_active(&host, "native").await;
+    host.activate(&least_loaded, &json!({})).await;
+    host.process.kill();
+
+    // Settings are part of the flag.
+    let with_settings = ["--routing", &least_loaded, "--routing-settings", r#"{"request": 2.0}"#];
+    let mut host = host_in(directory.path(), &with_settings).await;
+    assert_eq!(host.slot().await["active"]["settings"], json!({ "request": 2.0 }));
+    host.activate(&round_robin, &json!({})).await;
+    host.process.kill();
+
+    let mut host = host_in(directory.path(), &with_settings).await;
+    is_active(&host, &round_robin_label).await;
+    host.process.kill();
+
+    // Without a flag nothing is seeded.
+    is_active(&host_in(directory.path(), &[]).await, &round_robin_label).await;
+}
+
+#[tokio::test]
+async fn two_hosts_do_not_share_a_state_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut first = host_in(directory.path(), &[]).await;
+    first.activate(&components::policy("round-robin"), &json!({})).await;
+    let second = host_in(directory.path(), &[]).await;
+    let log = second.process.log();
+    assert!(log.contains("in use") && log.contains(directory.path().to_str().unwrap()), "{log}");
+    second.put_policy(fs::read(components::policy("least-loaded")).unwrap(), "{}").await.is_error(503, "state");
+    is_active(&second, "native").await;
+
+    first.process.kill();
+    is_active(&host_in(directory.path(), &[]).await, &format!("round-robin@{VERSION}")).await;
+}
+
+#[tokio::test]
+async fn a_state_directory_that_cannot_be_is_said_clearly() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("a-file");
+    fs::write(&file, "x").unwrap();
+    for path in [file.clone(), file.join("state")] {
+        let host = host_in(&path, &[]).await;
+        is_served_though_broken(&host, &path, "a file in its place").await;
+    }
+    assert_eq!(fs::read(&file).unwrap(), b"x");
+}
+
+#[tokio::test]
+async fn compiled_policies_are_for_their_user_alone() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("new/state");
+    let host = host_in(&directory, &[]).await;
+    host.activate(&components::policy("round-robin"), &json!({})).await;
+    let mode = fs::metadata(directory.join("compiled")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700, "mode {mode:o}");
+}
+
+#[tokio::test]
+async fn without_a_state_directory_nothing_is_kept_and_that_is_said() {
+    let here = tempfile::tempdir().unwrap();
+    let mut command = dynamo_host(&serve(&[]));
+    command.current_dir(here.path());
+    let mut process = Process::start("dynamo-host serve", &mut command);
+    process.listener("admin listening on http://").await;
+    process.logs("--state-dir").await;
+    assert_eq!(files(here.path()), Vec::<PathBuf>::new());
+}
