@@ -10,7 +10,7 @@ use crate::{paths, wasm::Toolchain};
 /// Crates under `policies/`.
 pub(crate) const POLICIES: &[&str] = &["least-loaded", "round-robin"];
 /// Crates under `tests/guests/`.
-pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost"];
+pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness"];
 
 /// Builds all of them.
 pub(crate) fn build() -> Result<()> {

@@ -33,6 +33,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("round-robin", &["dynamo-policy-sdk"]),
     ("hostile", &["dynamo-policy-sdk"]),
     ("kv-cost", &["dynamo-policy-sdk"]),
+    ("witness", &["dynamo-policy-sdk"]),
     ("xtask", &[]),
 ];
 

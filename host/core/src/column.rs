@@ -1,12 +1,27 @@
 //! Columns: one value per candidate, in row order; what policies read instead of records.
 
+/// Columns of `u64`, by what they hold: identities that cannot change within a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum U64Column {
+    /// Identity of the worker.
+    WorkerId,
+    /// Key of its engine.
+    EngineKey,
+    /// Key of its pool.
+    PoolKey,
+}
+
+impl U64Column {
+    /// Every column with its name in the contract (`dynamo:policy/candidates`).
+    pub const ALL: &[(&'static str, Self)] =
+        &[("worker-id", Self::WorkerId), ("engine-key", Self::EngineKey), ("pool-key", Self::PoolKey)];
+}
+
 /// Columns of `u32`, by what they hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum U32Column {
     /// Data-parallel rank.
     DpRank,
-    /// Pool code.
-    Pool,
     /// Role code.
     Role,
     /// State code.
@@ -39,6 +54,8 @@ pub enum U32Column {
     KvTokensFree,
     /// Age of the engine's last report.
     LoadAgeMs,
+    /// Time since recent observations.
+    RecentAgeMs,
     /// Seconds since the worker joined.
     UpSeconds,
     /// Whether the adapter is loaded.
@@ -49,7 +66,6 @@ impl U32Column {
     /// Every column with its name in the contract (`dynamo:policy/candidates`).
     pub const ALL: &[(&'static str, Self)] = &[
         ("dp-rank", Self::DpRank),
-        ("pool", Self::Pool),
         ("role", Self::Role),
         ("state", Self::State),
         ("block-size", Self::BlockSize),
@@ -66,6 +82,7 @@ impl U32Column {
         ("kv-tokens-total", Self::KvTokensTotal),
         ("kv-tokens-free", Self::KvTokensFree),
         ("load-age-ms", Self::LoadAgeMs),
+        ("recent-age-ms", Self::RecentAgeMs),
         ("up-seconds", Self::UpSeconds),
         ("adapter-loaded", Self::AdapterLoaded),
     ];

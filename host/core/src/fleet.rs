@@ -11,8 +11,8 @@ use std::{
 
 use crate::{
     UNKNOWN,
-    column::{F32Column, U32Column, topology_label},
-    id::WorkerId,
+    column::{F32Column, U32Column, U64Column, topology_label},
+    id::{self, WorkerId},
     load::{Load, LoadBoard, Recent},
     worker::{Role, Worker},
 };
@@ -64,8 +64,7 @@ impl Fleet {
         }
         let eligible = rows
             .into_iter()
-            .zip(0..)
-            .map(|((group, rows), pool)| (group, Arc::new(Candidates::new(&workers, rows, pool))))
+            .map(|(group, rows)| (group, Arc::new(Candidates::new(&workers, rows))))
             .collect();
         Ok(Self { generation, workers, models, eligible })
     }
@@ -103,16 +102,26 @@ pub struct Candidates {
     rows: Box<[u32]>,
     slots: Box<[u32]>,
     board: Arc<LoadBoard>,
-    pool: u32,
-    ids: OnceLock<Arc<[u64]>>,
+    identities: [OnceLock<Arc<[u64]>>; U64Column::ALL.len()],
     unknown: OnceLock<Arc<[u32]>>,
     block_size: OnceLock<Arc<[u32]>>,
+    labels: OnceLock<BTreeMap<String, Label>>,
+}
+
+/// One label over all rows.
+#[derive(Debug)]
+struct Label {
+    /// Its values, sorted: a value's code is its position.
+    values: Vec<String>,
+    codes: Arc<[u32]>,
+    /// The values as numbers, NaN where one is none; `None` if none is.
+    numbers: Option<Arc<[f32]>>,
 }
 
 impl Candidates {
     /// # Panics
     /// If `rows` is empty: no candidates is `None`, not an empty set.
-    fn new(workers: &Arc<[Worker]>, rows: Vec<u32>, pool: u32) -> Self {
+    fn new(workers: &Arc<[Worker]>, rows: Vec<u32>) -> Self {
         let worker = |row: u32| &workers[row as usize];
         let first = worker(*rows.first().expect("a candidate set has at least one row"));
         Self {
@@ -120,10 +129,10 @@ impl Candidates {
             board: Arc::clone(first.load.board()),
             workers: Arc::clone(workers),
             rows: rows.into(),
-            pool,
-            ids: OnceLock::new(),
+            identities: Default::default(),
             unknown: OnceLock::new(),
             block_size: OnceLock::new(),
+            labels: OnceLock::new(),
         }
     }
 
@@ -152,13 +161,18 @@ impl Candidates {
         }
         let rows: Vec<u32> =
             self.rows.iter().copied().filter(|&row| !excluded.contains(&self.workers[row as usize].id)).collect();
-        (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows, self.pool)))
+        (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows)))
     }
 
-    /// Column `worker-id`.
+    /// A column of identities.
     #[must_use]
-    pub fn worker_ids(&self) -> Arc<[u64]> {
-        Arc::clone(self.ids.get_or_init(|| self.iter().map(|worker| worker.id.0).collect()))
+    pub fn u64_column(&self, column: U64Column) -> Arc<[u64]> {
+        let value = |worker: &Worker| match column {
+            U64Column::WorkerId => worker.id.0,
+            U64Column::EngineKey => id::key(worker.spec.name.as_bytes()),
+            U64Column::PoolKey => id::key(format!("{}\0{}", worker.spec.model, worker.spec.role).as_bytes()),
+        };
+        Arc::clone(self.identities[column as usize].get_or_init(|| self.iter().map(value).collect()))
     }
 
     /// A column of `u32`. `now_ms` is the host's monotonic clock.
@@ -166,13 +180,13 @@ impl Candidates {
     pub fn u32_column(&self, column: U32Column, now_ms: u64) -> Arc<[u32]> {
         match column {
             U32Column::DpRank => self.iter().map(|worker| worker.spec.rank).collect(),
-            U32Column::Pool => self.iter().map(|_| self.pool).collect(),
             U32Column::Role => self.iter().map(|worker| worker.spec.role.code()).collect(),
             U32Column::State => self.iter().map(|_| 0).collect(),
             U32Column::BlockSize => Arc::clone(self.block_size.get_or_init(|| self.iter().map(Worker::block_size).collect())),
             U32Column::ActivePrefillTokens => self.board.gather(Load::ActivePrefillTokens, &self.slots),
             U32Column::ActiveDecodeTokens => self.board.gather(Load::ActiveDecodeTokens, &self.slots),
             U32Column::ActiveRequests => self.board.gather(Load::ActiveRequests, &self.slots),
+            U32Column::RecentAgeMs => self.board.gather_recent_age_ms(&self.slots, now_ms),
             U32Column::UpSeconds => self.iter().map(|worker| (now_ms.saturating_sub(worker.joined_ms) / 1000) as u32).collect(),
             // Not observed by this host yet: the contract's word for it is "unknown".
             U32Column::CachedDeviceTokens
@@ -204,15 +218,13 @@ impl Candidates {
     /// Codes of a label's values: their positions in the sorted list of all values.
     #[must_use]
     pub fn label_column(&self, key: &str) -> Arc<[u32]> {
-        let values = self.label_values(key);
-        let code = |value: &String| values.binary_search(&value.as_str()).map_or(UNKNOWN, |code| code as u32);
-        self.iter().map(|worker| worker.spec.labels.get(key).map_or(UNKNOWN, code)).collect()
+        self.labels().get(key).map_or_else(|| self.unknown(), |label| Arc::clone(&label.codes))
     }
 
     /// The code of one value of a label, if some candidate has it.
     #[must_use]
     pub fn label_code(&self, key: &str, value: &str) -> Option<u32> {
-        self.label_values(key).binary_search(&value).ok().map(|code| code as u32)
+        self.labels().get(key)?.values.binary_search_by(|other| other.as_str().cmp(value)).ok().map(|code| code as u32)
     }
 
     /// Codes of placement domains at a level of the contract.
@@ -224,16 +236,26 @@ impl Candidates {
     /// A label that holds numbers; `None` if no candidate has it as a number.
     #[must_use]
     pub fn signal_column(&self, name: &str) -> Option<Arc<[f32]>> {
-        let value = |worker: &Worker| worker.spec.labels.get(name)?.parse::<f32>().ok();
-        let column: Arc<[f32]> = self.iter().map(|worker| value(worker).unwrap_or(f32::NAN)).collect();
-        column.iter().any(|value| !value.is_nan()).then_some(column)
+        self.labels().get(name)?.numbers.clone()
     }
 
-    fn label_values(&self, key: &str) -> Vec<&str> {
-        let mut values: Vec<&str> = self.iter().filter_map(|worker| worker.spec.labels.get(key)).map(String::as_str).collect();
-        values.sort_unstable();
-        values.dedup();
-        values
+    /// All labels of all rows: a policy that asks for one in a loop must not have it computed each time.
+    fn labels(&self) -> &BTreeMap<String, Label> {
+        self.labels.get_or_init(|| {
+            let keys: BTreeSet<&String> = self.iter().flat_map(|worker| worker.spec.labels.keys()).collect();
+            keys.into_iter().map(|key| (key.clone(), self.label(key))).collect()
+        })
+    }
+
+    fn label(&self, key: &str) -> Label {
+        let of = |worker: &'_ Worker| worker.spec.labels.get(key).cloned();
+        let values: Vec<String> = self.iter().filter_map(of).collect::<BTreeSet<_>>().into_iter().collect();
+        let code = |worker: &Worker| worker.spec.labels.get(key).and_then(|value| values.binary_search(value).ok());
+        let codes = self.iter().map(|worker| code(worker).map_or(UNKNOWN, |code| code as u32)).collect();
+        let number = |worker: &Worker| worker.spec.labels.get(key).and_then(|value| value.parse().ok()).unwrap_or(f32::NAN);
+        let numbers: Arc<[f32]> = self.iter().map(number).collect();
+        let numbers = numbers.iter().any(|number| !number.is_nan()).then_some(numbers);
+        Label { values, codes, numbers }
     }
 
     fn unknown(&self) -> Arc<[u32]> {
@@ -271,7 +293,7 @@ mod tests {
     fn rows_are_in_ascending_id_and_load_follows_its_worker() {
         let (fleet, _board) = fleet_of(&["a", "b", "c", "d"]);
         let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
-        assert!(candidates.worker_ids().is_sorted());
+        assert!(candidates.u64_column(U64Column::WorkerId).is_sorted());
         for row in 0..candidates.count() {
             let _busy = InFlight::dispatch(Arc::clone(&candidates.worker(row).load), 7);
             let column = candidates.u32_column(U32Column::ActivePrefillTokens, 0);

@@ -46,6 +46,8 @@ const ALPHA: f32 = 0.1;
 pub struct LoadBoard {
     columns: [Box<[AtomicU32]>; COLUMNS],
     recent: [Box<[AtomicU32]>; RECENT],
+    /// When a slot's recent values were last observed, in milliseconds of the host's clock; `u64::MAX`: never.
+    observed_ms: Box<[AtomicU64]>,
     free: Mutex<Vec<u32>>,
 }
 
@@ -58,6 +60,7 @@ impl LoadBoard {
         Arc::new(Self {
             columns: [zeros(), zeros(), zeros()],
             recent: [unknown(), unknown(), unknown()],
+            observed_ms: (0..workers).map(|_| AtomicU64::new(u64::MAX)).collect(),
             free: Mutex::new((0..workers).rev().collect()),
         })
     }
@@ -73,6 +76,7 @@ impl LoadBoard {
         for column in &self.recent {
             column[index as usize].store(f32::NAN.to_bits(), Relaxed);
         }
+        self.observed_ms[index as usize].store(u64::MAX, Relaxed);
         Some(Arc::new(LoadSlot { board: Arc::clone(self), index, served: AtomicU64::new(0) }))
     }
 
@@ -88,6 +92,16 @@ impl LoadBoard {
     pub fn gather_recent(&self, recent: Recent, slots: &[u32]) -> Arc<[f32]> {
         let column = &self.recent[recent as usize];
         slots.iter().map(|&slot| f32::from_bits(column[slot as usize].load(Relaxed))).collect()
+    }
+
+    /// Reads how long ago `slots` were last observed, in their order.
+    #[must_use]
+    pub fn gather_recent_age_ms(&self, slots: &[u32], now_ms: u64) -> Arc<[u32]> {
+        let age = |observed_ms| match observed_ms {
+            u64::MAX => UNKNOWN,
+            at => u32::try_from(now_ms.saturating_sub(at)).unwrap_or(UNKNOWN - 1),
+        };
+        slots.iter().map(|&slot| age(self.observed_ms[slot as usize].load(Relaxed))).collect()
     }
 }
 
@@ -122,6 +136,11 @@ impl LoadSlot {
     #[must_use]
     pub fn get(&self, load: Load) -> u32 {
         self.board.columns[load as usize][self.index as usize].load(Relaxed)
+    }
+
+    /// Notes that the recent values were observed now, by the host's clock.
+    pub fn observed(&self, now_ms: u64) {
+        self.board.observed_ms[self.index as usize].store(now_ms, Relaxed);
     }
 
     /// Folds an observation into a moving average.
@@ -229,6 +248,14 @@ mod tests {
         assert!(board.claim().is_none(), "the slot is still in use");
         drop(request);
         assert!(board.claim().is_some());
+    }
+
+    #[test]
+    fn the_age_of_observations_is_known_once_there_was_one() {
+        let slot = LoadBoard::new(1).claim().unwrap();
+        assert_eq!(*slot.board().gather_recent_age_ms(&[0], 50), [UNKNOWN]);
+        slot.observed(20);
+        assert_eq!(*slot.board().gather_recent_age_ms(&[0], 50), [30]);
     }
 
     #[test]

@@ -124,6 +124,8 @@ pub struct RequestFacts {
     pub deadline_ms: Option<u64>,
     /// How often it has been placed before.
     pub attempt: u32,
+    /// How often the present decision was held.
+    pub holds: u32,
     /// Workers that failed it, oldest first.
     pub failed_workers: Vec<WorkerId>,
     /// Facts by name: allowed headers.
@@ -151,15 +153,16 @@ impl RequestFacts {
             accepted_ms: 0,
             deadline_ms: None,
             attempt: 0,
+            holds: 0,
             failed_workers: Vec::new(),
             attributes: BTreeMap::new(),
         }
     }
 
-    /// Key of the tenant; 0 without one.
+    /// Key of the tenant.
     #[must_use]
-    pub fn tenant_key(&self) -> u64 {
-        self.tenant.as_deref().map_or(0, |tenant| id::key(tenant.as_bytes()))
+    pub fn tenant_key(&self) -> Option<u64> {
+        self.tenant.as_deref().map(|tenant| id::key(tenant.as_bytes()))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The host's side of `dynamo:policy`: every import function, a module per interface.
 //!
-//! Functions are wired by hand, not generated: columns are a table (`core::column`), and each function is charged
-//! against the call's quota in one way. A test links a component that imports the whole world, so that a function
+//! Functions are wired by hand, not generated: columns are a table (`core::column`), and each function costs fuel in one
+//! way. A test links a component that imports the whole world, so that a function
 //! that is missing or has another type cannot be released.
 
 mod answer;
@@ -12,9 +12,12 @@ mod services;
 #[cfg(test)]
 mod tests;
 
-use wasmtime::component::{ComponentNamedList, Lift, Linker, LinkerInstance, Lower};
+use wasmtime::{
+    StoreContextMut, Trap,
+    component::{ComponentNamedList, ComponentType, Lift, Linker, LinkerInstance, Lower},
+};
 
-use crate::call::Guest;
+use crate::{call::Guest, limits::Limits};
 
 /// Package and version of the contract that this host speaks. Older 0.1 guests link against it, since the host
 /// only ever adds imports.
@@ -46,36 +49,44 @@ pub(crate) fn link_router(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
 
 type Interface<'a> = LinkerInstance<'a, Guest>;
 
-/// Defines a function of plain values. What it takes and gives beyond a few bytes it charges itself.
+/// What crosses the boundary beyond a few bytes, in bytes: fuel is charged by it.
+type Bytes = usize;
+
+/// Defines a function. It gives its result and the bytes that were moved in and out for it.
 fn define<P, R>(
     interface: &mut Interface<'_>,
     name: &'static str,
-    body: impl Fn(&mut Guest, P) -> wasmtime::Result<R> + Send + Sync + 'static,
+    body: impl Fn(&mut Guest, P) -> wasmtime::Result<(R, Bytes)> + Send + Sync + 'static,
 ) -> wasmtime::Result<()>
 where
     P: ComponentNamedList + Lift + 'static,
-    R: Lower + wasmtime::component::ComponentType + 'static,
-    (R,): ComponentNamedList + Lower,
+    R: Lower + ComponentType + 'static,
 {
-    interface.func_wrap(name, move |mut store: wasmtime::StoreContextMut<'_, Guest>, params: P| {
-        let guest = store.data_mut();
-        guest.charge(0)?;
-        body(guest, params).map(|value| (value,))
+    interface.func_wrap(name, move |mut store: StoreContextMut<'_, Guest>, params: P| {
+        let (result, bytes) = body(store.data_mut(), params)?;
+        charge(&mut store, bytes)?;
+        Ok((result,))
     })
 }
 
-/// Defines a function without a result.
+/// Defines a function without a result. It gives the bytes that were moved in.
 fn define_void<P>(
     interface: &mut Interface<'_>,
     name: &'static str,
-    body: impl Fn(&mut Guest, P) -> wasmtime::Result<()> + Send + Sync + 'static,
+    body: impl Fn(&mut Guest, P) -> wasmtime::Result<Bytes> + Send + Sync + 'static,
 ) -> wasmtime::Result<()>
 where
     P: ComponentNamedList + Lift + 'static,
 {
-    interface.func_wrap(name, move |mut store: wasmtime::StoreContextMut<'_, Guest>, params: P| {
-        let guest = store.data_mut();
-        guest.charge(0)?;
-        body(guest, params)
+    interface.func_wrap(name, move |mut store: StoreContextMut<'_, Guest>, params: P| {
+        let bytes = body(store.data_mut(), params)?;
+        charge(&mut store, bytes)
     })
+}
+
+/// Takes fuel for a call: neither fuel nor epochs interrupt host calls, so that they are bounded by what they cost.
+fn charge(store: &mut StoreContextMut<'_, Guest>, bytes: Bytes) -> wasmtime::Result<()> {
+    let cost = Limits::HOST_CALL_FUEL + (bytes / Limits::BYTES_PER_FUEL) as u64;
+    let left = store.get_fuel()?.checked_sub(cost).ok_or(Trap::OutOfFuel)?;
+    store.set_fuel(left)
 }

@@ -1,9 +1,12 @@
 //! Measures decisions: what `dynamo-host policy bench` reports.
 //!
-//! Inside the timing: a warm instance taken, the columns that the policy asks for built and handed over, its decision,
-//! the answer checked, the instance put back. Outside: the fleet and the request.
+//! Inside the timing: the columns that the policy asks for built and handed over, its decision, the answer checked.
+//! Outside: the fleet and the request, and taking the instance from its pool.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use dynamo_host_core::native;
 use serde::Serialize;
@@ -32,13 +35,14 @@ pub struct Cost {
 ///
 /// # Errors
 /// If it fails to decide.
-pub fn policy(version: &PolicyVersion, candidates: u32) -> Result<Cost, PolicyFault> {
+pub fn policy(version: &Arc<PolicyVersion>, candidates: u32) -> Result<Cost, PolicyFault> {
     let fleet = synthetic::fleet(candidates);
     let mut call = synthetic::route_call(&fleet, 1);
-    let fuel = version.probe(&call)?.fuel;
+    let mut trial = version.trial()?;
+    let fuel = trial.route(&call)?.fuel;
     let (median_ns, p99_ns) = measure(|seed| {
         call.seed = seed;
-        version.probe(&call).map(|routed| drop(std::hint::black_box(routed.verdict)))
+        trial.route(&call).map(|routed| drop(std::hint::black_box(routed.verdict)))
     })?;
     Ok(Cost { candidates, median_ns, p99_ns, fuel })
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dynamo_host_core::{Answer, Candidates, RequestFacts};
 use wasmtime::ResourceLimiter;
 
-use crate::{fault::Refusal, limits::Limits, state::SlotState};
+use crate::{fault::Refusal, limits::Limits, runtime::Now, state::SlotState};
 
 /// Everything that a routing decision reads. It holds no prompt text.
 #[derive(Clone, Debug)]
@@ -22,6 +22,14 @@ pub struct RouteCall {
     pub seed: u64,
     /// Whether the policy's reasons are recorded.
     pub explain: bool,
+}
+
+impl RouteCall {
+    /// The time of the decision.
+    #[must_use]
+    pub fn now(&self) -> Now {
+        Now { monotonic_ms: self.now_ms, unix_ms: self.unix_ms }
+    }
 }
 
 /// One term of a policy's reasoning, a value per candidate.
@@ -68,55 +76,57 @@ pub(crate) enum Subject {
 #[derive(Debug)]
 pub(crate) struct Guest {
     limits: Arc<Limits>,
+    /// The slot's, or a scratch one on trial and during set-up.
     pub(crate) state: Arc<SlotState>,
+    /// On trial: what it logs and counts is not for the operator.
+    pub(crate) is_muted: bool,
     /// For log lines: `name@version`.
     pub(crate) label: Arc<str>,
     pub(crate) subject: Subject,
-    pub(crate) now_ms: u64,
-    pub(crate) unix_ms: u64,
-    pub(crate) random: u64,
+    pub(crate) now: Now,
+    random: u64,
     pub(crate) answer: Option<Answer>,
     pub(crate) explanations: Vec<Explanation>,
     /// The last message at level error: a panic's text.
     pub(crate) said: Option<String>,
-    host_bytes_left: usize,
     log_lines_left: u32,
     metric_updates_left: u32,
 }
 
 impl Guest {
-    pub(crate) fn new(limits: Arc<Limits>, state: Arc<SlotState>, label: Arc<str>) -> Self {
-        let mut guest = Self {
+    /// A guest that is being set up: with scratch state, and heard by nobody.
+    pub(crate) fn new(limits: Arc<Limits>, label: Arc<str>, now: Now) -> Self {
+        let (log_lines_left, metric_updates_left) = (limits.log_lines, limits.metric_updates);
+        Self {
             limits,
-            state,
+            state: Arc::default(),
+            is_muted: true,
             label,
             subject: Subject::Setup,
-            now_ms: 0,
-            unix_ms: 0,
+            now,
             random: 0,
             answer: None,
             explanations: Vec::new(),
             said: None,
-            host_bytes_left: 0,
-            log_lines_left: 0,
-            metric_updates_left: 0,
-        };
-        guest.begin(Subject::Setup);
-        guest
+            log_lines_left,
+            metric_updates_left,
+        }
+    }
+
+    /// Ends the set-up: from now on it works on the slot's state, and is heard.
+    pub(crate) fn go_live(&mut self, state: Arc<SlotState>) {
+        self.state = state;
+        self.is_muted = false;
     }
 
     /// Starts a call: quotas are full, nothing is answered.
-    pub(crate) fn begin(&mut self, subject: Subject) {
-        if let Subject::Route(call) = &subject {
-            self.now_ms = call.now_ms;
-            self.unix_ms = call.unix_ms;
-            self.random = call.seed;
-        }
+    pub(crate) fn begin(&mut self, subject: Subject, now: Now, seed: u64) {
+        self.now = now;
+        self.random = seed;
         self.subject = subject;
         self.answer = None;
         self.explanations.clear();
         self.said = None;
-        self.host_bytes_left = self.limits.host_bytes;
         self.log_lines_left = self.limits.log_lines;
         self.metric_updates_left = self.limits.metric_updates;
     }
@@ -124,18 +134,6 @@ impl Guest {
     /// Ends a call: what it held is let go.
     pub(crate) fn end(&mut self) {
         self.subject = Subject::Setup;
-    }
-
-    /// Charges a call across the boundary that moves `bytes`.
-    pub(crate) fn charge(&mut self, bytes: usize) -> wasmtime::Result<()> {
-        let cost = bytes.saturating_add(Limits::HOST_CALL_BYTES);
-        match self.host_bytes_left.checked_sub(cost) {
-            Some(left) => {
-                self.host_bytes_left = left;
-                Ok(())
-            }
-            None => Err(wasmtime::Error::new(Refusal::HostBytes { limit: self.limits.host_bytes })),
-        }
     }
 
     /// The decision under way.
@@ -154,10 +152,18 @@ impl Guest {
         }
     }
 
-    /// Cuts a message to its bound; `None` if the call has used up its lines.
-    pub(crate) fn log_line<'a>(&mut self, message: &'a str) -> Option<&'a str> {
-        self.log_lines_left = self.log_lines_left.checked_sub(1)?;
-        Some(&message[..message.floor_char_boundary(self.limits.log_line_bytes)])
+    /// A message as it may be logged, cut to its bound and on one line.
+    pub(crate) fn printable(&self, message: &str) -> String {
+        let cut = &message[..message.floor_char_boundary(self.limits.log_line_bytes)];
+        cut.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    }
+
+    /// Whether the call may log one more line, by its own quota and by its slot's.
+    pub(crate) fn may_log(&mut self) -> bool {
+        let Some(left) = self.log_lines_left.checked_sub(1) else { return false };
+        self.log_lines_left = left;
+        let per_second = self.limits.log_lines_per_second;
+        self.state.may_log(per_second, self.now.monotonic_ms)
     }
 
     /// Whether the call may update one more metric.
@@ -188,5 +194,17 @@ impl ResourceLimiter for Guest {
             return Err(wasmtime::Error::new(Refusal::Table { limit: self.limits.table_elements }));
         }
         Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        Limits::CORE_INSTANCES
+    }
+
+    fn memories(&self) -> usize {
+        Limits::MEMORIES
+    }
+
+    fn tables(&self) -> usize {
+        Limits::TABLES
     }
 }

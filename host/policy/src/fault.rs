@@ -16,8 +16,8 @@ pub enum FaultCause {
     Memory,
     /// It used up its stack: deep recursion.
     Stack,
-    /// It called the host too often or for too much.
-    HostBytes,
+    /// It gave the host more in one call than it may.
+    ArgumentBytes,
     /// The backstop ended it. Not held against it: its thread may have been pre-empted.
     HostStall,
     /// No instance was free and no more may be made. Not held against it.
@@ -41,7 +41,7 @@ impl FaultCause {
             Self::Fuel => "fuel",
             Self::Memory => "memory",
             Self::Stack => "stack",
-            Self::HostBytes => "host-bytes",
+            Self::ArgumentBytes => "argument-bytes",
             Self::HostStall => "host-stall",
             Self::Busy => "busy",
             Self::Instantiate => "instantiate",
@@ -81,8 +81,6 @@ pub(crate) enum Refusal {
     Memory { limit: usize },
     #[error("it asked for more than {limit} table elements")]
     Table { limit: usize },
-    #[error("it exchanged more than {limit} bytes with the host in one call")]
-    HostBytes { limit: usize },
     #[error("it called {function} outside of {allowed}")]
     OutOfPlace { function: &'static str, allowed: &'static str },
 }
@@ -93,13 +91,12 @@ impl PolicyFault {
         let (cause, detail) = if let Some(refusal) = error.downcast_ref::<Refusal>() {
             let cause = match refusal {
                 Refusal::Memory { .. } | Refusal::Table { .. } => FaultCause::Memory,
-                Refusal::HostBytes { .. } => FaultCause::HostBytes,
                 Refusal::OutOfPlace { .. } => FaultCause::Trap,
             };
             (cause, refusal.to_string())
         } else {
             match error.downcast_ref::<Trap>() {
-                Some(Trap::OutOfFuel) => (FaultCause::Fuel, "it used up its fuel".to_owned()),
+                Some(Trap::OutOfFuel) => (FaultCause::Fuel, "it used up its fuel: an endless loop, or more work than one decision may take".to_owned()),
                 Some(Trap::Interrupt) => (FaultCause::HostStall, "it was interrupted by the backstop".to_owned()),
                 Some(Trap::StackOverflow) => (FaultCause::Stack, "it used up its stack".to_owned()),
                 // Toolchains put the guest's own stack at the bottom of its memory, so that this is what overflowing it looks like.
@@ -107,6 +104,10 @@ impl PolicyFault {
                     (FaultCause::Trap, format!("{trap}, which is also how a stack overflow within linear memory shows"))
                 }
                 Some(trap) => (FaultCause::Trap, trap.to_string()),
+                // wasmtime has no type for this one.
+                None if error.root_cause().to_string().contains("too much data is being copied") => {
+                    (FaultCause::ArgumentBytes, "it gave the host more in one call than it may".to_owned())
+                }
                 None => (FaultCause::Trap, error.root_cause().to_string()),
             }
         };

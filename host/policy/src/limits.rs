@@ -8,7 +8,8 @@ pub struct Limits {
     /// Size of a component. Routing policies are tens to hundreds of kilobytes; compiling is quadratic at worst.
     pub component_bytes: usize,
     /// Fuel of one decision, about one unit per WebAssembly instruction: deterministic, so that a decision is bounded
-    /// alike in production and in replay. The default is about 1 ms of work.
+    /// alike in production and in replay. Calls of the host cost fuel too ([`Limits::HOST_CALL_FUEL`]). The default is
+    /// about 1 ms of work.
     pub decision_fuel: u64,
     /// Fuel of `configure` and `settings-schema`, which run once and parse JSON.
     pub setup_fuel: u64,
@@ -21,22 +22,31 @@ pub struct Limits {
     pub table_elements: usize,
     /// Native stack of a guest.
     pub stack_bytes: usize,
-    /// Bytes that the host hands out and takes in during one call; each call across the boundary counts as
-    /// [`Limits::HOST_CALL_BYTES`] more, since neither fuel nor epochs interrupt host calls.
-    pub host_bytes: usize,
+    /// Bytes that the host takes in from one call across the boundary, before it looks at them.
+    pub argument_bytes: usize,
     /// Log lines of one call.
     pub log_lines: u32,
     /// Bytes of one log line; the rest is cut.
     pub log_line_bytes: usize,
     /// Metric updates of one call.
     pub metric_updates: u32,
-    /// Instances that exist at once, of all versions together.
+    /// Log lines of a slot's policies per second, over all calls; a burst may be four times that.
+    pub log_lines_per_second: f64,
+    /// Instances that exist at once, of all versions together. Where cores are many it is raised to what four versions need.
     pub instances: u32,
 }
 
 impl Limits {
-    /// What a call across the boundary counts besides its bytes.
-    pub const HOST_CALL_BYTES: usize = 1024;
+    /// Fuel of a call across the boundary, about what it takes in time.
+    pub const HOST_CALL_FUEL: u64 = 100;
+    /// Bytes handed across the boundary for one unit of fuel.
+    pub const BYTES_PER_FUEL: usize = 8;
+    /// Core instances, memories and tables of one component: its own module, and what wraps it.
+    pub const CORE_INSTANCES: usize = 16;
+    /// See [`Limits::CORE_INSTANCES`]. The bound on memory is for each.
+    pub const MEMORIES: usize = 2;
+    /// See [`Limits::CORE_INSTANCES`].
+    pub const TABLES: usize = 8;
     /// How often the backstop looks.
     pub const BACKSTOP_TICK: Duration = Duration::from_millis(25);
 }
@@ -51,10 +61,11 @@ impl Default for Limits {
             memory_bytes: 16 << 20,
             table_elements: 20_000,
             stack_bytes: 256 << 10,
-            host_bytes: 32 << 20,
+            argument_bytes: 1 << 20,
             log_lines: 16,
             log_line_bytes: 1024,
             metric_updates: 32,
+            log_lines_per_second: 20.0,
             instances: 256,
         }
     }

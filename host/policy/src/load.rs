@@ -123,12 +123,14 @@ pub enum LoadError {
         reason: String,
     },
     /// Settings that the policy refuses.
-    #[error("policy {policy:?} refuses its settings: {reason}; its schema: dynamo-host policy check FILE")]
+    #[error("policy {policy:?} refuses its settings: {reason}; it accepts {accepted}")]
     Settings {
         /// The policy.
         policy: String,
         /// The policy's words.
         reason: String,
+        /// Names and types of its settings, from its schema.
+        accepted: String,
     },
     /// It fails before it is asked anything.
     #[error("policy {policy:?} cannot be started: {fault}")]
@@ -207,16 +209,30 @@ impl PolicyRuntime {
         let version = PolicyVersion::new(self, inspection.clone(), settings.to_owned(), pre, state)
             .map_err(|error| LoadError::Link { policy: policy(), reason: format!("{error:#}") })?;
         version.warm_up().map_err(|error| match error {
-            SetupError::Refused(reason) => LoadError::Settings { policy: policy(), reason },
+            SetupError::Refused(reason) => {
+                LoadError::Settings { policy: policy(), reason, accepted: accepted(&version.settings_schema().unwrap_or_default()) }
+            }
             SetupError::Fault(fault) => LoadError::Start { policy: policy(), fault },
         })?;
+        let mut trial = version.trial().map_err(|fault| LoadError::Start { policy: policy(), fault })?;
         for candidates in PROBES {
-            version.probe(&synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| LoadError::Probe {
-                policy: policy(),
-                candidates,
-                fault,
-            })?;
+            trial
+                .route(&synthetic::route_call(&synthetic::fleet(candidates), 1))
+                .map_err(|fault| LoadError::Probe { policy: policy(), candidates, fault })?;
         }
-        Ok(Arc::new(version))
+        Ok(version)
     }
+}
+
+/// Names and types of the settings that a schema describes.
+fn accepted(schema: &str) -> String {
+    let schema: serde_json::Value = serde_json::from_str(schema).unwrap_or_default();
+    let Some(properties) = schema["properties"].as_object().filter(|properties| !properties.is_empty()) else {
+        return "no settings".to_owned();
+    };
+    let describe = |(name, property): (&String, &serde_json::Value)| match property["type"].as_str() {
+        Some(kind) => format!("{name} ({kind})"),
+        None => name.clone(),
+    };
+    properties.iter().map(describe).collect::<Vec<_>>().join(", ")
 }

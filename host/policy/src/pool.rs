@@ -1,12 +1,12 @@
 //! Warm instances, spread over shards so that threads do not meet at one lock.
 //!
 //! An instance is taken out for a call and put back after a good one; one that failed is dropped. A thread that finds
-//! its shard empty looks into the others before it makes a new instance.
+//! its shard empty looks into the others. New instances are made off the request path.
 
 use std::{
     cell::Cell,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed},
     },
 };
@@ -45,25 +45,36 @@ pub(crate) struct Pool {
     shards: Box<[Mutex<Vec<Instance>>]>,
 }
 
-/// Instances that a shard keeps: a thread runs one decision at a time, so that a second is rarely needed.
-const KEPT_PER_SHARD: usize = 2;
+/// Instances that a shard keeps: a thread runs one decision at a time, and one more is there when that one fails.
+pub(crate) const KEPT_PER_SHARD: usize = 2;
 
 impl Pool {
     pub(crate) fn new(shards: usize) -> Self {
         Self { shards: (0..shards).map(|_| Mutex::default()).collect() }
     }
 
-    pub(crate) fn shards(&self) -> usize {
-        self.shards.len()
-    }
-
     /// A warm instance, if one is free.
     pub(crate) fn take(&self) -> Option<Instance> {
         let own = self.own_shard();
-        (0..self.shards.len()).find_map(|step| {
-            // A shard that is locked is in use this very moment: go on to the next.
-            self.shards[(own + step) % self.shards.len()].try_lock().ok()?.pop()
-        })
+        let others = (1..self.shards.len()).map(|step| (own + step) % self.shards.len());
+        self.lock(own).pop().or_else(|| others.into_iter().find_map(|shard| self.lock(shard).pop()))
+    }
+
+    /// Shards with room, once for each place.
+    pub(crate) fn vacancies(&self) -> Vec<usize> {
+        (0..self.shards.len()).flat_map(|shard| std::iter::repeat_n(shard, KEPT_PER_SHARD - self.lock(shard).len())).collect()
+    }
+
+    /// Lets go of all instances but one, which requests under way may still need.
+    pub(crate) fn cool(&self) {
+        let kept = self.take();
+        for shard in 0..self.shards.len() {
+            let instances = std::mem::take(&mut *self.lock(shard));
+            drop(instances);
+        }
+        if let Some(instance) = kept {
+            self.put(instance);
+        }
     }
 
     /// Gives an instance back to this thread's shard.
@@ -73,10 +84,15 @@ impl Pool {
 
     /// Gives an instance to a shard; one too many is dropped.
     pub(crate) fn put_into(&self, shard: usize, instance: Instance) {
-        let mut kept = self.shards[shard].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut kept = self.lock(shard);
         if kept.len() < KEPT_PER_SHARD {
             kept.push(instance);
         }
+    }
+
+    /// Held for a push or a pop only.
+    fn lock(&self, shard: usize) -> MutexGuard<'_, Vec<Instance>> {
+        self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn own_shard(&self) -> usize {

@@ -4,8 +4,9 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU32, Ordering::Relaxed},
+        mpsc::{self, SyncSender},
     },
     thread,
 };
@@ -14,7 +15,7 @@ use wasmtime::{
     Cache, CacheConfig, Config, Engine, EngineWeak, InstanceAllocationStrategy, PoolingAllocationConfig, component::Linker,
 };
 
-use crate::{abi, call::Guest, limits::Limits};
+use crate::{abi, call::Guest, limits::Limits, pool, version::PolicyVersion};
 
 /// A runtime that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -32,22 +33,54 @@ pub enum RuntimeError {
     },
 }
 
+/// A moment, by both clocks of the contract.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Now {
+    /// Milliseconds since an arbitrary start; never goes back.
+    pub monotonic_ms: u64,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub unix_ms: u64,
+}
+
+/// Tells the time to calls that are not decisions; a decision brings its own.
+pub type Clock = Arc<dyn Fn() -> Now + Send + Sync>;
+
 /// What all policies share. One per process.
 pub struct PolicyRuntime {
     engine: Engine,
     linker: Linker<Guest>,
-    limits: Arc<Limits>,
-    instances: Arc<AtomicU32>,
-    shards: usize,
+    shared: Shared,
 }
 
+/// What every version holds of the runtime.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) limits: Arc<Limits>,
+    pub(crate) clock: Clock,
+    /// Instances that exist.
+    pub(crate) instances: Arc<AtomicU32>,
+    /// Number of pools to spread callers over: one per core, as the server has a thread per core.
+    pub(crate) shards: usize,
+    /// Asks for a version's pool to be tended, off the request path.
+    pub(crate) tending: SyncSender<Weak<PolicyVersion>>,
+}
+
+/// Versions that can wait to be tended. One more asks again at its next failure.
+const TENDING_QUEUE: usize = 64;
+/// Versions that every host must be able to keep warm: the active one, the next, and those that requests still hold.
+const WARM_VERSIONS: u32 = 4;
+/// Instances beyond those: on trial, and one of each version that can be rolled back to.
+const TRIALS: u32 = 16;
+
 impl PolicyRuntime {
-    /// Sets up the sandbox. `cache` is the folder of wasmtime's own compilation cache, if compiled code is to be kept;
+    /// Sets up the sandbox. `clock` tells the time outside of decisions. `cache` is the folder of wasmtime's own compilation cache, if compiled code is to be kept;
     /// it becomes readable by this user alone, since what lies there is run.
     ///
     /// # Errors
     /// If this machine cannot run it, or the folder cannot be used.
-    pub fn new(limits: Limits, cache: Option<&Path>) -> Result<Self, RuntimeError> {
+    pub fn new(mut limits: Limits, clock: Clock, cache: Option<&Path>) -> Result<Self, RuntimeError> {
+        let shards = thread::available_parallelism().map_or(1, usize::from);
+        limits.instances = limits.instances.max(WARM_VERSIONS * (shards * pool::KEPT_PER_SHARD) as u32 + TRIALS);
         let engine = match Engine::new(&config(&limits, cache, true)?) {
             Ok(engine) => engine,
             // Pooling reserves much address space, which a container may not allow: slower instances then, same bounds.
@@ -59,14 +92,18 @@ impl PolicyRuntime {
         tick(engine.weak());
         let mut linker = Linker::new(&engine);
         abi::link_router(&mut linker).map_err(|error| RuntimeError::Engine(format!("{error:#}")))?;
-        let shards = thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { engine, linker, limits: Arc::new(limits), instances: Arc::default(), shards })
+        let shared = Shared { limits: Arc::new(limits), clock, instances: Arc::default(), shards, tending: tend_pools() };
+        Ok(Self { engine, linker, shared })
     }
 
     /// The bounds that policies run under.
     #[must_use]
-    pub fn limits(&self) -> &Arc<Limits> {
-        &self.limits
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     pub(crate) fn engine(&self) -> &Engine {
@@ -77,19 +114,10 @@ impl PolicyRuntime {
         &self.linker
     }
 
-    /// Number of pools to spread callers over: one per core, as the server has a thread per core.
-    pub(crate) fn shards(&self) -> usize {
-        self.shards
-    }
-
-    pub(crate) fn instances(&self) -> &Arc<AtomicU32> {
-        &self.instances
-    }
-
     /// Instances that exist now.
     #[must_use]
     pub fn instance_count(&self) -> u32 {
-        self.instances.load(Relaxed)
+        self.shared.instances.load(Relaxed)
     }
 }
 
@@ -150,4 +178,21 @@ fn tick(engine: EngineWeak) {
     if let Err(error) = ticker {
         tracing::warn!("the policy backstop could not be started: {error}");
     }
+}
+
+/// Replaces instances that failed, and lets go of those that are not needed any more. A thread of its own, since setting
+/// up an instance runs the guest's `configure`, which may take longer than a request should wait.
+fn tend_pools() -> SyncSender<Weak<PolicyVersion>> {
+    let (tending, due) = mpsc::sync_channel::<Weak<PolicyVersion>>(TENDING_QUEUE);
+    let thread = thread::Builder::new().name("policy-pools".to_owned()).spawn(move || {
+        while let Ok(version) = due.recv() {
+            if let Some(version) = version.upgrade() {
+                version.tend();
+            }
+        }
+    });
+    if let Err(error) = thread {
+        tracing::warn!("policy instances that fail are not replaced, since no thread can be started: {error}");
+    }
+    tending
 }

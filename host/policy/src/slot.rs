@@ -95,21 +95,29 @@ impl RoutingSlot {
     /// Swaps in a version, or the native fallback. Requests under way keep what they have.
     pub fn activate(&self, version: Option<Arc<PolicyVersion>>) {
         let mut history = self.history();
-        history.push(self.active.swap(version));
+        let before = self.active.swap(version);
+        if let Some(before) = &before {
+            before.retire();
+        }
+        history.push(before);
         if history.len() > MAX_HISTORY {
             history.remove(0);
         }
     }
 
-    /// Puts back what was active before; what is active now is revoked.
+    /// Puts back what was active before; what is active now is revoked. Blocks while instances are made.
     ///
     /// # Errors
     /// If nothing was active before.
     pub fn rollback(&self) -> Result<Pinned, NoHistory> {
         let mut history = self.history();
         let last = history.pop().ok_or_else(|| NoHistory { slot: self.name.clone() })?;
+        if let Some(last) = &last {
+            last.wake();
+        }
         if let Some(bad) = self.active.swap(last.clone()) {
             bad.revoke();
+            bad.retire();
         }
         Ok(Pinned(last))
     }
@@ -125,6 +133,9 @@ impl RoutingSlot {
     pub fn restore(&self, mut versions: Vec<Option<Arc<PolicyVersion>>>) {
         let mut history = self.history();
         self.active.store(versions.pop().flatten());
+        for earlier in versions.iter().flatten() {
+            earlier.retire();
+        }
         *history = versions;
     }
 

@@ -13,6 +13,8 @@ const MAX_ENTRIES: usize = 65_536;
 const MAX_BYTES: usize = 16 << 20;
 /// What an entry costs besides its key and value.
 const ENTRY_BYTES: usize = 64;
+/// How often a full state looks for entries that expired.
+const SWEEP_EVERY_MS: u64 = 1000;
 /// Metrics of a slot's policies, so that names made from data cannot flood the exporter.
 const MAX_METRICS: usize = 64;
 
@@ -53,6 +55,7 @@ struct Entry {
 struct Entries {
     map: HashMap<String, Entry>,
     bytes: usize,
+    next_sweep_ms: u64,
 }
 
 /// State of one slot.
@@ -60,10 +63,15 @@ struct Entries {
 pub struct SlotState {
     entries: Mutex<Entries>,
     metrics: Mutex<BTreeSet<String>>,
+    /// Log lines that may be written now, and when that was.
+    log_lines: Mutex<Option<(f64, u64)>>,
 }
 
 impl SlotState {
     pub(crate) fn get(&self, key: &str, now_ms: u64) -> Option<Vec<u8>> {
+        if key.len() > MAX_KEY_BYTES {
+            return None;
+        }
         self.with(|entries| match entries.live(key, now_ms)? {
             Entry { value: Value::Bytes(bytes), .. } => Some(bytes.clone()),
             _ => None,
@@ -95,25 +103,48 @@ impl SlotState {
         })
     }
 
-    /// Error: milliseconds until the amount is there; `u32::MAX` if never, or if no bucket could be kept.
-    pub(crate) fn take(&self, key: &str, amount: f64, per_second: f64, burst: f64, now_ms: u64) -> Result<f64, u32> {
+    /// Within: what remains, or milliseconds until the amount is there (`u32::MAX`: never).
+    pub(crate) fn take(
+        &self,
+        key: &str,
+        amount: f64,
+        per_second: f64,
+        burst: f64,
+        now_ms: u64,
+    ) -> Result<Result<f64, u32>, StateError> {
         let sane = [amount, per_second, burst].iter().all(|value| value.is_finite() && *value >= 0.0);
         if !sane || amount > burst {
-            return Err(u32::MAX);
+            return Ok(Err(u32::MAX));
         }
         self.with(|entries| {
-            let entry = entries.entry(key, now_ms, 0, || Value::Bucket { level: burst, at_ms: now_ms }).map_err(|_| u32::MAX)?;
-            let Value::Bucket { level, at_ms } = &mut entry.value else { return Err(u32::MAX) };
+            let entry = entries.entry(key, now_ms, 0, || Value::Bucket { level: burst, at_ms: now_ms })?;
+            let Value::Bucket { level, at_ms } = &mut entry.value else { return Err(StateError::WrongKind) };
             let elapsed_s = now_ms.saturating_sub(*at_ms) as f64 / 1000.0;
             *level = (*level + elapsed_s * per_second).min(burst);
             *at_ms = now_ms.max(*at_ms);
-            if *level >= amount {
+            // Casts saturate: a refill of next to nothing is "never".
+            let ms_until = |target: f64, level: f64| ((target - level) / per_second * 1000.0).ceil();
+            let taken = if *level >= amount {
                 *level -= amount;
-                return Ok(*level);
-            }
-            // A cast saturates: a refill of next to nothing is "never".
-            Err(((amount - *level) / per_second * 1000.0).ceil() as u32)
+                Ok(*level)
+            } else {
+                Err(ms_until(amount, *level) as u32)
+            };
+            // A full bucket is the same as none.
+            entry.expires_ms = now_ms.saturating_add((ms_until(burst, *level) as u64).max(1));
+            Ok(taken)
         })
+    }
+
+    /// Whether the slot's policies may log one more line now.
+    pub(crate) fn may_log(&self, per_second: f64, now_ms: u64) -> bool {
+        let burst = 4.0 * per_second;
+        let mut lines = self.log_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let (left, at_ms) = lines.unwrap_or((burst, now_ms));
+        let left = (left + now_ms.saturating_sub(at_ms) as f64 / 1000.0 * per_second).min(burst);
+        let may = left >= 1.0;
+        *lines = Some((if may { left - 1.0 } else { left }, now_ms.max(at_ms)));
+        may
     }
 
     /// The metric name to export for what a policy called a metric; `None` if there are too many.
@@ -156,11 +187,13 @@ impl Entries {
         let is_new = !self.map.contains_key(key);
         let added = value_bytes + if is_new { key.len() + ENTRY_BYTES } else { 0 };
         let fits = |entries: &Self| entries.map.len() + usize::from(is_new) <= MAX_ENTRIES && entries.bytes + added <= MAX_BYTES;
-        if !fits(self) {
+        // A sweep looks at every entry: one that finds nothing must not be repeated by every request.
+        if !fits(self) && now_ms >= self.next_sweep_ms {
             self.sweep(now_ms);
-            if !fits(self) {
-                return Err(StateError::Quota);
-            }
+            self.next_sweep_ms = now_ms + SWEEP_EVERY_MS;
+        }
+        if !fits(self) {
+            return Err(StateError::Quota);
         }
         if is_new {
             self.bytes += key.len() + ENTRY_BYTES;
@@ -208,13 +241,26 @@ mod tests {
     #[test]
     fn a_bucket_gives_what_it_has_and_says_when_there_is_more() {
         let state = SlotState::default();
-        assert_eq!(state.take("b", 3.0, 2.0, 4.0, 0), Ok(1.0));
-        assert_eq!(state.take("b", 3.0, 2.0, 4.0, 0), Err(1000));
-        assert_eq!(state.take("b", 3.0, 2.0, 4.0, 1000), Ok(0.0));
-        assert_eq!(state.take("b", 5.0, 2.0, 4.0, 0), Err(u32::MAX), "more than the burst never fits");
-        assert_eq!(state.take("b", f64::NAN, 2.0, 4.0, 0), Err(u32::MAX));
-        assert_eq!(state.take("c", 1.0, 0.0, 1.0, 0), Ok(0.0));
-        assert_eq!(state.take("c", 1.0, 0.0, 1.0, 5), Err(u32::MAX), "without refill it never comes");
+        assert_eq!(state.take("b", 3.0, 2.0, 4.0, 0), Ok(Ok(1.0)));
+        assert_eq!(state.take("b", 3.0, 2.0, 4.0, 0), Ok(Err(1000)));
+        assert_eq!(state.take("b", 3.0, 2.0, 4.0, 1000), Ok(Ok(0.0)));
+        assert_eq!(state.take("b", 5.0, 2.0, 4.0, 0), Ok(Err(u32::MAX)), "more than the burst never fits");
+        assert_eq!(state.take("b", f64::NAN, 2.0, 4.0, 0), Ok(Err(u32::MAX)));
+        assert_eq!(state.take("c", 1.0, 0.0, 1.0, 0), Ok(Ok(0.0)));
+        assert_eq!(state.take("c", 1.0, 0.0, 1.0, 5), Ok(Err(u32::MAX)), "without refill it never comes");
+        state.add("n", 1, 0, 0).unwrap();
+        assert_eq!(state.take("n", 1.0, 1.0, 1.0, 0), Err(StateError::WrongKind));
+    }
+
+    #[test]
+    fn a_bucket_that_is_full_again_takes_no_room() {
+        let state = SlotState::default();
+        for second in 0..10u64 {
+            for tenant in 0..MAX_ENTRIES {
+                let taken = state.take(&format!("{second}/{tenant}"), 1.0, 10.0, 1.0, second * 2000);
+                assert_eq!(taken, Ok(Ok(0.0)), "each bucket is full again after 100 ms");
+            }
+        }
     }
 
     #[test]
@@ -225,10 +271,17 @@ mod tests {
         }
         assert_eq!(state.add("more", 1, 0, 5), Err(StateError::Quota));
         assert_eq!(state.add("0", 1, 10, 5), Ok(2), "what is there can still change");
-        assert_eq!(state.add("more", 1, 0, 50), Ok(1));
+        assert_eq!(state.add("more", 1, 0, 5 + SWEEP_EVERY_MS), Ok(1));
         let value = vec![0; MAX_VALUE_BYTES];
-        let kept = (0..).take_while(|i| state.set(&format!("v{i}"), value.clone(), 0, 50).is_ok()).count();
+        let kept = (0..).take_while(|i| state.set(&format!("v{i}"), value.clone(), 0, 2000).is_ok()).count();
         assert!((3900..4097).contains(&kept), "{kept} values of 4 KiB fit into 16 MiB");
+    }
+
+    #[test]
+    fn log_lines_are_limited_over_all_calls() {
+        let state = SlotState::default();
+        let written = (0..1000).filter(|i| state.may_log(20.0, i / 10)).count();
+        assert_eq!(written, 81, "a burst of 80, and one more within the tenth of a second");
     }
 
     #[test]

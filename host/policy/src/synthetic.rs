@@ -40,7 +40,7 @@ pub fn fleet(count: u32) -> SyntheticFleet {
                 role: Role::Aggregated,
                 rank: 0,
                 block_size: Some(16),
-                labels: BTreeMap::new(),
+                labels: labels(i),
             };
             Worker { id: spec.id("synthetic"), spec: Arc::new(spec), state: WorkerState::Healthy, joined_ms: 0, load }
         })
@@ -48,6 +48,15 @@ pub fn fleet(count: u32) -> SyntheticFleet {
     let fleet = Fleet::new(1, workers).expect("names differ");
     let candidates = fleet.candidates(MODEL, Role::Aggregated).expect("all workers are healthy");
     SyntheticFleet { candidates, _in_flight: in_flight }
+}
+
+/// Every other worker is in zone `a` or `b`, and all have a price.
+fn labels(worker: u32) -> BTreeMap<String, String> {
+    let mut labels = BTreeMap::from([("price".to_owned(), (worker % 4).to_string())]);
+    if worker % 2 == 0 {
+        labels.insert("zone".to_owned(), if worker % 4 == 0 { "a" } else { "b" }.to_owned());
+    }
+    labels
 }
 
 /// A decision about a made-up request of 1,000 prompt tokens.

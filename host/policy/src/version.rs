@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
@@ -13,7 +13,7 @@ use std::{
 use dynamo_host_core::answer::{self, Verdict};
 use wasmtime::{
     Store,
-    component::{ComponentExportIndex, InstancePre},
+    component::{ComponentExportIndex, InstancePre, TypedFunc},
 };
 
 use crate::{
@@ -23,17 +23,18 @@ use crate::{
     inspect::Inspection,
     limits::Limits,
     pool::{Instance, Permit, Pool},
-    runtime::PolicyRuntime,
+    runtime::{Now, PolicyRuntime, Shared},
     state::SlotState,
 };
 
 /// Ticks of the backstop that setting up may take: about a second.
 const SETUP_TICKS: u64 = 40;
-/// How often a probe is tried that the backstop ends.
-const PROBE_TRIES: u32 = 5;
+/// How often a trial is tried that the backstop ends.
+const TRIES: u32 = 5;
 
 /// A component with its settings: what decides, and what a request is pinned to.
 pub struct PolicyVersion {
+    this: Weak<Self>,
     inspection: Inspection,
     settings: String,
     /// `name@version`.
@@ -41,10 +42,11 @@ pub struct PolicyVersion {
     pre: InstancePre<Guest>,
     exports: Exports,
     pool: Pool,
-    limits: Arc<Limits>,
-    instances: Arc<std::sync::atomic::AtomicU32>,
+    shared: Shared,
     state: Arc<SlotState>,
     revoked: AtomicBool,
+    /// Whether it decides now, and its pool is kept full.
+    is_active: AtomicBool,
     meters: Meters,
     faults: Mutex<Faults>,
 }
@@ -96,7 +98,7 @@ impl PolicyVersion {
         settings: String,
         pre: InstancePre<Guest>,
         state: Arc<SlotState>,
-    ) -> wasmtime::Result<Self> {
+    ) -> wasmtime::Result<Arc<Self>> {
         let export = |interface: &str, function: &str| {
             let component = pre.component();
             inspection
@@ -118,20 +120,21 @@ impl PolicyVersion {
             fuel: metrics::histogram!("dynamo_host_policy_call_fuel", "policy" => label.to_string()),
             total_calls: AtomicU64::new(0),
         };
-        Ok(Self {
+        Ok(Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
             inspection,
             settings,
             label,
             exports,
-            pool: Pool::new(runtime.shards()),
-            limits: Arc::clone(runtime.limits()),
-            instances: Arc::clone(runtime.instances()),
+            pool: Pool::new(runtime.shared().shards),
+            shared: runtime.shared().clone(),
             state,
             revoked: AtomicBool::new(false),
+            is_active: AtomicBool::new(true),
             meters,
             faults: Mutex::default(),
             pre,
-        })
+        }))
     }
 
     /// Name, version and author.
@@ -176,12 +179,34 @@ impl PolicyVersion {
         self.meters.total_calls.load(Relaxed)
     }
 
-    /// Makes one instance per shard.
+    /// Fills its pool. Blocks: each instance reads the settings anew.
     pub(crate) fn warm_up(&self) -> Result<(), SetupError> {
-        for shard in 0..self.pool.shards() {
-            self.pool.put_into(shard, self.instantiate()?);
+        for shard in self.pool.vacancies() {
+            self.pool.put_into(shard, self.instantiate(Purpose::Decide)?);
         }
         Ok(())
+    }
+
+    /// Brings its pool to what it should be: full if it decides, nearly empty if not. Off the request path.
+    pub(crate) fn tend(&self) {
+        if !self.is_active.load(Relaxed) || self.revoked.load(Relaxed) {
+            self.pool.cool();
+        } else if let Err(error) = self.warm_up() {
+            // It shows again when it is asked to decide and has no instance.
+            self.record(&error.into_fault());
+        }
+    }
+
+    /// Makes it ready to decide again. Blocks while instances are made.
+    pub(crate) fn wake(&self) {
+        self.is_active.store(true, Relaxed);
+        self.tend();
+    }
+
+    /// Lets go of what only an active version needs.
+    pub(crate) fn retire(&self) {
+        self.is_active.store(false, Relaxed);
+        self.ask_for_tending();
     }
 
     /// Takes it out of use for good: requests that are pinned to it are decided natively from now on.
@@ -224,45 +249,70 @@ impl PolicyVersion {
             let detail = "it was rolled back while the request was under way".to_owned();
             return Err(PolicyFault { cause: FaultCause::Revoked, detail });
         }
-        self.decide(call)
+        let mut instance = self.take()?;
+        let (now, seed) = (call.now(), call.seed);
+        let decided = decide(&mut instance, call, now, seed, &self.shared.limits);
+        self.give_back(instance, decided)
     }
 
-    /// Decides without being counted: for probes and benches, which must not hold a busy machine against a policy.
+    /// An instance for probes and benches: on scratch state, heard by nobody, and not counted.
     ///
     /// # Errors
-    /// Why it did not decide.
-    pub fn probe(&self, call: &RouteCall) -> Result<Routed, PolicyFault> {
-        let mut tries = 0..PROBE_TRIES;
-        loop {
-            tries.next();
-            match self.decide(call.clone()) {
-                Err(PolicyFault { cause: FaultCause::HostStall, .. }) if !tries.is_empty() => {}
-                decided => return decided,
-            }
-        }
+    /// Why it cannot be set up.
+    pub fn trial(self: &Arc<Self>) -> Result<Trial, PolicyFault> {
+        let instance = self.instantiate(Purpose::Try).map_err(SetupError::into_fault)?;
+        Ok(Trial { version: Arc::clone(self), instance })
     }
 
-    fn decide(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
-        let count = call.candidates.count();
-        let mut instance = self.instance()?;
-        let fuel = run(&mut instance, |instance| &instance.route, Subject::Route(call), &self.limits)?;
-        let guest = instance.store.data_mut();
-        let answer = guest.answer.take();
-        let explanations = std::mem::take(&mut guest.explanations);
-        // An answer that cannot be carried out is a fault, but the instance is sound.
-        self.pool.put(instance);
-        Ok(Routed { verdict: answer::validate(answer, count)?, explanations, fuel })
-    }
-
-    /// Lets it learn from ended requests.
+    /// Lets it learn from what has ended.
     ///
     /// # Errors
     /// Why it did not.
     pub fn observe(&self, outcomes: OutcomeBatch) -> Result<(), PolicyFault> {
-        let mut instance = self.instance()?;
-        run(&mut instance, |instance| &instance.observe, Subject::Observe(outcomes), &self.limits)?;
-        self.pool.put(instance);
-        Ok(())
+        if self.revoked.load(Relaxed) {
+            return Ok(());
+        }
+        let mut instance = self.take()?;
+        let seed = outcomes.first().map_or(0, |row| row.decision_id);
+        let observe = instance.observe;
+        let observed = run(&mut instance, observe, Subject::Observe(outcomes), (self.shared.clock)(), seed, &self.shared.limits);
+        let result = self.give_back(instance, observed.map_err(Failure::Guest)).map(drop);
+        if let Err(fault) = &result {
+            self.record(fault);
+        }
+        result
+    }
+
+    fn take(&self) -> Result<Instance, PolicyFault> {
+        self.pool.take().ok_or_else(|| {
+            self.ask_for_tending();
+            let detail = "all its instances are in use or being replaced".to_owned();
+            PolicyFault { cause: FaultCause::Busy, detail }
+        })
+    }
+
+    /// Keeps an instance that is sound; one that failed is replaced off the request path.
+    fn give_back<T>(&self, instance: Instance, result: Result<T, Failure>) -> Result<T, PolicyFault> {
+        match result {
+            Ok(value) => {
+                self.pool.put(instance);
+                Ok(value)
+            }
+            Err(Failure::Answer(fault)) => {
+                self.pool.put(instance);
+                Err(fault)
+            }
+            Err(Failure::Guest(fault)) => {
+                drop(instance);
+                self.ask_for_tending();
+                Err(fault)
+            }
+        }
+    }
+
+    fn ask_for_tending(&self) {
+        // A full queue: it is asked again at the next failure, and a retired version ends with its last request.
+        let _ = self.shared.tending.try_send(Weak::clone(&self.this));
     }
 
     /// JSON Schema of its settings.
@@ -272,51 +322,90 @@ impl PolicyVersion {
     pub fn settings_schema(&self) -> Result<String, PolicyFault> {
         let mut store = self.store();
         let schema = self.pre.instantiate(&mut store).and_then(|instance| {
-            let function = instance.get_typed_func::<(), (String,)>(&mut store, &self.exports.settings_schema)?;
+            let function = instance.get_typed_func::<(), (String,)>(&mut store, self.exports.settings_schema)?;
             function.call(&mut store, ())
         });
         schema.map(|(schema,)| schema).map_err(|error| PolicyFault::of(&error, store.data_mut().said.take()))
     }
 
-    fn instance(&self) -> Result<Instance, PolicyFault> {
-        if let Some(instance) = self.pool.take() {
-            return Ok(instance);
-        }
-        self.instantiate().map_err(|error| match error {
-            SetupError::Fault(fault) if fault.cause == FaultCause::Busy => fault,
-            SetupError::Fault(fault) => PolicyFault { cause: FaultCause::Instantiate, detail: fault.to_string() },
-            SetupError::Refused(reason) => {
-                PolicyFault { cause: FaultCause::Instantiate, detail: format!("it now refuses its settings: {reason}") }
-            }
-        })
-    }
-
     fn store(&self) -> Store<Guest> {
-        let guest = Guest::new(Arc::clone(&self.limits), Arc::clone(&self.state), Arc::clone(&self.label));
+        let limits = &self.shared.limits;
+        let guest = Guest::new(Arc::clone(limits), Arc::clone(&self.label), (self.shared.clock)());
         let mut store = Store::new(self.pre.engine(), guest);
         store.limiter(|guest| guest);
-        store.set_fuel(self.limits.setup_fuel).expect("the engine counts fuel");
+        store.set_hostcall_fuel(limits.argument_bytes);
+        store.set_fuel(limits.setup_fuel).expect("the engine counts fuel");
         store.set_epoch_deadline(SETUP_TICKS);
         store
     }
 
-    fn instantiate(&self) -> Result<Instance, SetupError> {
-        let permit = Permit::take(&self.instances, self.limits.instances).ok_or_else(|| {
-            let detail = format!("all {} instances are in use", self.limits.instances);
+    fn instantiate(&self, purpose: Purpose) -> Result<Instance, SetupError> {
+        let max = self.shared.limits.instances;
+        let permit = Permit::take(&self.shared.instances, max).ok_or_else(|| {
+            let detail = format!("all {max} instances that this host may have are in use");
             SetupError::Fault(PolicyFault { cause: FaultCause::Busy, detail })
         })?;
         let mut store = self.store();
         let set_up = self.pre.instantiate(&mut store).and_then(|instance| {
-            let configure = instance.get_typed_func::<(&str,), (Result<(), String>,)>(&mut store, &self.exports.configure)?;
+            let configure = instance.get_typed_func::<(&str,), (Result<(), String>,)>(&mut store, self.exports.configure)?;
             let (configured,) = configure.call(&mut store, (&self.settings,))?;
             let route = instance.get_typed_func(&mut store, self.exports.route)?;
             let observe = instance.get_typed_func(&mut store, self.exports.observe)?;
             Ok((configured, route, observe))
         });
         match set_up {
-            Ok((Ok(()), route, observe)) => Ok(Instance { store, route, observe, _permit: permit }),
-            Ok((Err(reason), ..)) => Err(SetupError::Refused(reason)),
+            Ok((Ok(()), route, observe)) => {
+                if purpose == Purpose::Decide {
+                    store.data_mut().go_live(Arc::clone(&self.state));
+                }
+                Ok(Instance { store, route, observe, _permit: permit })
+            }
+            Ok((Err(reason), ..)) => Err(SetupError::Refused(store.data().printable(&reason))),
             Err(error) => Err(SetupError::Fault(PolicyFault::of(&error, store.data_mut().said.take()))),
+        }
+    }
+}
+
+/// What an instance is made for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Decide,
+    Try,
+}
+
+/// An instance that decides on trial, see [`PolicyVersion::trial`].
+pub struct Trial {
+    version: Arc<PolicyVersion>,
+    instance: Instance,
+}
+
+impl Trial {
+    /// Decides. A busy machine is not held against the policy: what the backstop ends is tried again.
+    ///
+    /// # Errors
+    /// Why it did not decide. The trial is over then.
+    pub fn route(&mut self, call: &RouteCall) -> Result<Routed, PolicyFault> {
+        for tries_left in (0..TRIES).rev() {
+            match decide(&mut self.instance, call.clone(), call.now(), call.seed, &self.version.shared.limits) {
+                Ok(routed) => return Ok(routed),
+                Err(Failure::Guest(fault)) if fault.cause == FaultCause::HostStall && tries_left > 0 => {
+                    self.instance = self.version.instantiate(Purpose::Try).map_err(SetupError::into_fault)?;
+                }
+                Err(Failure::Guest(fault) | Failure::Answer(fault)) => return Err(fault),
+            }
+        }
+        unreachable!("the last try returns")
+    }
+}
+
+impl SetupError {
+    fn into_fault(self) -> PolicyFault {
+        match self {
+            Self::Refused(reason) => {
+                PolicyFault { cause: FaultCause::Instantiate, detail: format!("it now refuses its settings: {reason}") }
+            }
+            Self::Fault(fault) if fault.cause == FaultCause::Busy => fault,
+            Self::Fault(fault) => PolicyFault { cause: FaultCause::Instantiate, detail: fault.to_string() },
         }
     }
 }
@@ -327,16 +416,35 @@ impl fmt::Debug for PolicyVersion {
     }
 }
 
+/// Why there is no decision.
+enum Failure {
+    /// The guest failed: its instance cannot be trusted any more.
+    Guest(PolicyFault),
+    /// Its answer cannot be carried out: the instance is sound.
+    Answer(PolicyFault),
+}
+
+fn decide(instance: &mut Instance, call: RouteCall, now: Now, seed: u64, limits: &Limits) -> Result<Routed, Failure> {
+    let count = call.candidates.count();
+    let route = instance.route;
+    let fuel = run(instance, route, Subject::Route(call), now, seed, limits).map_err(Failure::Guest)?;
+    let guest = instance.store.data_mut();
+    let explanations = std::mem::take(&mut guest.explanations);
+    let verdict = answer::validate(guest.answer.take(), count).map_err(|fault| Failure::Answer(fault.into()))?;
+    Ok(Routed { verdict, explanations, fuel })
+}
+
 /// Calls into an instance under the bounds of one decision; returns the fuel that it took.
 fn run(
     instance: &mut Instance,
-    export: impl Fn(&Instance) -> &wasmtime::component::TypedFunc<(), ()>,
+    function: TypedFunc<(), ()>,
     subject: Subject,
+    now: Now,
+    seed: u64,
     limits: &Limits,
 ) -> Result<u64, PolicyFault> {
-    let function = *export(instance);
     let store = &mut instance.store;
-    store.data_mut().begin(subject);
+    store.data_mut().begin(subject, now, seed);
     store.set_fuel(limits.decision_fuel).expect("the engine counts fuel");
     let ticks = limits.backstop.as_millis().div_ceil(Limits::BACKSTOP_TICK.as_millis()) as u64;
     // One tick more: the first may come at once.

@@ -38,9 +38,11 @@ dynamo_policy_sdk::register!(RoundRobin);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dynamo_policy_sdk::{state::StateError, testing};
 
     #[test]
     fn every_worker_has_its_turn() {
+        testing::reset();
         let policy = RoundRobin::new(NoSettings {}).unwrap();
         let mut hits = [0; 5];
         for _ in 0..50 {
@@ -48,6 +50,18 @@ mod tests {
             hits[rows[0] as usize] += 1;
         }
         assert_eq!(hits, [10; 5]);
+    }
+
+    #[test]
+    fn without_state_the_load_is_spread_at_random() {
+        testing::reset();
+        testing::set_state_error(Some(StateError::QUOTA));
+        let mut hits = [0; 4];
+        for _ in 0..400 {
+            let Decision::Place(rows) = RoundRobin.route(&Request::test(), &Candidates::test(4)) else { panic!("not placed") };
+            hits[rows[0] as usize] += 1;
+        }
+        assert!(hits.iter().all(|hits| (50..150).contains(hits)), "{hits:?}");
     }
 
     #[test]

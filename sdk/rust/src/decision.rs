@@ -2,16 +2,18 @@
 
 use std::time::Duration;
 
-use crate::bindings::dynamo::policy::routing_answer as host;
+use crate::{bindings::dynamo::policy::routing_answer as host, testing::services as native};
 
-/// What a routing policy decides.
+/// What a routing policy decides. Later hosts may offer further kinds of decision.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Decision {
-    /// Place the request on the first of these rows that takes it: 1 to 16 different rows, best first.
+    /// Place the request on the first of these rows that takes it: 1 to 16 rows, best first, each at most once.
     Place(Vec<u32>),
-    /// Place prefill and decode at once: pairs of rows (prefill, decode), best first.
+    /// Place prefill and decode at once: pairs of rows (prefill, decode), best first, at most 16.
     PlaceDisaggregated(Vec<(u32, u32)>),
-    /// Ask again when the fleet changes, or after this time.
+    /// Ask again when the fleet changes, or after this time. A bounded number of times, never past the deadline; blocks
+    /// nobody behind it.
     Hold(Duration),
     /// Answer the client with an error.
     Reject {
@@ -39,19 +41,33 @@ impl Decision {
     }
 }
 
-fn millis(duration: Duration) -> u32 {
-    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+/// Milliseconds, rounded up: less than one must not become 0, which means something else.
+pub(crate) fn millis(duration: Duration) -> u32 {
+    let is_rounded_up = !duration.subsec_nanos().is_multiple_of(1_000_000);
+    u32::try_from(duration.as_millis() + u128::from(is_rounded_up)).unwrap_or(u32::MAX)
 }
 
 /// Whether this decision's reasons are being recorded.
 #[must_use]
 pub fn explain_wanted() -> bool {
-    cfg!(target_arch = "wasm32") && host::explain_wanted()
+    if cfg!(target_arch = "wasm32") { host::explain_wanted() } else { native::explain_wanted() }
 }
 
-/// Records one term of the reasoning, a value per row. Costs nothing unless [`explain_wanted`].
+/// Records one term of the reasoning, a value per candidate in row order. Costs nothing unless [`explain_wanted`].
 pub fn explain(term: &str, values: impl FnOnce() -> Vec<f32>) {
     if explain_wanted() {
-        host::explain(term, &values());
+        let values = values();
+        if cfg!(target_arch = "wasm32") { host::explain(term, &values) } else { native::explain(term, values) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_below_a_millisecond_is_not_none() {
+        assert_eq!([0, 1, 1_000_000, 1_000_001].map(|nanos| millis(Duration::from_nanos(nanos))), [0, 1, 1, 2]);
+        assert_eq!(millis(Duration::MAX), u32::MAX);
     }
 }

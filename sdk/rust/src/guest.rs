@@ -3,9 +3,8 @@
 use std::cell::OnceCell;
 
 use crate::{
-    Candidates, Request,
+    Candidates, Outcomes, Request, Router,
     bindings::dynamo::policy::telemetry::{Level, log},
-    router::{Outcomes, Router},
 };
 
 pub use wit_bindgen::rt as wit_bindgen_rt;
@@ -29,7 +28,7 @@ pub fn route<R: Router>(policy: &OnceCell<R>) {
     configured(policy).route(&Request::default(), &Candidates::default()).answer();
 }
 
-/// Learns from ended requests.
+/// Learns from what has ended.
 pub fn observe<R: Router>(policy: &OnceCell<R>) {
     configured(policy).observe(&Outcomes::default());
 }
@@ -49,6 +48,10 @@ fn configured<R>(policy: &OnceCell<R>) -> &R {
 
 /// Makes a type that implements [`Router`](crate::Router) the policy of this crate, with the crate's name, version
 /// and authors as the policy's.
+///
+/// What it expands to is glue between WebAssembly and the trait, and unsafe: a crate that says
+/// `#![forbid(unsafe_code)]` cannot hold it, since a forbidden lint cannot be allowed again. `#![deny(unsafe_code)]` does
+/// as well, and nothing else of a policy needs unsafe code.
 #[macro_export]
 macro_rules! register {
     ($policy:ty) => {

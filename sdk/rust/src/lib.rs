@@ -26,40 +26,48 @@
 //! ```
 //!
 //! Build it for `wasm32-unknown-unknown` as a `cdylib` and wrap it as a component. The same code runs natively in
-//! your tests: there, facts and columns are what the test gives, and [`state`], [`clock`] and [`entropy`] are
-//! small stand-ins within the test's thread.
+//! your tests: there, facts and columns are what the test gives, and the host's services are stand-ins within the test's
+//! thread, see [`testing`].
 //!
-//! Contract: what is not asked for is not computed and never crosses the boundary; each fact and column is
-//! asked for at most once per call. A policy's own memory is a cache that may vanish between any two calls;
-//! what must last goes to [`state`].
+//! Contract: what is not asked for is not computed and never crosses the boundary. Each fact and column is asked of the
+//! host at most once per call and kept; what takes an argument ([`label`](Candidates::label),
+//! [`label_code`](Candidates::label_code), [`topology`](Candidates::topology), [`signal`](Candidates::signal),
+//! [`attribute`](Request::attribute)) is asked each time. A policy's own memory is a cache that may vanish between any
+//! two calls; what must last goes to [`state`].
 
 // The generated bindings name this crate as their users do.
 extern crate self as dynamo_policy_sdk;
 
+mod candidate;
 mod candidates;
+mod codes;
 mod decision;
+mod outcomes;
 pub mod rank;
 mod request;
 mod router;
 mod services;
-mod testing;
+pub mod testing;
 
 #[doc(hidden)]
 pub mod bindings;
 #[doc(hidden)]
 pub mod guest;
 
+pub use candidate::Candidate;
 pub use candidates::Candidates;
+pub use codes::{end, endpoint, flags, role, stage, topology, worker_state};
 pub use decision::{Decision, explain, explain_wanted};
-pub use request::{Request, endpoint, flags};
-pub use router::{NoSettings, Outcomes, Router, end};
+pub use outcomes::{Outcome, Outcomes};
+pub use request::Request;
+pub use router::{NoSettings, Router};
 pub use services::{clock, entropy, state, telemetry};
 
 /// Derives a settings type's JSON Schema; re-exported so that a policy needs no dependency of its own.
 pub use schemars;
 pub use serde;
 
-/// What columns and facts hold where an amount is not known.
+/// What facts and columns of `u32` hold where a value is not known.
 pub const UNKNOWN: u32 = u32::MAX;
 
 /// The README's policy compiles.

@@ -2,35 +2,18 @@
 
 use std::cell::OnceCell;
 
-use crate::{UNKNOWN, bindings::dynamo::policy::request as host};
+use crate::{
+    UNKNOWN,
+    bindings::dynamo::policy::request as host,
+    codes::{endpoint, stage},
+};
 
-/// Values of [`Request::endpoint`]. Further ones may come.
-pub mod endpoint {
-    /// A chat completion.
-    pub const CHAT_COMPLETIONS: u32 = 0;
-    /// A text completion.
-    pub const COMPLETIONS: u32 = 1;
-}
-
-/// Bits of [`Request::flags`]. Further ones may come.
-pub mod flags {
-    /// The client wants a stream.
-    pub const STREAM: u32 = 1;
-    /// The request offers tools.
-    pub const TOOLS: u32 = 2;
-    /// Output is constrained to a grammar or schema.
-    pub const GUIDED: u32 = 4;
-    /// Log probabilities are asked for.
-    pub const LOGPROBS: u32 = 8;
-    /// The session's last request.
-    pub const SESSION_FINAL: u32 = 16;
-    /// The input is a tool's result.
-    pub const TOOL_RESULT: u32 = 32;
-}
-
-/// The request being decided. Each fact is asked of the host when a policy first reads it.
+/// The request being decided. Facts are constant during one call, and each is asked of the host when a policy first reads
+/// it.
 ///
-/// An unknown `u32` is [`UNKNOWN`], an unknown float NaN.
+/// Unless a function says otherwise, an unknown `u32` or `u64` amount is its largest value ([`UNKNOWN`]) and an unknown
+/// float is NaN; what may be absent is an option. Keys (`*_key`) are stable 64-bit hashes, equal on every host: compare
+/// and store those, never the strings behind them.
 #[derive(Debug, Default)]
 pub struct Request {
     pub(crate) decision_id: OnceCell<u64>,
@@ -39,7 +22,7 @@ pub struct Request {
     pub(crate) endpoint: OnceCell<u32>,
     pub(crate) stage: OnceCell<u32>,
     pub(crate) tenant: OnceCell<Option<String>>,
-    pub(crate) tenant_key: OnceCell<u64>,
+    pub(crate) tenant_key: OnceCell<Option<u64>>,
     pub(crate) session_key: OnceCell<Option<u64>>,
     pub(crate) parent_session_key: OnceCell<Option<u64>>,
     pub(crate) prefix_key: OnceCell<u64>,
@@ -60,6 +43,7 @@ pub struct Request {
     pub(crate) slo_ttft_ms: OnceCell<f32>,
     pub(crate) slo_itl_ms: OnceCell<f32>,
     pub(crate) attempt: OnceCell<u32>,
+    pub(crate) holds: OnceCell<u32>,
     pub(crate) failed_workers: OnceCell<Vec<u64>>,
     pub(crate) pinned_worker: OnceCell<Option<u64>>,
     pub(crate) affinity_worker: OnceCell<Option<u64>>,
@@ -73,39 +57,40 @@ fn ask<T>(cell: &OnceCell<T>, host: fn() -> T, unknown: T) -> &T {
 }
 
 impl Request {
-    /// Identity of this decision; [`Outcomes`](crate::Outcomes) names it again.
+    /// Identity of this decision, unique on this host; [`Outcomes`](crate::Outcomes) names it when what it placed has ended.
+    /// Asked again after a hold it is the same decision; a request that is placed anew is a new one.
     pub fn decision_id(&self) -> u64 {
         *ask(&self.decision_id, host::decision_id, 0)
     }
 
-    /// Model asked for.
+    /// The model that is asked for, after the host resolved aliases.
     pub fn model(&self) -> &str {
         ask(&self.model, host::model, String::new()).as_str()
     }
 
-    /// LoRA adapter asked for.
+    /// The LoRA adapter that is asked for.
     pub fn adapter(&self) -> Option<&str> {
         ask(&self.adapter, host::adapter, None).as_deref()
     }
 
     /// What is asked of the engine, see [`endpoint`].
     pub fn endpoint(&self) -> u32 {
-        *ask(&self.endpoint, host::endpoint, endpoint::CHAT_COMPLETIONS)
+        *ask(&self.endpoint, host::endpoint, endpoint::CHAT_COMPLETION)
     }
 
-    /// Which part of the work is placed: 0 whole, 1 prefill, 2 decode.
+    /// Which part of the work is being placed, see [`stage`].
     pub fn stage(&self) -> u32 {
-        *ask(&self.stage, host::stage, 0)
+        *ask(&self.stage, host::stage, stage::WHOLE)
     }
 
-    /// Authenticated tenant.
+    /// The authenticated tenant.
     pub fn tenant(&self) -> Option<&str> {
         ask(&self.tenant, host::tenant, None).as_deref()
     }
 
-    /// Key of the tenant, equal on every host; 0 without one.
-    pub fn tenant_key(&self) -> u64 {
-        *ask(&self.tenant_key, host::tenant_key, 0)
+    /// Key of the tenant.
+    pub fn tenant_key(&self) -> Option<u64> {
+        *ask(&self.tenant_key, host::tenant_key, None)
     }
 
     /// Key of the client's session.
@@ -118,42 +103,43 @@ impl Request {
         *ask(&self.parent_session_key, host::parent_session_key, None)
     }
 
-    /// Key of the prompt's beginning.
+    /// Key of the prompt's beginning, its first kilobyte as the client wrote it: equal for prompts that begin alike for that
+    /// long. A hint for affinity; a short prompt that grows has another key.
     pub fn prefix_key(&self) -> u64 {
         *ask(&self.prefix_key, host::prefix_key, 0)
     }
 
-    /// Length of the prompt in tokens.
+    /// Length of the prompt, in tokens.
     pub fn prompt_tokens(&self) -> u32 {
         *ask(&self.prompt_tokens, host::prompt_tokens, UNKNOWN)
     }
 
-    /// Whether a tokenizer counted them.
+    /// Whether `prompt_tokens` was counted by the model's tokenizer, not estimated from bytes.
     pub fn prompt_tokens_exact(&self) -> bool {
         *ask(&self.prompt_tokens_exact, host::prompt_tokens_exact, false)
     }
 
-    /// Tokens that an earlier attempt delivered.
+    /// Tokens that an earlier attempt has already delivered to the client.
     pub fn generated_tokens(&self) -> u32 {
         *ask(&self.generated_tokens, host::generated_tokens, 0)
     }
 
-    /// The client's limit on output tokens.
+    /// The client's limit on output tokens, per choice.
     pub fn max_output_tokens(&self) -> u32 {
         *ask(&self.max_output_tokens, host::max_output_tokens, UNKNOWN)
     }
 
-    /// Output tokens that the host expects.
+    /// What the host expects in output tokens, per choice.
     pub fn expected_output_tokens(&self) -> u32 {
         *ask(&self.expected_output_tokens, host::expected_output_tokens, UNKNOWN)
     }
 
-    /// Choices asked for, at least 1.
+    /// Choices that are asked for (`n`), at least 1.
     pub fn choices(&self) -> u32 {
         *ask(&self.choices, host::choices, 1)
     }
 
-    /// Bits, see [`flags`].
+    /// Bits, see [`flags`](crate::flags).
     pub fn flags(&self) -> u32 {
         *ask(&self.flags, host::flags, 0)
     }
@@ -163,17 +149,17 @@ impl Request {
         *ask(&self.multimodal_items, host::multimodal_items, 0)
     }
 
-    /// Their size in bytes.
+    /// Their size in bytes; 0 without any.
     pub fn multimodal_bytes(&self) -> u64 {
         *ask(&self.multimodal_bytes, host::multimodal_bytes, 0)
     }
 
-    /// Strict tier: lower is served first.
+    /// Strict tier that admission chose: a lower tier is served first. 0 without admission.
     pub fn priority_tier(&self) -> u32 {
         *ask(&self.priority_tier, host::priority_tier, 0)
     }
 
-    /// Priority within the tier: higher is sooner.
+    /// Priority within the tier: higher is sooner. 0 is normal.
     pub fn priority(&self) -> f32 {
         *ask(&self.priority, host::priority, 0.0)
     }
@@ -188,7 +174,7 @@ impl Request {
         *ask(&self.age_ms, host::age_ms, 0)
     }
 
-    /// Milliseconds that remain.
+    /// Milliseconds that remain until the request's deadline.
     pub fn deadline_ms(&self) -> Option<u32> {
         *ask(&self.deadline_ms, host::deadline_ms, None)
     }
@@ -203,37 +189,43 @@ impl Request {
         *ask(&self.slo_itl_ms, host::slo_itl_ms, f32::NAN)
     }
 
-    /// 0 for the first placing; counts each further one.
+    /// 0 for a request's first placing; counts each further one.
     pub fn attempt(&self) -> u32 {
         *ask(&self.attempt, host::attempt, 0)
     }
 
-    /// Workers that failed this request, oldest first.
+    /// How often this decision was held before.
+    pub fn holds(&self) -> u32 {
+        *ask(&self.holds, host::holds, 0)
+    }
+
+    /// Workers that failed this request, oldest first. They are not among the candidates.
     pub fn failed_workers(&self) -> &[u64] {
         ask(&self.failed_workers, host::failed_workers, Vec::new()).as_slice()
     }
 
-    /// The worker that the client demands.
+    /// The worker that the client demands. If it is eligible it is the only candidate.
     pub fn pinned_worker(&self) -> Option<u64> {
         *ask(&self.pinned_worker, host::pinned_worker, None)
     }
 
-    /// The worker that last served this session.
+    /// The worker that last served this session: advice.
     pub fn affinity_worker(&self) -> Option<u64> {
         *ask(&self.affinity_worker, host::affinity_worker, None)
     }
 
-    /// Tags from the operator's configuration.
+    /// Tags that the operator's configuration puts on the request.
     pub fn tags(&self) -> &[String] {
         ask(&self.tags, host::tags, Vec::new()).as_slice()
     }
 
-    /// A fact by name: an allowed header, or what later hosts offer without a function of its own.
+    /// A fact by name: request headers that the operator allowed (several of one name joined by `, `), and whatever later
+    /// hosts offer without a function of its own. Asked of the host at each call: keep it.
     pub fn attribute(&self, key: &str) -> Option<String> {
         if cfg!(target_arch = "wasm32") {
             host::attribute(key)
         } else {
-            self.attributes.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone())
+            self.attributes.iter().rfind(|(name, _)| name == key).map(|(_, value)| value.clone())
         }
     }
 }

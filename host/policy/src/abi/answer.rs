@@ -2,7 +2,7 @@
 
 use dynamo_host_core::{Answer, Rejection, answer::MAX_RANKED};
 
-use super::{Interface, define, define_void};
+use super::{Bytes, Interface, define, define_void};
 use crate::call::{Explanation, Guest};
 
 /// Terms that one decision may explain.
@@ -10,36 +10,37 @@ const MAX_TERMS: usize = 16;
 
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     define_void(interface, "place", |guest: &mut Guest, (mut rows,): (Vec<u32>,)| {
-        guest.charge(4 * rows.len())?;
+        let bytes = size_of_val(&*rows);
         // One more than is allowed is enough to see that there are too many.
         rows.truncate(MAX_RANKED + 1);
-        answer(guest, "place", Answer::Place(rows))
+        answer(guest, "place", Answer::Place(rows), bytes)
     })?;
     define_void(interface, "place-disaggregated", |guest: &mut Guest, (mut pairs,): (Vec<(u32, u32)>,)| {
-        guest.charge(8 * pairs.len())?;
+        let bytes = size_of_val(&*pairs);
         pairs.truncate(MAX_RANKED + 1);
-        answer(guest, "place-disaggregated", Answer::PlaceDisaggregated(pairs))
+        answer(guest, "place-disaggregated", Answer::PlaceDisaggregated(pairs), bytes)
     })?;
     define_void(interface, "hold", |guest: &mut Guest, (at_most_ms,): (u32,)| {
-        answer(guest, "hold", Answer::Hold { at_most_ms })
+        answer(guest, "hold", Answer::Hold { at_most_ms }, 0)
     })?;
     define_void(interface, "reject", |guest: &mut Guest, (status, retry_after_ms, reason): (u16, Option<u32>, String)| {
-        guest.charge(reason.len())?;
-        let reason = reason[..reason.floor_char_boundary(1024)].to_owned();
-        answer(guest, "reject", Answer::Reject(Rejection { status, retry_after_ms, reason }))
+        let bytes = reason.len();
+        let reason = guest.printable(&reason);
+        answer(guest, "reject", Answer::Reject(Rejection { status, retry_after_ms, reason }), bytes)
     })?;
-    define(interface, "explain-wanted", |guest: &mut Guest, (): ()| Ok(guest.route("explain-wanted")?.explain))?;
+    define(interface, "explain-wanted", |guest: &mut Guest, (): ()| Ok((guest.route("explain-wanted")?.explain, 0)))?;
     define_void(interface, "explain", |guest: &mut Guest, (term, values): (String, Vec<f32>)| {
-        guest.charge(term.len() + 4 * values.len())?;
+        let bytes = term.len() + size_of_val(&*values);
         if guest.route("explain")?.explain && guest.explanations.len() < MAX_TERMS {
+            let term = guest.printable(&term);
             guest.explanations.push(Explanation { term, values });
         }
-        Ok(())
+        Ok(bytes)
     })
 }
 
-fn answer(guest: &mut Guest, function: &'static str, answer: Answer) -> wasmtime::Result<()> {
+fn answer(guest: &mut Guest, function: &'static str, answer: Answer, bytes: Bytes) -> wasmtime::Result<Bytes> {
     guest.route(function)?;
     guest.answer = Some(answer);
-    Ok(())
+    Ok(bytes)
 }

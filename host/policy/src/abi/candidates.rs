@@ -2,45 +2,52 @@
 
 use std::{mem::size_of_val, sync::Arc};
 
-use dynamo_host_core::column::{F32Column, U32Column};
+use dynamo_host_core::{
+    Candidates,
+    column::{F32Column, U32Column, U64Column},
+};
+use wasmtime::component::{ComponentNamedList, ComponentType, Lift, Lower};
 
-use super::{Interface, define};
-use crate::call::{Guest, RouteCall};
+use super::{Bytes, Interface, define};
+use crate::call::Guest;
 
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
-    define(interface, "count", |guest: &mut Guest, (): ()| Ok(guest.route("count")?.candidates.count()))?;
-    define(interface, "worker-id", |guest: &mut Guest, (): ()| {
-        hand_out(guest, "worker-id", |call| call.candidates.worker_ids())
-    })?;
+    define(interface, "count", |guest: &mut Guest, (): ()| Ok((guest.route("count")?.candidates.count(), 0)))?;
+    for &(name, column) in U64Column::ALL {
+        define_column(interface, name, move |candidates, _, ()| (candidates.u64_column(column), 0))?;
+    }
     for &(name, column) in U32Column::ALL {
-        define(interface, name, move |guest: &mut Guest, (): ()| {
-            hand_out(guest, name, |call| call.candidates.u32_column(column, call.now_ms))
-        })?;
+        define_column(interface, name, move |candidates, now_ms, ()| (candidates.u32_column(column, now_ms), 0))?;
     }
     for &(name, column) in F32Column::ALL {
-        define(interface, name, move |guest: &mut Guest, (): ()| {
-            hand_out(guest, name, |call| call.candidates.f32_column(column))
-        })?;
+        define_column(interface, name, move |candidates, _, ()| (candidates.f32_column(column), 0))?;
     }
-    define(interface, "topology", |guest: &mut Guest, (level,): (u32,)| {
-        hand_out(guest, "topology", |call| call.candidates.topology_column(level))
-    })?;
-    define(interface, "label", |guest: &mut Guest, (key,): (String,)| {
-        hand_out(guest, "label", |call| call.candidates.label_column(&key))
-    })?;
+    define_column(interface, "topology", |candidates, _, (level,): (u32,)| (candidates.topology_column(level), 0))?;
+    define_column(interface, "label", |candidates, _, (key,): (String,)| (candidates.label_column(&key), key.len()))?;
     define(interface, "label-code", |guest: &mut Guest, (key, value): (String, String)| {
-        Ok(guest.route("label-code")?.candidates.label_code(&key, &value))
+        Ok((guest.route("label-code")?.candidates.label_code(&key, &value), key.len() + value.len()))
     })?;
     define(interface, "signal", |guest: &mut Guest, (name,): (String,)| {
         let column = guest.route("signal")?.candidates.signal_column(&name);
-        guest.charge(column.as_deref().map_or(0, size_of_val))?;
-        Ok(column)
+        let bytes = name.len() + column.as_deref().map_or(0, size_of_val);
+        Ok((column, bytes))
     })
 }
 
-/// A column, charged by its size.
-fn hand_out<T>(guest: &mut Guest, name: &'static str, read: impl Fn(&RouteCall) -> Arc<[T]>) -> wasmtime::Result<Arc<[T]>> {
-    let column = read(guest.route(name)?);
-    guest.charge(size_of_val(&*column))?;
-    Ok(column)
+/// Defines a column, given with the bytes of what it was asked with.
+fn define_column<P, T>(
+    interface: &mut Interface<'_>,
+    name: &'static str,
+    read: impl Fn(&Candidates, u64, P) -> (Arc<[T]>, Bytes) + Send + Sync + 'static,
+) -> wasmtime::Result<()>
+where
+    P: ComponentNamedList + Lift + 'static,
+    T: Lower + ComponentType + Send + Sync + 'static,
+{
+    define(interface, name, move |guest: &mut Guest, params: P| {
+        let call = guest.route(name)?;
+        let (column, asked) = read(&call.candidates, call.now_ms, params);
+        let bytes = size_of_val(&*column) + asked;
+        Ok((column, bytes))
+    })
 }

@@ -4,7 +4,7 @@ use super::{Interface, define};
 use crate::call::{Guest, OutcomeRow};
 
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
-    define(interface, "count", |guest: &mut Guest, (): ()| Ok(guest.outcomes("count")?.len() as u32))?;
+    define(interface, "count", |guest: &mut Guest, (): ()| Ok((guest.outcomes("count")?.len() as u32, 0)))?;
     column(interface, "decision-id", |row| row.decision_id)?;
     column(interface, "worker-id", |row| row.worker_id)?;
     column(interface, "ttft-ms", |row| row.ttft_ms)?;
@@ -19,7 +19,7 @@ where
 {
     define(interface, name, move |guest: &mut Guest, (): ()| {
         let values: Vec<T> = guest.outcomes(name)?.iter().map(read).collect();
-        guest.charge(size_of_val(&*values))?;
-        Ok(values)
+        let bytes = size_of_val(&*values);
+        Ok((values, bytes))
     })
 }

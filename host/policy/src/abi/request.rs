@@ -27,7 +27,7 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "choices", |request| request.choices)?;
     fact(interface, "flags", |request| request.flags)?;
     fact(interface, "multimodal-items", |request| request.multimodal_items)?;
-    fact(interface, "multimodal-bytes", |_| UNKNOWN_U64)?;
+    fact(interface, "multimodal-bytes", |request| if request.multimodal_items == 0 { 0 } else { UNKNOWN_U64 })?;
     fact(interface, "priority-tier", |_| 0u32)?;
     fact(interface, "priority", |_| 0f32)?;
     text(interface, "class", |_| None, |text| text)?;
@@ -36,14 +36,15 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "slo-ttft-ms", |_| f32::NAN)?;
     fact(interface, "slo-itl-ms", |_| f32::NAN)?;
     fact(interface, "attempt", |request| request.attempt)?;
+    fact(interface, "holds", |request| request.holds)?;
     fact(interface, "failed-workers", |request| request.failed_workers.iter().map(|worker| worker.0).collect::<Vec<u64>>())?;
     fact(interface, "pinned-worker", |_| None::<u64>)?;
     fact(interface, "affinity-worker", |_| None::<u64>)?;
     fact(interface, "tags", |_| Vec::<String>::new())?;
     define(interface, "attribute", |guest: &mut Guest, (key,): (String,)| {
         let value = guest.route("attribute")?.request.attributes.get(&key).cloned();
-        guest.charge(key.len() + value.as_ref().map_or(0, String::len))?;
-        Ok(value)
+        let bytes = key.len() + value.as_ref().map_or(0, String::len);
+        Ok((value, bytes))
     })
 }
 
@@ -72,7 +73,7 @@ fn timed<R>(
 where
     R: wasmtime::component::Lower + wasmtime::component::ComponentType + 'static,
 {
-    define(interface, name, move |guest: &mut Guest, (): ()| Ok(read(guest.route(name)?)))
+    define(interface, name, move |guest: &mut Guest, (): ()| Ok((read(guest.route(name)?), 0)))
 }
 
 /// A text, charged by its length.
@@ -87,7 +88,7 @@ where
 {
     define(interface, name, move |guest: &mut Guest, (): ()| {
         let text = read(&guest.route(name)?.request).cloned();
-        guest.charge(text.as_ref().map_or(0, String::len))?;
-        Ok(shape(text))
+        let bytes = text.as_ref().map_or(0, String::len);
+        Ok((shape(text), bytes))
     })
 }

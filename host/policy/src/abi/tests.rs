@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use wasmtime::component::{Component, Linker};
@@ -10,7 +11,7 @@ use wit_component::{ComponentEncoder, StringEncoding, dummy_module, embed_compon
 use wit_parser::{ManglingAndAbi, Resolve, WorldId};
 
 use super::{VERSION, link_router};
-use crate::{Limits, PolicyRuntime};
+use crate::{Limits, Now, PolicyRuntime};
 
 fn wit() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wit")
@@ -46,7 +47,7 @@ fn dummy(resolve: &Resolve, world: WorldId) -> Vec<u8> {
 fn the_host_has_every_function_of_the_router_world_with_its_type() {
     let mut resolve = Resolve::default();
     let world = parse(&mut resolve, VERSION, &package_text(&wit().join("current")), "router");
-    let runtime = PolicyRuntime::new(Limits::default(), None).unwrap();
+    let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap();
     let component = Component::new(runtime.engine(), dummy(&resolve, world)).unwrap();
     let mut linker = Linker::new(runtime.engine());
     link_router(&mut linker).unwrap();

@@ -130,9 +130,9 @@ fn misbehave(mode: Mode, candidates: &Candidates) -> Decision {
         }
         Mode::Hold => return Decision::Hold(Duration::from_millis(1)),
         Mode::Flood => {
-            for i in 0..1000 {
+            for i in 0..100 {
                 telemetry::log(telemetry::Level::Info, &"x".repeat(1 << 10));
-                telemetry::counter_add(&format!("flood_{i}"), 1.0);
+                telemetry::counter_add(&format!("flood_{i}"), 1);
             }
         }
     }
