@@ -1,8 +1,12 @@
 //! The admin API, on a listener of its own: slots, their policies, and the host's status.
 //!
-//! Whoever reaches it controls the host: it listens on loopback only, or demands a bearer token.
+//! Whoever reaches it controls the host: it listens on loopback only, or demands a bearer token. A web page that the
+//! operator has open reaches loopback, too: what a browser sends for a page, it marks with `origin`, and that is refused.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
@@ -16,7 +20,10 @@ use axum::{
 };
 use bytes::Bytes;
 use dynamo_host_core::{SlotName, slot::SlotNameError};
-use http::{StatusCode, header::AUTHORIZATION};
+use http::{
+    StatusCode,
+    header::{AUTHORIZATION, ORIGIN},
+};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Deserialize;
 use serde_json::json;
@@ -24,10 +31,13 @@ use serde_json::json;
 use crate::{
     policies::{ChangeError, Policies},
     roster::Roster,
+    text::plain,
 };
 
 /// Bytes that a component may have here; the policy host's own bound, which is lower, has the better words.
 const MAX_BODY_BYTES: usize = 64 << 20;
+/// How long a request may take, its body's arrival included. Compiling a large policy takes seconds.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Clone)]
 pub(crate) struct Admin {
@@ -50,16 +60,29 @@ pub(crate) fn router(admin: Admin) -> Router {
         .method_not_allowed_fallback(nothing_here)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(middleware::from_fn_with_state(admin.clone(), authorize))
+        .layer(middleware::from_fn(bounded))
         .with_state(admin)
 }
 
 async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+    if request.headers().contains_key(ORIGIN) {
+        let message = "the admin API takes no requests of web pages, and this one has an `origin` header; use dynamo-host policy, or send it without";
+        return refusal(StatusCode::FORBIDDEN, "origin", message);
+    }
     let Some(token) = &admin.token else { return next.run(request).await };
     let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
     if given.is_some_and(|given| is_same(given.as_bytes(), token.as_bytes())) {
         return next.run(request).await;
     }
     refusal(StatusCode::UNAUTHORIZED, "unauthorized", "send the admin token as `authorization: Bearer …` (--token)")
+}
+
+async fn bounded(request: Request, next: Next) -> Response {
+    let late = |_| {
+        let message = "it was not done in time; a change that had begun is made all the same, see dynamo-host policy list";
+        refusal(StatusCode::REQUEST_TIMEOUT, "timeout", message)
+    };
+    tokio::time::timeout(PATIENCE, next.run(request)).await.unwrap_or_else(late)
 }
 
 async fn nothing_here(request: Request) -> Response {
@@ -118,9 +141,9 @@ async fn rollback(State(admin): State<Admin>, Path(slot): Path<String>) -> Resul
 /// What the admin API refuses.
 #[derive(Debug, thiserror::Error)]
 enum AdminError {
-    #[error("{0}")]
+    #[error(transparent)]
     Slot(#[from] SlotNameError),
-    #[error("{0}")]
+    #[error(transparent)]
     Change(#[from] ChangeError),
     #[error("{}; the query takes settings=JSON", .0.body_text())]
     Query(#[from] QueryRejection),
@@ -139,8 +162,10 @@ impl IntoResponse for AdminError {
             Self::Body(rejection) => (rejection.status(), "body"),
             Self::Change(ChangeError::Panicked(_)) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
-        tracing::warn!(code, "refused: {self}");
-        refusal(status, code, &self.to_string())
+        // A policy's words may be among these.
+        let message = plain(&self.to_string());
+        tracing::warn!(code, "refused: {message}");
+        refusal(status, code, &message)
     }
 }
 

@@ -2,19 +2,22 @@
 //!
 //! Unknown keys are errors; a default is stated once, in [`Limits::default`] and [`Config::resolve`].
 
+mod limits;
+
 use std::{
     collections::BTreeMap,
     fs,
     net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     str::FromStr,
-    time::Duration,
 };
 
 use clap::Args;
 use dynamo_host_core::Role;
 use serde::Deserialize;
 
+pub(crate) use self::limits::Limits;
 use crate::{policies::Seed, telemetry::LogFormat};
 
 /// A configuration that cannot be run.
@@ -40,8 +43,8 @@ pub(crate) enum ConfigError {
         "admin address {address} can be reached from other machines, and no token is set; set --admin-token, or use 127.0.0.1"
     )]
     AdminOpen { address: SocketAddr },
-    #[error("limits.{key} is 0; use at least 1")]
-    Zero { key: &'static str },
+    #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
+    Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
 }
 
 /// Flags of `serve`.
@@ -120,58 +123,6 @@ struct FileWorker {
     role: Role,
     #[serde(default)]
     labels: BTreeMap<String, String>,
-}
-
-/// Bounds on what clients and operators may ask for.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct Limits {
-    /// Largest request body.
-    pub(crate) max_body_bytes: usize,
-    /// How long a body may take to arrive.
-    pub(crate) body_timeout_s: u64,
-    /// How long an engine's stream may be silent.
-    pub(crate) stream_idle_s: u64,
-    /// How long running requests may go on after a stop signal.
-    pub(crate) drain_s: u64,
-    /// Largest `max_tokens`.
-    pub(crate) max_output_tokens: u64,
-    /// Largest `n`.
-    pub(crate) max_choices: u64,
-    /// Most workers.
-    pub(crate) max_workers: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            max_body_bytes: 32 << 20,
-            body_timeout_s: 60,
-            stream_idle_s: 300,
-            drain_s: 30,
-            max_output_tokens: 1_000_000,
-            max_choices: 128,
-            max_workers: 16_384,
-        }
-    }
-}
-
-impl Limits {
-    pub(crate) fn stream_idle(&self) -> Duration {
-        Duration::from_secs(self.stream_idle_s)
-    }
-
-    fn check(&self) -> Result<(), ConfigError> {
-        let values = [
-            ("max_body_bytes", self.max_body_bytes as u64),
-            ("body_timeout_s", self.body_timeout_s),
-            ("stream_idle_s", self.stream_idle_s),
-            ("max_output_tokens", self.max_output_tokens),
-            ("max_choices", self.max_choices),
-            ("max_workers", u64::from(self.max_workers)),
-        ];
-        values.into_iter().find(|(_, value)| *value == 0).map_or(Ok(()), |(key, _)| Err(ConfigError::Zero { key }))
-    }
 }
 
 /// An engine to serve with.

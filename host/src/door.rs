@@ -20,8 +20,9 @@ use serde_json::json;
 use tracing::Instrument;
 
 use crate::{
-    error::RequestError,
-    relay::{POLICY, REQUEST_ID, count_request},
+    account::count_request,
+    error::{Audience, RequestError},
+    relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
 };
 
@@ -69,7 +70,7 @@ async fn generate(lane: Arc<Lane>, endpoint: Endpoint, request: Request) -> Resp
         span.in_scope(|| error.record());
         // A name that no worker serves must not become a label.
         count_request(endpoint.label(), notes.model.as_deref().unwrap_or("none"), error.status());
-        let mut response = with_header(error.into_response(), REQUEST_ID, &id);
+        let mut response = with_header(error.response(lane.audience()), REQUEST_ID, &id);
         if let Some(policy) = notes.policy {
             response = with_header(response, POLICY, &policy);
         }
@@ -151,5 +152,5 @@ async fn method_not_allowed(request: Request, allowed: &'static str) -> Response
 /// A request that is for nothing here.
 fn misdirected(request: &Request, error: RequestError) -> Response {
     error.record();
-    with_header(error.into_response(), REQUEST_ID, &request_id(request.headers()))
+    with_header(error.response(Audience::Client), REQUEST_ID, &request_id(request.headers()))
 }

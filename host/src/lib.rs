@@ -3,13 +3,17 @@
 //! Everything that decides or remembers is a crate of its own; what is here brings them together. Start reading at
 //! [`request`]: one file, top to bottom, from a client's bytes to the engine's last token.
 
+mod account;
 mod admin;
+mod body;
 pub mod cli;
 mod clock;
 mod config;
 mod decode;
+mod dispatch;
 mod door;
 mod error;
+mod listener;
 mod meters;
 mod observe;
 mod policies;
@@ -19,3 +23,4 @@ mod roster;
 mod serve;
 mod tasks;
 mod telemetry;
+mod text;

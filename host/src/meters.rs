@@ -34,9 +34,10 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_stage_seconds",
         Kind::Histogram(MICROSECONDS),
-        "The host's own overhead by stage: decode, route, dispatch (all until the engine is asked), relay (per chunk)",
+        "The host's own overhead by stage: decode, route, dispatch (all until the engine is asked, holds apart), relay (per chunk)",
     ),
     ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
+    ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
     ("dynamo_host_worker_requests_total", Kind::Counter, "Requests that a worker was given"),
     ("dynamo_host_policy_calls_total", Kind::Counter, "Decisions asked of a policy"),
@@ -48,6 +49,11 @@ const METRICS: &[(&str, Kind, &str)] = &[
         "Decisions that the native fallback made instead of a policy, by cause",
     ),
     ("dynamo_host_policy_load_failures_total", Kind::Counter, "Components that were refused, by cause"),
+    (
+        "dynamo_host_policy_restore_failures_total",
+        Kind::Counter,
+        "Policies that a start found in the state or the configuration and could not bring back, by what they were",
+    ),
     ("dynamo_host_policy_swaps_total", Kind::Counter, "Changes of a slot's policy"),
     ("dynamo_host_policy_swap_seconds", Kind::Histogram(MICROSECONDS), "Time of the swap itself, after loading"),
     ("dynamo_host_policy_outcomes_dropped_total", Kind::Counter, "Outcomes that did not reach observe, since its queue was full"),

@@ -7,7 +7,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use tokio::sync::mpsc;
 
-use crate::tasks;
+use crate::{tasks, text::plain};
 
 const QUEUE: usize = 8192;
 const BATCH: usize = 1024;
@@ -35,6 +35,7 @@ impl Observer {
 async fn deliver(mut receiver: mpsc::Receiver<(Arc<PolicyVersion>, OutcomeRow)>) {
     let mut batch = Vec::with_capacity(BATCH);
     while receiver.recv_many(&mut batch, BATCH).await > 0 {
+        let is_full = batch.len() == BATCH;
         let mut by_version: HashMap<usize, (Arc<PolicyVersion>, Vec<OutcomeRow>)> = HashMap::new();
         for (version, outcome) in batch.drain(..) {
             by_version.entry(Arc::as_ptr(&version).addr()).or_insert_with(|| (version, Vec::new())).1.push(outcome);
@@ -42,9 +43,12 @@ async fn deliver(mut receiver: mpsc::Receiver<(Arc<PolicyVersion>, OutcomeRow)>)
         for (_, (version, outcomes)) in by_version {
             let learned = tokio::task::spawn_blocking(move || version.observe(outcomes.into()).map_err(|fault| (version, fault)));
             if let Ok(Err((version, fault))) = learned.await {
-                tracing::warn!(policy = %version.label(), cause = %fault.cause, "policy failed to learn from outcomes: {}", fault.detail);
+                tracing::warn!(policy = %version.label(), cause = %fault.cause, "policy failed to learn from outcomes: {}", plain(&fault.detail));
             }
         }
-        tokio::time::sleep(EVERY).await;
+        // More is waiting behind a full batch.
+        if !is_full {
+            tokio::time::sleep(EVERY).await;
+        }
     }
 }

@@ -13,31 +13,26 @@ use std::{
 };
 
 use axum::{body::Body, response::Response};
-use bytes::{Bytes, BytesMut};
-use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest, Reply};
+use dynamo_engine_api::{Endpoint, GenerateRequest};
 use dynamo_host_core::{Candidates, RequestFacts, answer::Verdict};
-use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, RouteCall, RoutingSlot};
-use http::StatusCode;
-use http_body_util::BodyExt;
+use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, PolicyVersion, RouteCall, RoutingSlot};
 
 use crate::{
+    body,
     clock::{Clock, unix_ms},
     config::Limits,
     decode::{Bounds, Decoded, decode},
-    error::RequestError,
+    dispatch::Dispatch,
+    error::{Audience, RequestError},
     meters::RequestMeters,
     observe::Observer,
-    relay::{self, Account, Head},
+    relay::Patience,
     roster::{Roster, Snapshot},
 };
 
-/// How often a request is placed anew after all workers of a ranking failed it.
-const MAX_PLACINGS: u32 = 3;
 /// How often a policy may hold one request, and for how long at a time.
 const MAX_HOLDS: u32 = 8;
 const MAX_HOLD: Duration = Duration::from_secs(2);
-/// Bytes of a body that is too large that are read on and thrown away.
-const MAX_DISCARDED_BYTES: usize = 64 << 20;
 
 /// What requests need of the host.
 pub(crate) struct Lane {
@@ -50,6 +45,13 @@ pub(crate) struct Lane {
     pub(crate) expose_worker: bool,
     /// Numbers decisions; also their seed.
     pub(crate) decisions: AtomicU64,
+}
+
+impl Lane {
+    /// Who is told of errors, in answers.
+    pub(crate) fn audience(&self) -> Audience {
+        if self.expose_worker { Audience::Operator } else { Audience::Client }
+    }
 }
 
 /// A request as it came in.
@@ -74,59 +76,78 @@ pub(crate) struct Notes {
 /// Serves one request.
 pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
     let Arrival { endpoint, id, session_key, body, at } = arrival;
-    let body = read_body(body, &lane.limits).await?;
+    let body = body::read(body, &lane.limits).await?;
 
     let begun = Instant::now();
     let bounds = Bounds { max_output_tokens: lane.limits.max_output_tokens, max_choices: lane.limits.max_choices };
     let Decoded { mut facts, body, stream } = decode(endpoint, id, body, bounds)?;
+    let patience = Patience::since(at, &lane.limits);
     facts.accepted_ms = lane.clock.at_ms(at);
+    facts.deadline_ms = Some(lane.clock.at_ms(patience.deadline));
     facts.session_key = session_key;
     let request_id: Arc<str> = facts.id.as_str().into();
     lane.meters.decode.record(begun.elapsed());
 
     notes.model = lane.roster.snapshot().fleet().models().get(&facts.model).cloned();
     let pinned = lane.routing.pin();
-    let mut ask = GenerateRequest { endpoint, body, stream, request_id };
-    let mut failure = None;
-    for attempt in 0..MAX_PLACINGS {
-        facts.attempt = attempt;
+    let mut dispatch = Dispatch::new(lane, GenerateRequest { endpoint, body, stream, request_id }, at);
+    loop {
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
-        let placing = match place(lane, &pinned, &facts, notes).await {
+        let placing = match place(lane, &pinned, &mut facts, &patience, notes).await {
             Ok(placing) => placing,
-            // Every worker has failed it: what the last one failed with says more than "no worker".
-            Err(error) => return Err(failure.unwrap_or(error)),
+            // Every worker has failed it: what the last one failed with says more.
+            Err(error @ RequestError::NoWorker { .. }) => return Err(dispatch.into_failure().map_or(error, RequestError::from)),
+            Err(error) => return Err(error),
         };
-        if attempt == 0 {
-            lane.meters.dispatch.record(begun.elapsed());
+        if facts.attempt == 0 {
+            lane.meters.dispatch.record(begun.elapsed().saturating_sub(placing.held));
         }
-        match dispatch(lane, &placing, &mut facts, &mut ask, at).await {
-            Ok(response) => return Ok(response),
-            Err(error) => failure = Some(error.into()),
+        if let Some(response) = dispatch.carry_out(&placing, &mut facts).await? {
+            return Ok(response);
         }
+        facts.attempt += 1;
     }
-    Err(failure.expect("a request is placed at least once"))
 }
 
 /// Rows to try, best first, and who ranked them.
-struct Placing {
-    snapshot: Arc<Snapshot>,
-    candidates: Arc<Candidates>,
-    rows: Vec<u32>,
-    by: DecidedBy,
+pub(crate) struct Placing {
+    pub(crate) snapshot: Arc<Snapshot>,
+    pub(crate) candidates: Arc<Candidates>,
+    pub(crate) rows: Vec<u32>,
     /// `x-dynamo-policy`.
-    policy: String,
+    pub(crate) policy: String,
+    by: DecidedBy,
+    /// For how long the policy held the request.
+    held: Duration,
+}
+
+impl Placing {
+    /// The version that learns what becomes of the request.
+    pub(crate) fn observed_version(&self) -> Option<Arc<PolicyVersion>> {
+        match &self.by {
+            DecidedBy::Policy(version) if version.observes() => Some(Arc::clone(version)),
+            _ => None,
+        }
+    }
 }
 
 /// Asks the policy where the request shall go, again and again while it holds it.
-async fn place(lane: &Lane, pinned: &Pinned, facts: &RequestFacts, notes: &mut Notes) -> Result<Placing, RequestError> {
-    let request = Arc::new(facts.clone());
+async fn place(
+    lane: &Lane,
+    pinned: &Pinned,
+    facts: &mut RequestFacts,
+    patience: &Patience,
+    notes: &mut Notes,
+) -> Result<Placing, RequestError> {
     let mut changes = lane.roster.changes();
+    let mut held = Duration::ZERO;
     for holds in 0..=MAX_HOLDS {
         let begun = Instant::now();
         let snapshot = lane.roster.snapshot();
         let candidates = snapshot.candidates(facts)?;
+        facts.holds = holds;
         let call = RouteCall {
-            request: Arc::clone(&request),
+            request: Arc::new(facts.clone()),
             candidates: Arc::clone(&candidates),
             now_ms: lane.clock.now_ms(),
             unix_ms: unix_ms(),
@@ -146,73 +167,22 @@ async fn place(lane: &Lane, pinned: &Pinned, facts: &RequestFacts, notes: &mut N
         match verdict {
             Verdict::Place(ranking) => {
                 let rows = ranking.rows().to_vec();
-                return Ok(Placing { snapshot, candidates, rows, by, policy });
+                return Ok(Placing { snapshot, candidates, rows, policy, by, held });
             }
             Verdict::Reject(rejection) => return Err(RequestError::Rejected(rejection)),
             Verdict::Hold { at_most_ms } => {
+                let begun = Instant::now();
                 let pause = Duration::from_millis(u64::from(at_most_ms)).min(MAX_HOLD);
-                let _ = tokio::time::timeout(pause, changes.changed()).await;
+                let until = (begun + pause).min(patience.deadline);
+                let _ = tokio::time::timeout_at(until.into(), changes.changed()).await;
+                held += begun.elapsed();
+                if Instant::now() >= patience.deadline {
+                    return Err(patience.exceeded());
+                }
             }
         }
     }
     unreachable!("the native fallback never holds")
-}
-
-/// Sends the request to the first worker of the ranking that takes it.
-async fn dispatch(
-    lane: &Lane,
-    placing: &Placing,
-    facts: &mut RequestFacts,
-    ask: &mut GenerateRequest,
-    at: Instant,
-) -> Result<Response, EngineError> {
-    let mut failure = None;
-    for (left, &row) in (0..placing.rows.len()).rev().zip(&placing.rows) {
-        let worker = placing.candidates.worker(row);
-        metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
-        let account = Account::open(lane, facts, worker, observed_version(placing), at);
-        let head = Head {
-            policy: placing.policy.clone(),
-            worker: lane.expose_worker.then(|| worker.spec.name.clone()),
-            request_id: Arc::clone(&ask.request_id),
-        };
-        tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
-        let answer = match placing.snapshot.engine(worker.id).generate(ask.clone()).await {
-            Ok(Reply::Whole(reply)) if left > 0 && is_busy(reply.status) => {
-                let reason = format!("it answered {}", reply.status);
-                Err((account, EngineError::Unhealthy { engine: worker.spec.name.clone(), reason }))
-            }
-            Ok(Reply::Whole(reply)) => Ok(relay::whole(account, head, reply)),
-            Ok(Reply::Stream(stream)) => relay::stream(account, head, stream, lane.limits.stream_idle()).await,
-            Err(error) => Err((account, error)),
-        };
-        match answer {
-            Ok(response) => return Ok(response),
-            Err((account, error)) => {
-                account.abandon();
-                metrics::counter!("dynamo_host_retries_total", "cause" => error.label()).increment(1);
-                tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {error}");
-                if matches!(error, EngineError::Connect { .. }) {
-                    lane.roster.report_unreachable(&worker.spec, &error);
-                }
-                facts.failed_workers.push(worker.id);
-                // A request that took its whole time is not worth as much again.
-                if matches!(error, EngineError::Timeout { .. }) {
-                    return Err(error);
-                }
-                failure = Some(error);
-            }
-        }
-    }
-    Err(failure.expect("a ranking has at least one row"))
-}
-
-/// The version that learns what becomes of the request.
-fn observed_version(placing: &Placing) -> Option<Arc<dynamo_host_policy::PolicyVersion>> {
-    match &placing.by {
-        DecidedBy::Policy(version) if version.observes() => Some(Arc::clone(version)),
-        _ => None,
-    }
 }
 
 /// `x-dynamo-policy`.
@@ -222,36 +192,4 @@ fn decided_by(by: &DecidedBy, pinned: &Pinned) -> String {
         (DecidedBy::Native(Some(cause)), Some(version)) => format!("native; fallback={cause}; policy={}", version.label()),
         (DecidedBy::Native(_), _) => dynamo_host_core::native::NAME.to_owned(),
     }
-}
-
-/// Whether an engine says that another one would be a better choice.
-fn is_busy(status: StatusCode) -> bool {
-    matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
-}
-
-/// Collects a body up to its bound. One that is larger is read on for a while all the same: a client that is still
-/// writing when the connection closes sees a reset, not the answer.
-async fn read_body(mut body: Body, limits: &Limits) -> Result<Bytes, RequestError> {
-    let max_bytes = limits.max_body_bytes;
-    let declared = axum::body::HttpBody::size_hint(&body).lower();
-    let mut is_too_large = declared > max_bytes as u64;
-    let mut collected = BytesMut::with_capacity(if is_too_large { 0 } else { declared as usize });
-    let mut discarded = 0;
-    let read = async {
-        while discarded < MAX_DISCARDED_BYTES
-            && let Some(frame) = body.frame().await
-        {
-            let frame = frame.map_err(|error| RequestError::BodyUnread { reason: error.to_string() })?;
-            let Ok(data) = frame.into_data() else { continue };
-            is_too_large |= collected.len() + data.len() > max_bytes;
-            if is_too_large {
-                discarded += data.len();
-            } else {
-                collected.extend_from_slice(&data);
-            }
-        }
-        if is_too_large { Err(RequestError::BodyTooLarge { max_bytes }) } else { Ok(collected.freeze()) }
-    };
-    let seconds = limits.body_timeout_s;
-    tokio::time::timeout(Duration::from_secs(seconds), read).await.unwrap_or(Err(RequestError::BodySlow { seconds }))
 }

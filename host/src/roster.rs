@@ -1,11 +1,18 @@
 //! Roster: the configured engines, what they serve, and whether they answer.
 //!
-//! One writer builds an immutable [`Snapshot`] at every change; requests load it and never wait. Each engine has a task
-//! that probes it, and asks it for its models where the configuration names none.
+//! One writer builds an immutable [`Snapshot`] after changes; requests load it and never wait. Each engine has a task
+//! that probes it, and asks it for its models where the configuration names none. What a probe costs does not grow with
+//! the number of workers; a snapshot does, so that changes that come together are published together.
+
+mod snapshot;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    hash::{BuildHasher, RandomState},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -13,16 +20,19 @@ use arc_swap::ArcSwap;
 use dynamo_engine_api::{Engine, EngineError};
 use dynamo_engine_mock::MockEngine;
 use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
-use dynamo_host_core::{Candidates, Fleet, Load, LoadBoard, RequestFacts, Role, Worker, WorkerId, WorkerSpec, WorkerState};
+use dynamo_host_core::{Fleet, Load, LoadBoard, Role, Worker, WorkerSpec, WorkerState};
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
 
-use crate::{clock::Clock, config::WorkerConfig, error::RequestError, tasks};
+pub(crate) use self::snapshot::Snapshot;
+use crate::{clock::Clock, config::WorkerConfig, tasks, text::plain};
 
 /// How often an engine that answers is probed.
 const PROBE_EVERY: Duration = Duration::from_secs(2);
 /// How often one that does not is.
 const RETRY_EVERY: Duration = Duration::from_millis(500);
+/// How often a snapshot is built at most: 10,000 workers that are found at once are a few snapshots, not 10,000.
+const PUBLISH_EVERY: Duration = Duration::from_millis(50);
 
 /// All engines of a host.
 pub(crate) struct Roster {
@@ -30,14 +40,13 @@ pub(crate) struct Roster {
     clock: Clock,
     board: Arc<LoadBoard>,
     sources: Mutex<Vec<Source>>,
+    /// Places in `sources`, by name.
+    places: HashMap<String, usize>,
     snapshot: ArcSwap<Snapshot>,
+    /// Whether the snapshot is not up to date, and the call of whoever publishes it.
+    is_stale: AtomicBool,
+    publish_soon: Notify,
     changed: watch::Sender<u64>,
-}
-
-/// All workers at one moment, with the engines behind them.
-pub(crate) struct Snapshot {
-    fleet: Fleet,
-    engines: HashMap<WorkerId, Arc<dyn Engine>>,
 }
 
 /// One configured engine.
@@ -45,9 +54,30 @@ struct Source {
     config: WorkerConfig,
     engine: Arc<dyn Engine>,
     workers: Vec<Worker>,
-    /// What its last probe failed with.
+    /// Of all its workers alike.
+    state: WorkerState,
+    /// What is wrong with it, by its last probe or request.
     trouble: Option<String>,
+    /// Whether it has ever said what it serves.
+    has_listed: bool,
     probe_now: Arc<Notify>,
+}
+
+/// What a probe found.
+struct Finding {
+    state: WorkerState,
+    trouble: Option<String>,
+    /// Whether the source's workers are others now.
+    is_other: bool,
+}
+
+/// What came of an engine's list of models.
+#[derive(Default)]
+struct Learned {
+    /// Whether workers came or went, or the list is its first.
+    is_other: bool,
+    /// Models for which there was no room.
+    left_out: usize,
 }
 
 /// Engines that cannot be a roster.
@@ -64,10 +94,11 @@ pub(crate) enum RosterError {
 impl Roster {
     /// Makes the engines; probing starts with [`start`](Self::start).
     pub(crate) fn new(configs: &[WorkerConfig], clock: Clock, max_workers: u32) -> Result<Arc<Self>, RosterError> {
-        let mut sources: Vec<Source> = Vec::new();
-        for config in configs {
-            if let Some(twin) = sources.iter().find(|source| source.config.name == config.name) {
-                let (first, second) = (twin.config.url.clone(), config.url.clone());
+        let mut sources: Vec<Source> = Vec::with_capacity(configs.len());
+        let mut places = HashMap::new();
+        for (place, config) in configs.iter().enumerate() {
+            if let Some(twin) = places.insert(config.name.clone(), place) {
+                let (first, second) = (configs[twin].url.clone(), config.url.clone());
                 return Err(RosterError::Duplicate { name: config.name.clone(), first, second });
             }
             let engine = connect(&config.url).map_err(|reason| RosterError::Url { url: config.url.clone(), reason })?;
@@ -75,22 +106,31 @@ impl Roster {
                 config: config.clone(),
                 engine,
                 workers: Vec::new(),
+                state: WorkerState::Starting,
                 trouble: None,
+                has_listed: false,
                 probe_now: Arc::default(),
             });
         }
-        let empty = Snapshot { fleet: Fleet::new(0, Vec::new()).expect("no worker is there twice"), engines: HashMap::new() };
+        let fleet = Fleet::new(0, Vec::new()).expect("no worker is there twice");
+        let empty = Snapshot { fleet, engines: HashMap::new(), has_unknown_models: true };
         let roster = Arc::new(Self {
             namespace: "default".to_owned(),
             clock,
             board: LoadBoard::new(max_workers),
             sources: Mutex::new(sources),
+            places,
             snapshot: ArcSwap::from_pointee(empty),
+            is_stale: AtomicBool::new(true),
+            publish_soon: Notify::new(),
             changed: watch::Sender::new(0),
         });
         for (index, config) in configs.iter().enumerate() {
             if let Some(model) = &config.model {
-                roster.learn(index, std::slice::from_ref(model)).map_err(|_| RosterError::Full { max: max_workers })?;
+                let Learned { left_out, .. } = roster.learn(index, std::slice::from_ref(model));
+                if left_out > 0 {
+                    return Err(RosterError::Full { max: max_workers });
+                }
             }
         }
         roster.publish();
@@ -99,6 +139,8 @@ impl Roster {
 
     /// Starts probing, and waits until each engine has been probed once or `patience` is over.
     pub(crate) async fn start(self: &Arc<Self>, patience: Duration) {
+        let roster = Arc::clone(self);
+        tasks::spawn("publish", async move { roster.keep_publishing().await });
         let (probed, mut first_round) = watch::channel(0usize);
         let count = self.sources().len();
         for index in 0..count {
@@ -110,15 +152,25 @@ impl Roster {
             });
         }
         let _ = tokio::time::timeout(patience, first_round.wait_for(|probed| *probed == count)).await;
+        // What was found must be known before the first request.
+        self.publish();
+    }
+
+    async fn keep_publishing(&self) {
+        loop {
+            self.publish_soon.notified().await;
+            self.publish();
+            tokio::time::sleep(PUBLISH_EVERY).await;
+        }
     }
 
     async fn keep_probing(&self, index: usize) {
         loop {
-            let (healthy, probe_now) = {
+            let (state, probe_now) = {
                 let source = &self.sources()[index];
-                (source.trouble.is_none(), Arc::clone(&source.probe_now))
+                (source.state, Arc::clone(&source.probe_now))
             };
-            let pause = if healthy { PROBE_EVERY } else { RETRY_EVERY };
+            let pause = jittered(if state.is_eligible() { PROBE_EVERY } else { RETRY_EVERY });
             // Woken early by a request that failed; not more often than a dead engine is retried anyway.
             if tokio::time::timeout(pause, probe_now.notified()).await.is_ok() {
                 tokio::time::sleep(RETRY_EVERY).await;
@@ -133,30 +185,52 @@ impl Roster {
             let source = &self.sources()[index];
             (Arc::clone(&source.engine), source.config.model.is_some())
         };
-        let found = match engine.probe().await {
+        let models = match engine.probe().await {
             Ok(()) if model_is_set => Ok(None),
             Ok(()) => engine.models().await.map(|cards| Some(cards.into_iter().map(|card| card.id).collect::<Vec<_>>())),
             Err(error) => Err(error),
         };
-        let trouble = match found {
-            Ok(Some(models)) if models.is_empty() => Some("it lists no model; set model= for it".to_owned()),
-            Ok(Some(models)) => self.learn(index, &models).err(),
-            Ok(None) => None,
-            Err(error) => Some(error.to_string()),
+        let Learned { is_other, left_out } = match &models {
+            Ok(Some(models)) => self.learn(index, models),
+            _ => Learned::default(),
         };
-        self.settle(index, trouble);
+        let (state, trouble) = match models {
+            Ok(Some(models)) if models.is_empty() => {
+                (WorkerState::Unreachable, Some("it lists no model; set model= for it".to_owned()))
+            }
+            // Those that there was room for are served all the same.
+            Ok(_) if left_out > 0 => {
+                let trouble = format!("there is no room for {left_out} of its models; raise limits.max_workers");
+                (WorkerState::Healthy, Some(trouble))
+            }
+            Ok(_) => (WorkerState::Healthy, None),
+            Err(error) => (WorkerState::Unreachable, Some(error.to_string())),
+        };
+        self.settle(index, Finding { state, trouble, is_other });
     }
 
-    /// Makes a worker for each model that is new.
-    fn learn(&self, index: usize, models: &[String]) -> Result<(), String> {
+    /// Makes a worker for each model that is new, and lets go of those whose model is gone. An empty list is taken for a
+    /// fault, not for news.
+    fn learn(&self, index: usize, models: &[String]) -> Learned {
         let mut sources = self.sources();
         let source = &mut sources[index];
+        let mut learned = Learned { is_other: !source.has_listed, left_out: 0 };
+        source.has_listed = true;
+        if models.is_empty() {
+            return learned;
+        }
+        let known = source.workers.len();
         source.workers.retain(|worker| models.contains(&worker.spec.model));
+        learned.is_other |= source.workers.len() < known;
         for model in models {
             if source.workers.iter().any(|worker| worker.spec.model == *model) {
                 continue;
             }
-            let load = self.board.claim().ok_or("there is no room for another worker; raise limits.max_workers")?;
+            let Some(load) = self.board.claim() else {
+                learned.left_out += 1;
+                continue;
+            };
+            learned.is_other = true;
             let spec = WorkerSpec {
                 name: source.config.name.clone(),
                 model: model.clone(),
@@ -173,46 +247,50 @@ impl Roster {
                 load,
             });
         }
-        Ok(())
+        learned
     }
 
-    /// Takes down whether an engine answers; publishes if that changed anything.
-    fn settle(&self, index: usize, trouble: Option<String>) {
-        {
-            let mut sources = self.sources();
-            let source = &mut sources[index];
-            let state = if trouble.is_none() { WorkerState::Healthy } else { WorkerState::Unreachable };
-            let known = self.snapshot.load();
-            let is_news = source.trouble.is_some() != trouble.is_some()
-                || source.workers.iter().any(|worker| worker.state != state)
-                || source.workers.len()
-                    != known.fleet.workers().iter().filter(|worker| worker.spec.name == source.config.name).count();
-            let was_known = source.trouble.is_some();
-            source.trouble = trouble;
-            if !is_news {
-                return;
+    /// Takes down what was found of an engine; has it published if that changed anything.
+    fn settle(&self, index: usize, finding: Finding) {
+        let Finding { state, trouble, is_other } = finding;
+        // An engine's words may be in it.
+        let trouble = trouble.as_deref().map(plain);
+        let mut sources = self.sources();
+        let source = &mut sources[index];
+        let is_news = source.state != state;
+        let was_in_trouble = source.trouble.is_some();
+        match &trouble {
+            None if is_news => tracing::info!(worker = source.config.name, "worker is ready"),
+            Some(trouble) if is_news && !state.is_eligible() => {
+                tracing::warn!(worker = source.config.name, "worker is out of service: {trouble}");
             }
-            match &source.trouble {
-                Some(trouble) if !was_known => tracing::warn!(worker = source.config.name, "worker is out of service: {trouble}"),
-                Some(_) => {}
-                None => tracing::info!(worker = source.config.name, "worker is ready"),
-            }
+            Some(trouble) if !was_in_trouble || is_news => tracing::warn!(worker = source.config.name, "{trouble}"),
+            _ => {}
+        }
+        source.trouble = trouble;
+        source.state = state;
+        if is_news || is_other {
             for worker in &mut source.workers {
                 worker.state = state;
             }
+            self.is_stale.store(true, Relaxed);
+            self.publish_soon.notify_one();
         }
-        self.publish();
     }
 
     /// A request could not reach a worker: out of service until its probe says otherwise.
     pub(crate) fn report_unreachable(&self, worker: &WorkerSpec, error: &EngineError) {
-        let Some(index) = self.sources().iter().position(|source| source.config.name == worker.name) else { return };
-        self.settle(index, Some(error.to_string()));
+        let Some(&index) = self.places.get(&worker.name) else { return };
+        let trouble = Some(error.to_string());
+        self.settle(index, Finding { state: WorkerState::Unreachable, trouble, is_other: false });
         self.sources()[index].probe_now.notify_one();
     }
 
     fn publish(&self) {
         let sources = self.sources();
+        if !self.is_stale.swap(false, Relaxed) {
+            return;
+        }
         let workers: Vec<Worker> = sources.iter().flat_map(|source| source.workers.iter().cloned()).collect();
         let engines = sources
             .iter()
@@ -225,7 +303,8 @@ impl Roster {
         }
         let generation = self.snapshot.load().fleet.generation() + 1;
         let fleet = Fleet::new(generation, workers).expect("sources have different names, and a source one worker per model");
-        self.snapshot.store(Arc::new(Snapshot { fleet, engines }));
+        let has_unknown_models = sources.iter().any(|source| source.config.model.is_none() && !source.has_listed);
+        self.snapshot.store(Arc::new(Snapshot { fleet, engines, has_unknown_models }));
         self.changed.send_replace(generation);
     }
 
@@ -239,8 +318,9 @@ impl Roster {
         self.changed.subscribe()
     }
 
-    /// For people and tools.
+    /// For people and tools: what the next request sees.
     pub(crate) fn report(&self) -> Vec<WorkerReport> {
+        self.publish();
         let sources = self.sources();
         let without_model = |source: &Source| WorkerReport {
             id: None,
@@ -249,7 +329,7 @@ impl Roster {
             kind: source.engine.kind(),
             model: None,
             role: source.config.role,
-            state: WorkerState::Starting,
+            state: source.state,
             active_requests: 0,
             served: 0,
             trouble: source.trouble.clone(),
@@ -276,28 +356,6 @@ impl Roster {
     }
 }
 
-impl Snapshot {
-    /// The workers.
-    pub(crate) fn fleet(&self) -> &Fleet {
-        &self.fleet
-    }
-
-    /// The engine behind a worker of this snapshot.
-    pub(crate) fn engine(&self, worker: WorkerId) -> &Arc<dyn Engine> {
-        &self.engines[&worker]
-    }
-
-    /// The workers that may serve a request.
-    pub(crate) fn candidates(&self, request: &RequestFacts) -> Result<Arc<Candidates>, RequestError> {
-        let eligible = self.fleet.candidates(&request.model, Role::Aggregated);
-        match eligible.and_then(|eligible| eligible.without(&request.failed_workers)) {
-            Some(candidates) => Ok(candidates),
-            None if self.fleet.models().contains(&request.model) => Err(RequestError::NoWorker { model: request.model.clone() }),
-            None => Err(RequestError::ModelNotFound { model: request.model.clone() }),
-        }
-    }
-}
-
 /// A worker, for people and tools.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct WorkerReport {
@@ -313,6 +371,13 @@ pub(crate) struct WorkerReport {
     pub(crate) trouble: Option<String>,
 }
 
+/// A pause between three quarters and five quarters of this: engines that were started together are not probed together.
+fn jittered(pause: Duration) -> Duration {
+    // A hash under keys from the system's randomness, which std draws for every map.
+    let random = RandomState::new().hash_one(0u8) as u32;
+    pause.mul_f64(0.75 + 0.5 * f64::from(random) / f64::from(u32::MAX))
+}
+
 /// The adapter for a URL.
 fn connect(url: &str) -> Result<Arc<dyn Engine>, String> {
     if url.starts_with("mock://") {
@@ -322,3 +387,6 @@ fn connect(url: &str) -> Result<Arc<dyn Engine>, String> {
         .map(|engine| Arc::new(engine) as Arc<dyn Engine>)
         .map_err(|error| error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,16 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{Router, serve::ListenerExt};
-use dynamo_host_policy::{Limits as PolicyLimits, PolicyRuntime, RuntimeError};
+use dynamo_host_policy::{Limits as PolicyLimits, Now, PolicyRuntime, RuntimeError};
 use dynamo_host_store::StoreError;
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     admin::{self, Admin},
-    clock::Clock,
+    clock::{Clock, unix_ms},
     config::Config,
-    door, meters,
+    door, listener, meters,
     meters::RequestMeters,
     observe::Observer,
     policies::Policies,
@@ -33,11 +32,11 @@ const FIRST_PROBES: Duration = Duration::from_secs(1);
 pub(crate) enum ServeError {
     #[error("the {what} cannot listen on {address}: {reason}; choose another address with {flag}, port 0 for any free one")]
     Listen { what: &'static str, address: SocketAddr, flag: &'static str, reason: String },
-    #[error("{0}")]
+    #[error(transparent)]
     Roster(#[from] RosterError),
-    #[error("{0}")]
+    #[error(transparent)]
     Sandbox(#[from] RuntimeError),
-    #[error("{0}")]
+    #[error(transparent)]
     State(#[from] StoreError),
     #[error("the {what} failed: {reason}")]
     Failed { what: &'static str, reason: String },
@@ -53,11 +52,12 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let admin_listener = listen("admin API", config.admin, "--admin").await?;
     let roster = Roster::new(&config.workers, clock, config.limits.max_workers)?;
     let cache = config.state_dir.as_ref().map(|state| state.join("compiled"));
-    let runtime = match PolicyRuntime::new(PolicyLimits::default(), cache.as_deref()) {
+    let tell_time = Arc::new(move || Now { monotonic_ms: clock.now_ms(), unix_ms: unix_ms() });
+    let runtime = match PolicyRuntime::new(PolicyLimits::default(), tell_time.clone(), cache.as_deref()) {
         // Policies compile more slowly without their cache; that is no reason not to serve.
         Err(error @ RuntimeError::Cache { .. }) => {
             tracing::warn!("{error}; policies are compiled anew at each start");
-            PolicyRuntime::new(PolicyLimits::default(), None)?
+            PolicyRuntime::new(PolicyLimits::default(), tell_time, None)?
         }
         other => other?,
     };
@@ -81,7 +81,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         observer: Observer::start(),
         expose_worker: config.expose_worker,
         // Another run decides with other seeds.
-        decisions: AtomicU64::new(crate::clock::unix_ms() << 20),
+        decisions: AtomicU64::new(unix_ms() << 20),
     });
     let upkeep = prometheus.clone();
     tasks::spawn("metrics upkeep", async move {
@@ -101,12 +101,13 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     announce("front door", &door_listener);
     announce("admin", &admin_listener);
     let (stop, stopping) = watch::channel(false);
-    let door = serve_until("front door", door_listener, door::router(lane, prometheus), stopping.clone());
-    let admin = serve_until("admin API", admin_listener, admin::router(admin), stopping);
-    let servers = async { tokio::try_join!(door, admin).map(drop) };
+    let limits = &config.limits;
+    let door = listener::serve("front door", door_listener, door::router(lane, prometheus), limits, stopping.clone());
+    let admin = listener::serve("admin API", admin_listener, admin::router(admin), limits, stopping);
+    let servers = async { tokio::join!(door, admin) };
     tokio::pin!(servers);
     tokio::select! {
-        ended = &mut servers => return ended,
+        _ = &mut servers => unreachable!("listeners end only when they are told to"),
         () = stop_signal() => {}
     }
     tracing::info!("stopping: no new requests, running ones have {} s", config.limits.drain_s);
@@ -118,12 +119,10 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         }
     };
     tokio::select! {
-        ended = servers => ended,
-        () = patience => {
-            tracing::warn!("stopped with requests still running");
-            Ok(())
-        }
+        _ = servers => {}
+        () = patience => tracing::warn!("stopped with requests still running"),
     }
+    Ok(())
 }
 
 /// Binds an address.
@@ -144,21 +143,6 @@ pub(crate) fn announce(what: &str, listener: &TcpListener) {
     if let Ok(address) = listener.local_addr() {
         println!("{what} listening on http://{address}");
     }
-}
-
-async fn serve_until(
-    what: &'static str,
-    listener: TcpListener,
-    router: Router,
-    mut stop: watch::Receiver<bool>,
-) -> Result<(), ServeError> {
-    // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
-    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
-    let stopped = async move { drop(stop.wait_for(|stop| *stop).await) };
-    axum::serve(listener, router)
-        .with_graceful_shutdown(stopped)
-        .await
-        .map_err(|error| ServeError::Failed { what, reason: error.to_string() })
 }
 
 /// Resolves at SIGINT or SIGTERM.

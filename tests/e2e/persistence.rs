@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::harness::{
     components,
     host::Host,
-    process::{Process, dynamo_host, serve},
+    process::{Process, dynamo_host, run, serve},
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -94,10 +94,15 @@ async fn a_damaged_policy_file_is_named_and_service_goes_on_natively() {
         let name = stored[0].file_name().unwrap().to_str().unwrap();
         assert!(log.contains(name) || log.contains(name.trim_end_matches(".wasm")), "{damage}: the log names {name}: {log}");
         assert!(!host.process.panicked(), "{damage}: {log}");
+        let list = host.cli(&["policy", "list"]).await;
+        assert!(list.succeeded().contains("trouble: the active policy"), "{damage}: {}", list.stdout);
+        let failures = host.http.metric("dynamo_host_policy_restore_failures_total", &[("what", "active")]).await;
+        assert_eq!(failures, 1.0, "{damage}");
 
         // It is put right by activating it again.
         host.activate(&components::policy("round-robin"), &json!({})).await;
         is_active(&host, &format!("round-robin@{VERSION}")).await;
+        assert!(host.slot().await["trouble"].is_null());
     }
 }
 
@@ -212,11 +217,10 @@ async fn two_hosts_do_not_share_a_state_directory() {
     let directory = tempfile::tempdir().unwrap();
     let mut first = host_in(directory.path(), &[]).await;
     first.activate(&components::policy("round-robin"), &json!({})).await;
-    let second = host_in(directory.path(), &[]).await;
-    let log = second.process.log();
-    assert!(log.contains("in use") && log.contains(directory.path().to_str().unwrap()), "{log}");
-    second.put_policy(fs::read(components::policy("least-loaded")).unwrap(), "{}").await.is_error(503, "state");
-    is_active(&second, "native").await;
+    let path = directory.path().to_str().unwrap();
+    // It must not serve with another policy than the operator takes it to have.
+    let second = run(&serve(&["--state-dir", path])).await;
+    second.failed(2, &["in use", path, "--state-dir"]);
 
     first.process.kill();
     is_active(&host_in(directory.path(), &[]).await, &format!("round-robin@{VERSION}")).await;

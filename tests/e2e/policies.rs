@@ -29,7 +29,7 @@ async fn each_misbehaviour_is_served_natively_and_counted_under_its_own_name() {
         ("memory", "memory"),
         ("recursion", "stack"),
         ("bulk", "fuel"),
-        ("host-calls", "host-bytes"),
+        ("host-calls", "fuel"),
         ("out-of-range", "answer-out-of-range"),
         ("duplicate", "answer-duplicate"),
         ("empty", "answer-empty"),

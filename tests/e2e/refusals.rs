@@ -147,3 +147,12 @@ async fn without_the_token_nobody_is_let_in() {
     run(&["policy", "list", "--admin", &admin, "--token", "a-secret"]).await.succeeded();
     assert!(!host.log().contains("a-secret"), "a secret in the log");
 }
+
+#[tokio::test]
+async fn web_pages_are_not_let_in() {
+    let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
+    for (method, path) in [(Method::DELETE, "/v1/slots/routing/policy"), (Method::GET, "/v1/status")] {
+        let reply = host.admin.send(method, path, &[("origin", "http://a-page.example")], "").await;
+        assert!(reply.is_error(403, "origin").contains("web pages"), "{}", reply.text());
+    }
+}

@@ -48,9 +48,19 @@ impl Toolchain {
         for package in packages {
             command.args(["--package", package]);
         }
+        command.env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS", without_local_paths());
         run::check(&mut command)?;
         Ok(directory.join(TARGET).join("policy"))
     }
+}
+
+/// Flags, besides those of `.cargo/config.toml`, that keep this machine's paths out of panic messages: the same source
+/// is the same component, with the same digest, wherever it is built.
+fn without_local_paths() -> String {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
+    let remap = |path: &Path, to: &str| format!("--remap-path-prefix={}={to}", path.display());
+    let home = home.map(|home| remap(&home, "cargo")).unwrap_or_default();
+    format!("{home} {}", remap(&paths::root(), "."))
 }
 
 fn rustup_target() -> bool {

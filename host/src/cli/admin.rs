@@ -11,7 +11,7 @@ use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::Value;
 
 use super::{AdminFlags, Output};
-use crate::config::read_settings;
+use crate::{config::read_settings, text::plain};
 
 /// Compiling a large policy takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -109,6 +109,9 @@ fn print_change(change: &Value, output: Output) {
 fn print_slots(answer: &Value) {
     for slot in list_of(&answer["slots"]) {
         print_version(&text(&slot["slot"]), "active", &slot["active"]);
+        if slot["trouble"].is_string() {
+            println!("{:<20}trouble: {}", "", text(&slot["trouble"]));
+        }
         for previous in list_of(&slot["previous"]) {
             print_version("", "before", previous);
         }
@@ -123,8 +126,8 @@ fn print_version(slot: &str, role: &str, version: &Value) {
     for (cause, count) in version["fallbacks"].as_object().into_iter().flatten() {
         println!("{:<20}native decided instead, {cause}: {count}", "");
     }
-    if let Some(fault) = version["last_fault"].as_str() {
-        println!("{:<20}last fault: {fault}", "");
+    if version["last_fault"].is_string() {
+        println!("{:<20}last fault: {}", "", text(&version["last_fault"]));
     }
 }
 
@@ -135,8 +138,9 @@ fn describe(version: &Value) -> String {
     }
 }
 
+/// A text for the terminal: policies and engines wrote some of them.
 fn text(value: &Value) -> String {
-    value.as_str().unwrap_or("-").to_owned()
+    value.as_str().map_or_else(|| "-".to_owned(), plain)
 }
 
 fn list_of(value: &Value) -> &[Value] {
@@ -169,7 +173,7 @@ async fn call(admin: &AdminFlags, method: Method, path: &str, body: Bytes) -> Re
         if status.is_success() {
             return Ok(value);
         }
-        Err(value["error"]["message"].as_str().map_or_else(|| format!("the admin API answered {status}"), str::to_owned))
+        Err(value["error"]["message"].as_str().map_or_else(|| format!("the admin API answered {status}"), plain))
     };
     tokio::time::timeout(PATIENCE, exchange)
         .await

@@ -4,11 +4,11 @@
 use std::{fs, path::Path, sync::Arc};
 
 use dynamo_host_core::answer::Verdict;
-use dynamo_host_policy::{Limits, PolicyRuntime, PolicyVersion, bench, synthetic};
+use dynamo_host_policy::{Limits, Now, PolicyFault, PolicyRuntime, PolicyVersion, bench, synthetic};
 use serde_json::json;
 
 use super::Output;
-use crate::config::read_settings;
+use crate::{config::read_settings, text::plain};
 
 /// Sizes that `check` decides for.
 const SIZES: [u32; 4] = [1, 4, 64, 1024];
@@ -17,19 +17,23 @@ fn load(file: &Path, settings: Option<&str>) -> Result<Arc<PolicyVersion>, Strin
     let settings =
         settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
     let bytes = fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    let runtime = PolicyRuntime::new(Limits::default(), None).map_err(|error| error.to_string())?;
+    let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).map_err(|error| error.to_string())?;
     let settings = settings.as_deref().unwrap_or("{}");
-    runtime.load(&bytes, settings, Arc::default()).map_err(|error| format!("{}: {error}", file.display()))
+    runtime.load(&bytes, settings, Arc::default()).map_err(|error| format!("{}: {}", file.display(), plain(&error.to_string())))
+}
+
+fn failed(candidates: u32, fault: &PolicyFault) -> String {
+    format!("it failed with {candidates} candidates: {}", plain(&fault.to_string()))
 }
 
 pub(super) fn check(file: &Path, settings: Option<&str>, output: Output) -> Result<(), String> {
     let version = load(file, settings)?;
-    let schema = version.settings_schema().map_err(|fault| format!("settings-schema failed: {fault}"))?;
+    let schema = version.settings_schema().map_err(|fault| format!("settings-schema failed: {}", plain(&fault.to_string())))?;
+    let mut trial = version.trial().map_err(|fault| plain(&fault.to_string()))?;
     let mut decisions = Vec::new();
     for candidates in SIZES {
-        let routed = version
-            .probe(&synthetic::route_call(&synthetic::fleet(candidates), 1))
-            .map_err(|fault| format!("it failed with {candidates} candidates: {fault}"))?;
+        let routed =
+            trial.route(&synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| failed(candidates, &fault))?;
         let answer = match routed.verdict {
             Verdict::Place(ranking) => format!("place on {} of {candidates}", ranking.rows().len()),
             Verdict::Hold { at_most_ms } => format!("hold for {at_most_ms} ms"),
@@ -58,7 +62,7 @@ pub(super) fn check(file: &Path, settings: Option<&str>, output: Output) -> Resu
     println!("  size      {} kB", inspection.bytes / 1000);
     println!("  world     {}", inspection.world);
     println!("  imports   {}", inspection.imports.join(", "));
-    println!("  settings  {schema}");
+    println!("  settings  {}", schema.replace(char::is_control, " "));
     for (candidates, answer, fuel) in decisions {
         println!(
             "  probe     {candidates:>4} candidates: {answer}, fuel {fuel} ({:.2} % of its bound)",
@@ -72,8 +76,7 @@ pub(super) fn bench(file: &Path, settings: Option<&str>, sizes: &[u32], output: 
     let version = load(file, settings)?;
     let mut rows = Vec::new();
     for &candidates in sizes {
-        let policy =
-            bench::policy(&version, candidates).map_err(|fault| format!("it failed with {candidates} candidates: {fault}"))?;
+        let policy = bench::policy(&version, candidates).map_err(|fault| failed(candidates, &fault))?;
         rows.push((policy, bench::native_fallback(candidates)));
     }
     if output == Output::Json {

@@ -67,6 +67,17 @@ pub enum StoreError {
         /// What the system said.
         reason: String,
     },
+    /// It could not be written, and what was written of it could not be taken back.
+    #[error(
+        "state directory {path:?} cannot be written: {reason}; whether the change is there after a restart is open: \
+         make room or mend the disk, then make the change again"
+    )]
+    Unsure {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
 }
 
 /// What a slot held.
@@ -136,18 +147,36 @@ impl Store {
     /// Keeps what a slot holds, and lets go of components that no version needs any more.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If it cannot be written. What was there before is then there again, or the error says that this is open.
     pub fn put_slot(&self, slot: &SlotName, record: &SlotRecord) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(record).map_err(|error| self.unwritten(&error))?;
+        let before = self.db.get(key(slot)).map_err(|error| self.unwritten(&error))?;
         let generation = self.generation() + 1;
-        let mut batch = sled::Batch::default();
-        batch.insert(key(slot).as_str(), bytes);
-        batch.insert(GENERATION, &generation.to_le_bytes());
-        self.db.apply_batch(batch).map_err(|error| self.unwritten(&error))?;
-        self.db.flush().map_err(|error| self.unwritten(&error))?;
-        write_whole(&self.path.join(GENERATION), generation.to_string().as_bytes()).map_err(|error| self.unwritten(&error))?;
+        let written = self.write(slot, Some(&bytes), generation).map_err(|error| error.to_string()).and_then(|()| {
+            write_whole(&self.path.join(GENERATION), generation.to_string().as_bytes()).map_err(|error| error.to_string())
+        });
+        if let Err(reason) = written {
+            let path = self.path.clone();
+            // The generation stays: the file may have it already, and must not be ahead.
+            return Err(match self.write(slot, before.as_deref(), generation) {
+                Ok(()) => StoreError::Write { path, reason },
+                Err(_) => StoreError::Unsure { path, reason },
+            });
+        }
         self.collect();
         Ok(())
+    }
+
+    /// Writes or removes a record, so that it is on disk.
+    fn write(&self, slot: &SlotName, record: Option<&[u8]>, generation: u64) -> sled::Result<()> {
+        let mut batch = sled::Batch::default();
+        match record {
+            Some(bytes) => batch.insert(key(slot).as_str(), bytes),
+            None => batch.remove(key(slot).as_str()),
+        }
+        batch.insert(GENERATION, &generation.to_le_bytes());
+        self.db.apply_batch(batch)?;
+        self.db.flush().map(drop)
     }
 
     /// Changes that the database knows.
@@ -188,7 +217,8 @@ impl Store {
         components(&self.path).join(format!("{digest}.wasm"))
     }
 
-    /// Removes components that no slot names. What fails is tried again at the next change.
+    /// Removes components that no slot names, and what was left of writing one. Nothing else is touched: the directory
+    /// may be one that others use too. What fails is tried again at the next change.
     fn collect(&self) {
         let mut needed = BTreeSet::new();
         for value in self.db.scan_prefix("slot/").values() {
@@ -197,7 +227,7 @@ impl Store {
         }
         let Ok(files) = fs::read_dir(components(&self.path)) else { return };
         for file in files.flatten() {
-            if !file.file_name().to_str().is_some_and(|name| needed.contains(name)) {
+            if file.file_name().to_str().is_some_and(|name| is_ours(name) && !needed.contains(name)) {
                 let _ = fs::remove_file(file.path());
             }
         }
@@ -216,6 +246,12 @@ fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()?;
     fs::rename(&temporary, path)?;
     path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+}
+
+/// Whether a file has a name that [`Store`] gives: a digest, and what it is.
+fn is_ours(name: &str) -> bool {
+    let is_digest = |text: &str| text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    name.split_once('.').is_some_and(|(digest, kind)| is_digest(digest) && matches!(kind, "wasm" | "partial"))
 }
 
 fn components(path: &Path) -> PathBuf {
@@ -256,15 +292,42 @@ mod tests {
     }
 
     #[test]
-    fn components_that_nothing_needs_are_removed() {
+    fn components_that_nothing_needs_are_removed_and_nothing_else() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        for digest in ["aa", "bb"] {
+        let [old, new] = ["a", "b"].map(|digit| digit.repeat(64));
+        for digest in [&old, &new] {
             store.put_component(digest, b"x").unwrap();
         }
-        store.put_slot(&SlotName::ROUTING, &record(&["bb"])).unwrap();
-        assert!(store.component("aa").unwrap_err().to_string().contains("activate the policy again"));
-        store.component("bb").unwrap();
+        // As a build's output has them: `--state-dir target`.
+        let others = ["round-robin.wasm", "README", &format!("{old}.txt"), &format!("{}.wasm", "A".repeat(64))];
+        let in_policies = |name: &str| directory.path().join("policies").join(name);
+        others.iter().for_each(|name| fs::write(in_policies(name), "x").unwrap());
+        fs::write(in_policies(&format!("{old}.partial")), "x").unwrap();
+        store.put_slot(&SlotName::ROUTING, &record(&[&new])).unwrap();
+        assert!(store.component(&old).unwrap_err().to_string().contains("activate the policy again"));
+        assert!(!in_policies(&format!("{old}.partial")).exists());
+        store.component(&new).unwrap();
+        others.iter().for_each(|name| assert!(in_policies(name).exists(), "{name}"));
+    }
+
+    #[test]
+    fn a_change_that_cannot_be_written_leaves_what_was_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.put_slot(&SlotName::ROUTING, &record(&["aa"])).unwrap();
+        // A directory in the place of the file: it can be written after the database only.
+        let file = directory.path().join(GENERATION);
+        let acknowledged = fs::read(&file).unwrap();
+        fs::remove_file(&file).unwrap();
+        fs::create_dir(&file).unwrap();
+        let error = store.put_slot(&SlotName::ROUTING, &record(&["bb"])).unwrap_err().to_string();
+        assert!(error.contains("nothing was changed"), "{error}");
+        assert_eq!(store.slot(&SlotName::ROUTING).unwrap(), Some(record(&["aa"])));
+        drop(store);
+        fs::remove_dir(&file).unwrap();
+        fs::write(&file, acknowledged).unwrap();
+        assert_eq!(Store::open(directory.path()).unwrap().slot(&SlotName::ROUTING).unwrap(), Some(record(&["aa"])));
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl Scripted {
                 stream.set_nodelay(true).unwrap();
                 let (script, requests) = (script.clone(), Arc::clone(&requests));
                 connections.spawn(async move {
-                    let mut connection = Connection { stream };
+                    let mut connection = Connection { stream, is_broken: false };
                     let Some(request) = connection.request().await else { return };
                     if request.head.starts_with("post ") {
                         requests.lock().unwrap().push(request);
@@ -95,6 +95,7 @@ impl Scripted {
 /// One accepted connection.
 pub(crate) struct Connection {
     stream: TcpStream,
+    is_broken: bool,
 }
 
 impl Connection {
@@ -117,7 +118,12 @@ impl Connection {
 
     /// A client that is gone does not mind.
     pub(crate) async fn write(&mut self, bytes: impl AsRef<[u8]>) {
-        let _ = self.stream.write_all(bytes.as_ref()).await;
+        self.is_broken |= self.stream.write_all(bytes.as_ref()).await.is_err();
+    }
+
+    /// Whether all that was written found the client there.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.is_broken
     }
 
     /// Waits until the client sends something more, or hangs up.

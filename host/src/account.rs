@@ -1,0 +1,201 @@
+//! Keeps the account of one request on one worker: tokens, latencies, load, and what came of it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use dynamo_engine_api::{Chunk, Usage};
+use dynamo_host_core::{
+    RequestFacts, Worker, WorkerId, WorkerSpec,
+    load::{InFlight, Recent},
+};
+use dynamo_host_policy::{OutcomeRow, PolicyVersion};
+use http::StatusCode;
+
+use crate::{clock::Clock, meters::RequestMeters, observe::Observer, request::Lane};
+
+/// How a request ended: `outcomes.end` of the contract.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Done = 0,
+    Cancelled = 1,
+    Failed = 2,
+    /// The engine took it for the client's mistake.
+    Rejected = 3,
+}
+
+/// One request on one worker, from dispatch to its end. Closing it is dropping it: there is no way out without.
+pub(crate) struct Account {
+    pub(crate) meters: RequestMeters,
+    /// What is logged after the handler has returned belongs to the request all the same.
+    pub(crate) span: tracing::Span,
+    observer: Observer,
+    clock: Clock,
+    version: Option<Arc<PolicyVersion>>,
+    in_flight: InFlight,
+    worker: WorkerId,
+    spec: Arc<WorkerSpec>,
+    decision_id: u64,
+    endpoint: &'static str,
+    prompt_tokens: u32,
+    /// When the client's request came.
+    accepted: Instant,
+    /// When this worker was given it.
+    dispatched: Instant,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    output_tokens: u32,
+    usage: Option<Usage>,
+    status: StatusCode,
+    /// Cancelled, until something else is known: a client that leaves just drops the account.
+    end: End,
+    is_abandoned: bool,
+}
+
+/// nginx's status for a client that left before its answer; it is only ever a metric label.
+const CLIENT_LEFT: u16 = 499;
+
+impl Account {
+    pub(crate) fn open(
+        lane: &Lane,
+        facts: &RequestFacts,
+        worker: &Worker,
+        version: Option<Arc<PolicyVersion>>,
+        accepted: Instant,
+    ) -> Self {
+        lane.meters.in_flight.increment(1.0);
+        Self {
+            meters: lane.meters.clone(),
+            span: tracing::Span::current(),
+            observer: lane.observer.clone(),
+            clock: lane.clock,
+            version,
+            in_flight: InFlight::dispatch(Arc::clone(&worker.load), facts.prompt.tokens),
+            worker: worker.id,
+            spec: Arc::clone(&worker.spec),
+            decision_id: facts.decision_id,
+            endpoint: facts.endpoint.label(),
+            prompt_tokens: facts.prompt.tokens,
+            accepted,
+            dispatched: Instant::now(),
+            first_token: None,
+            last_token: None,
+            output_tokens: 0,
+            usage: None,
+            status: StatusCode::from_u16(CLIENT_LEFT).expect("499 is a status"),
+            end: End::Cancelled,
+            is_abandoned: false,
+        }
+    }
+
+    /// The worker failed it, and what the client gets comes from elsewhere: only the worker's part is settled.
+    pub(crate) fn abandon(mut self) {
+        self.end = End::Failed;
+        self.is_abandoned = true;
+    }
+
+    /// What the client's answer is, and how it ended if that is known by now.
+    pub(crate) fn answer(&mut self, status: StatusCode, end: Option<End>) {
+        self.status = status;
+        self.end = end.unwrap_or(self.end);
+    }
+
+    pub(crate) fn fail(&mut self) {
+        self.end = End::Failed;
+    }
+
+    pub(crate) fn worker(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// All that a whole answer says of its tokens.
+    pub(crate) fn usage(&mut self, usage: Usage) {
+        self.tokens(usage.completion_tokens);
+        self.usage = Some(usage);
+    }
+
+    pub(crate) fn chunk(&mut self, chunk: &Chunk, now: Instant) {
+        let summary = &chunk.summary;
+        if summary.tokens > 0 {
+            match self.last_token {
+                None => {
+                    self.first_token = Some(now);
+                    self.meters.ttft.record(now - self.accepted);
+                }
+                Some(last) => self.meters.itl.record((now - last) / summary.tokens),
+            }
+            self.last_token = Some(now);
+            self.tokens(summary.tokens);
+        }
+        self.usage = summary.usage.or(self.usage);
+        if summary.done {
+            self.end = End::Done;
+        }
+    }
+
+    fn tokens(&mut self, count: u32) {
+        self.output_tokens = self.output_tokens.saturating_add(count);
+        self.in_flight.tokens(count);
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.meters.in_flight.decrement(1.0);
+        let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
+        // From here on it is the worker's time: what the request waited for before says nothing of it.
+        let ttft_ms = self.first_token.map_or(f32::NAN, |first| ms(first - self.dispatched));
+        let itl_ms = match (self.first_token, self.last_token) {
+            (Some(first), Some(last)) if self.output_tokens > 1 => ms(last - first) / (self.output_tokens - 1) as f32,
+            _ => f32::NAN,
+        };
+        let error = match self.end {
+            End::Done | End::Rejected => 0.0,
+            End::Failed => 1.0,
+            End::Cancelled => f32::NAN,
+        };
+        let load = self.in_flight.slot();
+        for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, error)] {
+            if !value.is_nan() {
+                load.observe(recent, value);
+                load.observed(self.clock.now_ms());
+            }
+        }
+        let usage = self.usage.unwrap_or(Usage {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: self.output_tokens,
+            prompt_tokens_details: None,
+        });
+        if !self.is_abandoned {
+            self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
+            self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
+            self.meters.seconds.record(self.accepted.elapsed());
+            count_request(self.endpoint, &self.spec.model, self.status);
+        }
+        if let Some(version) = self.version.take() {
+            let row = OutcomeRow {
+                decision_id: self.decision_id,
+                worker_id: self.worker.0,
+                ttft_ms,
+                itl_ms,
+                output_tokens: usage.completion_tokens,
+                end: self.end as u32,
+            };
+            self.observer.tell(version, row);
+        }
+        if !self.is_abandoned {
+            let (status, tokens) = (self.status.as_u16(), usage.completion_tokens);
+            tracing::debug!(parent: &self.span, status, tokens, ttft_ms, itl_ms, "request ended");
+        }
+    }
+}
+
+/// Counts a request that has been answered, or left. `model` must be one that is served: clients may not make labels.
+pub(crate) fn count_request(endpoint: &'static str, model: &str, status: StatusCode) {
+    metrics::counter!(
+        "dynamo_host_requests_total",
+        "endpoint" => endpoint, "model" => model.to_owned(), "code" => status.as_u16().to_string()
+    )
+    .increment(1);
+}

@@ -1,0 +1,102 @@
+//! Bounds on what clients and operators may ask for: `[limits]` of the configuration file.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::ConfigError;
+
+/// The longest time that makes sense, and that any clock can count: a year.
+const MAX_SECONDS: u64 = 365 * 24 * 3600;
+
+/// Bounds on what clients and operators may ask for.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Limits {
+    /// Connections at once, of each listener.
+    pub(crate) max_connections: u32,
+    /// How long a connection may take to say what it wants, and be idle between two requests.
+    pub(crate) header_timeout_s: u64,
+    /// Largest request body.
+    pub(crate) max_body_bytes: usize,
+    /// How long a body may take to arrive.
+    pub(crate) body_timeout_s: u64,
+    /// How long a request may take altogether.
+    pub(crate) request_timeout_s: u64,
+    /// How long an engine's stream may be silent.
+    pub(crate) stream_idle_s: u64,
+    /// How long a client may read nothing of what is there for it.
+    pub(crate) write_stall_s: u64,
+    /// How long running requests may go on after a stop signal.
+    pub(crate) drain_s: u64,
+    /// Largest `max_tokens`.
+    pub(crate) max_output_tokens: u64,
+    /// Largest `n`.
+    pub(crate) max_choices: u64,
+    /// Most workers.
+    pub(crate) max_workers: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 10_000,
+            header_timeout_s: 30,
+            max_body_bytes: 32 << 20,
+            body_timeout_s: 60,
+            request_timeout_s: 3600,
+            stream_idle_s: 300,
+            write_stall_s: 60,
+            drain_s: 30,
+            max_output_tokens: 1_000_000,
+            max_choices: 128,
+            max_workers: 16_384,
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn stream_idle(&self) -> Duration {
+        Duration::from_secs(self.stream_idle_s)
+    }
+
+    pub(crate) fn request_timeout(&self) -> Duration {
+        Duration::from_secs(self.request_timeout_s)
+    }
+
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let seconds = 1..=MAX_SECONDS;
+        let bounds = [
+            ("max_connections", u64::from(self.max_connections), 1..=1_000_000),
+            ("header_timeout_s", self.header_timeout_s, seconds.clone()),
+            ("max_body_bytes", self.max_body_bytes as u64, 1..=1 << 40),
+            ("body_timeout_s", self.body_timeout_s, seconds.clone()),
+            ("request_timeout_s", self.request_timeout_s, seconds.clone()),
+            ("stream_idle_s", self.stream_idle_s, seconds.clone()),
+            ("write_stall_s", self.write_stall_s, seconds),
+            ("drain_s", self.drain_s, 0..=MAX_SECONDS),
+            // What policies see of these two has 32 bits.
+            ("max_output_tokens", self.max_output_tokens, 1..=u64::from(u32::MAX)),
+            ("max_choices", self.max_choices, 1..=u64::from(u32::MAX)),
+            // The load board is made for all of them at once.
+            ("max_workers", u64::from(self.max_workers), 1..=100_000),
+        ];
+        let wrong = bounds.into_iter().find(|(_, value, allowed)| !allowed.contains(value));
+        wrong.map_or(Ok(()), |(key, value, allowed)| Err(ConfigError::Limit { key, value, allowed }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_within_bounds_and_what_is_not_is_named_with_its_bounds() {
+        Limits::default().check().unwrap();
+        let refused = |limits: Limits| limits.check().unwrap_err().to_string();
+        let says = refused(Limits { max_output_tokens: 1 << 32, ..Limits::default() });
+        assert_eq!(says, "limits.max_output_tokens is 4294967296; use 1 to 4294967295");
+        assert!(refused(Limits { max_workers: 100_001, ..Limits::default() }).contains("use 1 to 100000"));
+        assert!(refused(Limits { header_timeout_s: 0, ..Limits::default() }).contains("limits.header_timeout_s is 0"));
+    }
+}

@@ -1,0 +1,279 @@
+//! Keeper: the record of a slot, where it is kept, and what becomes of it at a start.
+//!
+//! Invariant: the record and the slot hold the same versions. Whoever changes the slot keeps the change here first; what
+//! cannot be kept is not made.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use dynamo_host_core::{SlotName, native};
+use dynamo_host_policy::{Digest, PolicyRuntime, PolicyVersion, RoutingSlot};
+use dynamo_host_store::{SlotRecord, Store, StoreError, VersionRecord};
+
+use super::{ChangeError, Seed};
+use crate::text::plain;
+
+/// Versions in a record: the active one and eight to roll back to.
+const MAX_VERSIONS: usize = 9;
+
+/// Where changes are kept.
+enum Keeping {
+    /// Nowhere: no state directory.
+    Memory,
+    /// On disk.
+    Disk(Store),
+    /// There is a directory, but it cannot be used.
+    Broken(String),
+}
+
+/// The record of a slot.
+pub(super) struct Keeper {
+    keeping: Keeping,
+    record: SlotRecord,
+    /// What the start could not bring back.
+    troubles: Vec<String>,
+}
+
+/// A seed that was read.
+enum Wanted {
+    Native,
+    Component { bytes: Vec<u8>, settings: String },
+}
+
+impl Wanted {
+    fn read(seed: &Seed) -> Result<Self, String> {
+        match seed {
+            Seed::Native => Ok(Self::Native),
+            Seed::File { path, settings } => match std::fs::read(path) {
+                Ok(bytes) => Ok(Self::Component { bytes, settings: settings.clone() }),
+                Err(error) => Err(format!("{} cannot be read: {error}; name a policy component with --routing", path.display())),
+            },
+        }
+    }
+
+    fn record(&self) -> VersionRecord {
+        match self {
+            Self::Native => VersionRecord { policy: native::NAME.to_owned(), digest: String::new(), settings: String::new() },
+            Self::Component { bytes, settings } => {
+                VersionRecord { policy: String::new(), digest: Digest::of(bytes).to_string(), settings: settings.clone() }
+            }
+        }
+    }
+}
+
+impl Keeper {
+    /// Opens the state and brings the slot back as it was; then applies the configuration, if it has changed.
+    ///
+    /// # Errors
+    /// If another process has the state directory. Whatever else is wrong is among the troubles.
+    pub(super) fn open(
+        runtime: &PolicyRuntime,
+        routing: &RoutingSlot,
+        state_dir: Option<&Path>,
+        seed: Option<&Seed>,
+    ) -> Result<Self, StoreError> {
+        let mut keeper = Self { keeping: Keeping::Memory, record: SlotRecord::default(), troubles: Vec::new() };
+        let mut stored = None;
+        match state_dir.map(Store::open) {
+            None => {}
+            Some(Ok(store)) => {
+                stored = store.slot(&SlotName::ROUTING).unwrap_or_else(|error| {
+                    keeper.complain("state", &error.to_string(), routing);
+                    None
+                });
+                keeper.keeping = Keeping::Disk(store);
+            }
+            Some(Err(error @ StoreError::InUse { .. })) => return Err(error),
+            // What was active is not known, and whatever took its place could not be kept: native serves.
+            Some(Err(error)) => {
+                keeper.complain("state", &error.to_string(), routing);
+                keeper.keeping = Keeping::Broken(error.to_string());
+                return Ok(keeper);
+            }
+        }
+        let wanted = seed.map(Wanted::read);
+        let is_news = match (&wanted, &stored) {
+            (Some(Ok(wanted)), Some(stored)) => stored.seed.as_ref() != Some(&wanted.record()),
+            _ => true,
+        };
+        if let Some(record) = stored {
+            keeper.restore(runtime, routing, record);
+        }
+        match wanted {
+            Some(Ok(wanted)) if is_news => keeper.plant(runtime, routing, &wanted),
+            Some(Ok(_)) => tracing::info!(
+                policy = routing.report().active.policy,
+                "the slot's policy comes from the state directory; --routing seeded it before"
+            ),
+            Some(Err(reason)) => keeper.complain("seed", &reason, routing),
+            None => {}
+        }
+        Ok(keeper)
+    }
+
+    /// What the start could not bring back, in one text.
+    pub(super) fn troubles(&self) -> Option<String> {
+        (!self.troubles.is_empty()).then(|| self.troubles.join("; "))
+    }
+
+    fn complain(&mut self, what: &'static str, reason: &str, routing: &RoutingSlot) {
+        let reason = plain(reason);
+        metrics::counter!("dynamo_host_policy_restore_failures_total", "what" => what).increment(1);
+        tracing::error!("{reason}; serving with {}", routing.report().active.policy);
+        self.troubles.push(reason);
+    }
+
+    /// Brings back what a record holds. What cannot be loaded is said; if it was the active one, native serves.
+    fn restore(&mut self, runtime: &PolicyRuntime, routing: &RoutingSlot, record: SlotRecord) {
+        let Keeping::Disk(store) = &self.keeping else { return };
+        let load = |version: &Option<VersionRecord>| -> Result<Option<Arc<PolicyVersion>>, String> {
+            let Some(version) = version else { return Ok(None) };
+            let bytes = store.component(&version.digest).map_err(|error| error.to_string())?;
+            if Digest::of(&bytes).to_string() != version.digest {
+                let path = store.component_path(&version.digest);
+                return Err(format!("policy component {path:?} is damaged: its digest is another; activate the policy again"));
+            }
+            runtime.load(&bytes, &version.settings, Arc::clone(routing.state())).map(Some).map_err(|error| error.to_string())
+        };
+        let (mut versions, mut kept) = (Vec::new(), Vec::new());
+        let last = record.versions.len().saturating_sub(1);
+        let mut trouble = None;
+        for (index, version) in record.versions.iter().enumerate() {
+            let name = version.as_ref().map_or(native::NAME, |version| &version.policy);
+            match load(version) {
+                Ok(loaded) => versions.push(loaded),
+                // The record keeps it: it may be repaired, and nothing that was asked for is forgotten.
+                Err(reason) if index == last => {
+                    trouble = Some(format!("the active policy {name:?} cannot be restored: {reason}"));
+                    versions.push(None);
+                }
+                Err(reason) => {
+                    metrics::counter!("dynamo_host_policy_restore_failures_total", "what" => "earlier").increment(1);
+                    let reason = plain(&reason);
+                    tracing::warn!(policy = name, "an earlier policy cannot be restored and not be rolled back to: {reason}");
+                    continue;
+                }
+            }
+            kept.push(version.clone());
+        }
+        routing.restore(versions);
+        self.record = SlotRecord { versions: kept, seed: record.seed };
+        match trouble {
+            Some(trouble) => self.complain("active", &trouble, routing),
+            None => tracing::info!(policy = routing.report().active.policy, "restored from the state directory"),
+        }
+    }
+
+    /// Activates what the configuration wants.
+    fn plant(&mut self, runtime: &PolicyRuntime, routing: &RoutingSlot, wanted: &Wanted) {
+        let loaded = match wanted {
+            Wanted::Native => Ok((None, &[][..])),
+            Wanted::Component { bytes, settings } => {
+                runtime.load(bytes, settings, Arc::clone(routing.state())).map(|version| (Some(version), &bytes[..]))
+            }
+        };
+        let (version, bytes) = match loaded {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                return self.complain("seed", &format!("the configured routing policy is not activated: {error}"), routing);
+            }
+        };
+        // Native over native is no change, only remembered as what the configuration wants.
+        let is_change = version.is_some() || self.record.versions.last().is_some_and(Option::is_some);
+        let mut record = if is_change { self.with_next(version.as_ref()) } else { self.record.clone() };
+        record.seed = Some(wanted.record());
+        match self.keep(record, version.as_ref(), bytes) {
+            Ok(()) if is_change => {
+                routing.activate(version);
+                // What the state could not bring back has been replaced.
+                self.troubles.clear();
+            }
+            Ok(()) => {}
+            Err(error) => {
+                return self.complain("seed", &format!("the configured routing policy is not activated: {error}"), routing);
+            }
+        }
+        tracing::info!(policy = routing.report().active.policy, "routing policy is active");
+    }
+
+    /// Keeps one more version as the active one. Blocks on the disk.
+    pub(super) fn keep_next(&mut self, version: Option<&Arc<PolicyVersion>>, bytes: &[u8]) -> Result<Duration, ChangeError> {
+        let begun = Instant::now();
+        self.keep(self.with_next(version), version, bytes)?;
+        Ok(begun.elapsed())
+    }
+
+    /// Keeps the version before the active one as the active one. Blocks on the disk.
+    pub(super) fn keep_previous(&mut self) -> Result<Duration, ChangeError> {
+        let begun = Instant::now();
+        let mut record = self.record.clone();
+        record.versions.pop();
+        self.keep(record, None, &[])?;
+        Ok(begun.elapsed())
+    }
+
+    fn with_next(&self, version: Option<&Arc<PolicyVersion>>) -> SlotRecord {
+        let mut record = self.record.clone();
+        if record.versions.is_empty() {
+            record.versions.push(None);
+        }
+        record.versions.push(version.map(|version| VersionRecord {
+            policy: version.label().to_string(),
+            digest: version.digest().to_string(),
+            settings: version.settings().to_owned(),
+        }));
+        let surplus = record.versions.len().saturating_sub(MAX_VERSIONS);
+        record.versions.drain(..surplus);
+        record
+    }
+
+    /// Keeps a record, and first the component that is new in it.
+    fn keep(&mut self, record: SlotRecord, version: Option<&Arc<PolicyVersion>>, bytes: &[u8]) -> Result<(), ChangeError> {
+        match &self.keeping {
+            Keeping::Memory => {}
+            Keeping::Disk(store) => {
+                if let Some(version) = version {
+                    store.put_component(&version.digest().to_string(), bytes)?;
+                }
+                store.put_slot(&SlotName::ROUTING, &record)?;
+            }
+            Keeping::Broken(reason) => return Err(ChangeError::StateBroken { reason: reason.clone() }),
+        }
+        self.record = record;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dynamo_host_policy::{Limits, Now};
+
+    use super::*;
+
+    #[test]
+    fn record_and_slot_stay_alike_when_the_configuration_cannot_be_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap();
+        let routing = RoutingSlot::new(SlotName::ROUTING);
+        let open = |routing: &RoutingSlot| Keeper::open(&runtime, routing, Some(directory.path()), Some(&Seed::Native)).unwrap();
+        let keeper = open(&routing);
+        assert_eq!((keeper.troubles(), routing.versions().len()), (None, 1), "native over native is no change");
+        assert!(keeper.record.versions.is_empty() && keeper.record.seed.is_some());
+        drop(keeper);
+
+        // A directory in the place of the file that counts changes.
+        let mut keeper = open(&routing);
+        let file = directory.path().join("generation");
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        keeper.record.versions =
+            vec![Some(VersionRecord { policy: "p@1".to_owned(), digest: "aa".to_owned(), settings: "{}".to_owned() })];
+        let before = keeper.record.clone();
+        keeper.plant(&runtime, &routing, &Wanted::Native);
+        assert_eq!((keeper.record.clone(), routing.versions().len()), (before, 1));
+        assert!(keeper.troubles().unwrap().contains("not activated"));
+    }
+}
