@@ -284,6 +284,19 @@ mod tests {
     }
 
     #[test]
+    fn the_documented_file_is_one_and_shows_the_defaults() {
+        let document = include_str!("../../docs/configuration.md");
+        let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        let file: File = toml::from_str(example).unwrap();
+        assert_eq!(file.limits, Limits::default());
+        // What is shown as an alternative is one too.
+        let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
+        let file: File = toml::from_str(&all).unwrap();
+        assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
+        assert!(file.worker[0].name.is_some() && file.worker[0].labels.len() == 2);
+    }
+
+    #[test]
     fn a_worker_is_a_url_with_what_is_known_of_it() {
         let parsed = worker("http://10.0.0.1:8000/v1,model=m,role=decode,label.zone=a,label.price=1.5").unwrap();
         assert_eq!((parsed.name.as_str(), parsed.model.as_deref(), parsed.role), ("10.0.0.1:8000", Some("m"), Role::Decode));

@@ -49,7 +49,7 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
 
     let model: String = fields
         .read("model", "a string naming a model of GET /v1/models")?
-        .ok_or(RequestError::MissingField { field: "model", expected: "name a model of GET /v1/models" })?;
+        .ok_or(RequestError::MissingField { field: "model", expected: "the name of a model of GET /v1/models" })?;
     if model.len() > MAX_MODEL_BYTES {
         let expected = format!("use a name of GET /v1/models, of at most {MAX_MODEL_BYTES} bytes");
         return Err(RequestError::InvalidField { field: "model", found: format!("{} bytes long", model.len()), expected });

@@ -20,7 +20,7 @@ pub(crate) enum RequestError {
     InvalidJson { reason: String },
     #[error("the body is not valid UTF-8 at byte {at}; send JSON in UTF-8")]
     InvalidUtf8 { at: usize },
-    #[error("`{field}` is missing; {expected}")]
+    #[error("`{field}` is missing; send {expected}")]
     MissingField { field: &'static str, expected: &'static str },
     #[error("`{field}` is {found}; {expected}")]
     InvalidField { field: &'static str, found: String, expected: String },

@@ -131,6 +131,7 @@ impl Policies {
             versions.pop();
             let last = versions.last().cloned().ok_or_else(|| ChangeError::NoHistory { slot: slot.clone() })?;
             let stored = keeper.keep_previous()?;
+            routing.prepare_rollback();
             let swapped = timed_swap(|| drop(routing.rollback()));
             Ok(change(&slot, last.as_ref(), [Duration::ZERO, stored, swapped]))
         })

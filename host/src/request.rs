@@ -151,7 +151,8 @@ async fn place(
             candidates: Arc::clone(&candidates),
             now_ms: lane.clock.now_ms(),
             unix_ms: unix_ms(),
-            seed: facts.decision_id,
+            // Asked again, a policy that decides by chance must not repeat itself.
+            seed: facts.decision_id ^ u64::from(holds) << 60,
             explain: false,
         };
         let decision = if holds < MAX_HOLDS {

@@ -62,10 +62,7 @@ impl Fleet {
                 rows.entry((worker.spec.model.clone(), worker.spec.role.code())).or_default().push(index);
             }
         }
-        let eligible = rows
-            .into_iter()
-            .map(|(group, rows)| (group, Arc::new(Candidates::new(&workers, rows))))
-            .collect();
+        let eligible = rows.into_iter().map(|(group, rows)| (group, Arc::new(Candidates::new(&workers, rows)))).collect();
         Ok(Self { generation, workers, models, eligible })
     }
 

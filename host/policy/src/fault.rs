@@ -96,7 +96,9 @@ impl PolicyFault {
             (cause, refusal.to_string())
         } else {
             match error.downcast_ref::<Trap>() {
-                Some(Trap::OutOfFuel) => (FaultCause::Fuel, "it used up its fuel: an endless loop, or more work than one decision may take".to_owned()),
+                Some(Trap::OutOfFuel) => {
+                    (FaultCause::Fuel, "it used up its fuel: an endless loop, or more work than one decision may take".to_owned())
+                }
                 Some(Trap::Interrupt) => (FaultCause::HostStall, "it was interrupted by the backstop".to_owned()),
                 Some(Trap::StackOverflow) => (FaultCause::Stack, "it used up its stack".to_owned()),
                 // Toolchains put the guest's own stack at the bottom of its memory, so that this is what overflowing it looks like.

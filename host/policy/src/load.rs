@@ -209,16 +209,20 @@ impl PolicyRuntime {
         let version = PolicyVersion::new(self, inspection.clone(), settings.to_owned(), pre, state)
             .map_err(|error| LoadError::Link { policy: policy(), reason: format!("{error:#}") })?;
         version.warm_up().map_err(|error| match error {
-            SetupError::Refused(reason) => {
-                LoadError::Settings { policy: policy(), reason, accepted: accepted(&version.settings_schema().unwrap_or_default()) }
-            }
+            SetupError::Refused(reason) => LoadError::Settings {
+                policy: policy(),
+                reason,
+                accepted: accepted(&version.settings_schema().unwrap_or_default()),
+            },
             SetupError::Fault(fault) => LoadError::Start { policy: policy(), fault },
         })?;
         let mut trial = version.trial().map_err(|fault| LoadError::Start { policy: policy(), fault })?;
         for candidates in PROBES {
-            trial
-                .route(&synthetic::route_call(&synthetic::fleet(candidates), 1))
-                .map_err(|fault| LoadError::Probe { policy: policy(), candidates, fault })?;
+            trial.route(&synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| LoadError::Probe {
+                policy: policy(),
+                candidates,
+                fault,
+            })?;
         }
         Ok(version)
     }

@@ -105,16 +105,21 @@ impl RoutingSlot {
         }
     }
 
-    /// Puts back what was active before; what is active now is revoked. Blocks while instances are made.
+    /// Makes ready what a rollback would put back. Blocks while instances are made, so that the swap itself does not.
+    pub fn prepare_rollback(&self) {
+        let last = self.history().last().cloned().flatten();
+        if let Some(last) = last {
+            last.wake();
+        }
+    }
+
+    /// Puts back what was active before; what is active now is revoked. See [`prepare_rollback`](Self::prepare_rollback).
     ///
     /// # Errors
     /// If nothing was active before.
     pub fn rollback(&self) -> Result<Pinned, NoHistory> {
         let mut history = self.history();
         let last = history.pop().ok_or_else(|| NoHistory { slot: self.name.clone() })?;
-        if let Some(last) = &last {
-            last.wake();
-        }
         if let Some(bad) = self.active.swap(last.clone()) {
             bad.revoke();
             bad.retire();

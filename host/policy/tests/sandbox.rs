@@ -175,6 +175,7 @@ fn versions_that_were_replaced_let_go_of_their_instances() {
         // The bound leaves room for the next only when the one before has cooled.
         eventually("replaced versions are cool", || runtime.instance_count() <= 2 * cores() + 8);
     }
+    slot.prepare_rollback();
     slot.rollback().unwrap();
     let decision = slot.decide(&slot.pin(), synthetic::route_call(&synthetic::fleet(2), 1));
     assert!(matches!(decision.by, DecidedBy::Policy(_)));
@@ -252,7 +253,12 @@ fn settings_are_checked_before_a_policy_is_active() {
     refused(&bytes, "{", "settings-syntax", &["JSON object"]);
     refused(&bytes, "[]", "settings-syntax", &["JSON object"]);
     refused(&bytes, r#"{"prefil_token": 1}"#, "settings", &["prefil_token", "prefill_token"]);
-    refused(&bytes, r#"{"request": -1}"#, "settings", &["request is -1", "it accepts decode_token (number), prefill_token (number)"]);
+    refused(
+        &bytes,
+        r#"{"request": -1}"#,
+        "settings",
+        &["request is -1", "it accepts decode_token (number), prefill_token (number)"],
+    );
     refused(
         &component("guests", "hostile"),
         r#"{"mode":"trap-in-configure"}"#,
@@ -295,6 +301,7 @@ fn a_slot_falls_back_rolls_back_and_keeps_what_requests_pinned() {
     assert_eq!(by(&bad, good()), "hostile@0.1.0");
     assert_eq!(by(&bad, provoking(&fleet)), "native trap");
 
+    slot.prepare_rollback();
     slot.rollback().unwrap();
     assert_eq!(by(&slot.pin(), good()), "round-robin@0.1.0");
     assert_eq!(by(&bad, good()), "native revoked", "what was found bad decides nothing more");

@@ -10,7 +10,7 @@ use super::ConfigError;
 const MAX_SECONDS: u64 = 365 * 24 * 3600;
 
 /// Bounds on what clients and operators may ask for.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Limits {
     /// Connections at once, of each listener.

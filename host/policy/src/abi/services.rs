@@ -73,7 +73,8 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
     define_void(interface, "counter-add", |guest: &mut Guest, (name, by): (String, u64)| {
         let Some(metric) = exported(guest, &name) else { return dropped(guest, "counter", name.len()) };
         if !guest.is_muted {
-            metrics::counter!("dynamo_host_policy_counter_total", "policy" => guest.label.to_string(), "name" => metric).increment(by);
+            metrics::counter!("dynamo_host_policy_counter_total", "policy" => guest.label.to_string(), "name" => metric)
+                .increment(by);
         }
         Ok(name.len())
     })?;

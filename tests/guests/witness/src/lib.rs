@@ -90,7 +90,12 @@ fn keys(candidates: &Candidates) -> Vec<f32> {
         keys.len() as f32
     };
     let ids = candidates.worker_id();
-    vec![f32::from(u8::from(ids.is_sorted())), different(ids), different(candidates.engine_key()), different(candidates.pool_key())]
+    vec![
+        f32::from(u8::from(ids.is_sorted())),
+        different(ids),
+        different(candidates.engine_key()),
+        different(candidates.pool_key()),
+    ]
 }
 
 /// Sums, with unknown as it is.
