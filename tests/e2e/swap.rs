@@ -25,8 +25,12 @@ use crate::harness::{
 const CLIENTS: usize = 64;
 const TOKENS: u32 = 40;
 const SWAPS: usize = 50;
-/// Streams that are completed between two swaps: the load is about ten streams per client, and lasts as long as the swaps.
-const STREAMS_PER_SWAP: usize = CLIENTS * 10 / SWAPS;
+/// Streams that are completed between two swaps: the load is about this many streams per client, and lasts as long as the
+/// swaps. `cargo xtask bench swap` asks for more.
+fn streams_per_swap() -> usize {
+    let per_client = std::env::var("DYNAMO_HOST_SWAP_STREAMS").map_or(10, |streams| streams.parse().unwrap());
+    CLIENTS * per_client / SWAPS
+}
 
 /// A stream that was served: which policy placed it, and when.
 struct Served {
@@ -61,6 +65,7 @@ async fn policies_are_swapped_under_load_without_a_failed_or_mixed_stream() {
         (format!("hostile@{version}"), components::guest("hostile"), json!({ "mode": "good" })),
         (format!("kv-cost@{version}"), components::guest("kv-cost"), json!({})),
     ];
+    let streams_per_swap = streams_per_swap();
     let begin = Instant::now();
     host.activate(&policies[0].1, &policies[0].2).await;
 
@@ -74,7 +79,7 @@ async fn policies_are_swapped_under_load_without_a_failed_or_mixed_stream() {
     let mut active = vec![Active { policy: policies[0].0.clone(), from: begin, until: begin }];
     let mut swaps = Vec::with_capacity(SWAPS);
     for swap in 1..=SWAPS {
-        let due = swap * STREAMS_PER_SWAP;
+        let due = swap * streams_per_swap;
         eventually("streams go on", async || (progress.completed.load(Acquire) >= due || clients.is_empty()).then_some(())).await;
         let (policy, file, settings) = &policies[swap % policies.len()];
         let from = Instant::now();
@@ -95,7 +100,7 @@ async fn policies_are_swapped_under_load_without_a_failed_or_mixed_stream() {
 
     println!("{}", report(served.len(), &mut swaps, begin.elapsed()));
     assert_eq!(failures, Vec::<String>::new());
-    assert!(served.len() >= SWAPS * STREAMS_PER_SWAP);
+    assert!(served.len() >= SWAPS * streams_per_swap);
     for Served { policy, sent, head } in &served {
         let could_be = active.iter().any(|active| active.policy == *policy && active.from <= *head && active.until >= *sent);
         assert!(could_be, "{policy:?} placed a stream while it was not active");

@@ -16,6 +16,12 @@ pub(crate) enum What {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
+    /// Swaps under load: 64 streams over four mock engines while the policy is swapped 50 times
+    Swap {
+        /// Streams of each client; 40 take about half a minute
+        #[arg(long, default_value_t = 40)]
+        streams: usize,
+    },
 }
 
 /// Numbers of candidates.
@@ -24,7 +30,15 @@ const SIZES: &[u64] = &[4, 64, 1024, 10_000];
 pub(crate) fn run(what: &What) -> Result<()> {
     match what {
         What::Policy { rounds } => policy(*rounds),
+        What::Swap { streams } => swap(*streams),
     }
+}
+
+/// The black-box test of swaps, with more load than CI has time for.
+fn swap(streams: usize) -> Result<()> {
+    policies::build()?;
+    let test = ["test", "--package", "dynamo-host", "--test", "e2e", "swap::", "--", "--nocapture"];
+    run::check(run::cargo().args(test).env("DYNAMO_HOST_SWAP_STREAMS", streams.to_string()))
 }
 
 /// A contender's name, and where its median stands in the output of a run.

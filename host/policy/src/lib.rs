@@ -11,6 +11,7 @@
 
 mod abi;
 pub mod bench;
+mod blueprint;
 mod call;
 mod fault;
 mod identity;
@@ -22,8 +23,10 @@ mod runtime;
 mod slot;
 mod state;
 pub mod synthetic;
+mod trial;
 mod version;
 
+pub use blueprint::Routed;
 pub use call::{Explanation, OutcomeBatch, OutcomeRow, RouteCall};
 pub use fault::{FaultCause, PolicyFault};
 pub use identity::{Digest, PolicyName};
@@ -33,4 +36,5 @@ pub use load::LoadError;
 pub use runtime::{Clock, Now, PolicyRuntime, RuntimeError};
 pub use slot::{DecidedBy, Decision, Pinned, RoutingSlot, SlotReport, VersionReport};
 pub use state::SlotState;
-pub use version::{PolicyVersion, Routed, Trial};
+pub use trial::Trial;
+pub use version::PolicyVersion;

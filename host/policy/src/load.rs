@@ -6,12 +6,13 @@ use wasmtime::component::Component;
 
 use crate::{
     abi,
+    blueprint::{Blueprint, SetupError},
     fault::PolicyFault,
     inspect::inspect,
     runtime::PolicyRuntime,
     state::SlotState,
     synthetic,
-    version::{PolicyVersion, SetupError},
+    version::PolicyVersion,
 };
 
 /// Why bytes cannot be activated as a policy. Each says what to do.
@@ -206,8 +207,9 @@ impl PolicyRuntime {
             .linker()
             .instantiate_pre(&component)
             .map_err(|error| LoadError::Link { policy: policy(), reason: format!("{error:#}") })?;
-        let version = PolicyVersion::new(self, inspection.clone(), settings.to_owned(), pre, state)
+        let blueprint = Blueprint::new(inspection.clone(), settings.to_owned(), pre, self.shared().clone(), state)
             .map_err(|error| LoadError::Link { policy: policy(), reason: format!("{error:#}") })?;
+        let version = PolicyVersion::new(blueprint);
         version.warm_up().map_err(|error| match error {
             SetupError::Refused(reason) => LoadError::Settings {
                 policy: policy(),

@@ -65,15 +65,16 @@ impl Pool {
         (0..self.shards.len()).flat_map(|shard| std::iter::repeat_n(shard, KEPT_PER_SHARD - self.lock(shard).len())).collect()
     }
 
-    /// Lets go of all instances but one, which requests under way may still need.
-    pub(crate) fn cool(&self) {
-        let kept = self.take();
+    /// Lets go of what a shard has beyond `kept` instances.
+    pub(crate) fn trim(&self, kept: usize) {
         for shard in 0..self.shards.len() {
-            let instances = std::mem::take(&mut *self.lock(shard));
-            drop(instances);
-        }
-        if let Some(instance) = kept {
-            self.put(instance);
+            let surplus: Vec<Instance> = {
+                let mut instances = self.lock(shard);
+                let kept = kept.min(instances.len());
+                instances.drain(kept..).collect()
+            };
+            // Freed without the lock.
+            drop(surplus);
         }
     }
 

@@ -69,7 +69,7 @@ pub(crate) struct Shared {
 const TENDING_QUEUE: usize = 64;
 /// Versions that every host must be able to keep warm: the active one, the next, and those that requests still hold.
 const WARM_VERSIONS: u32 = 4;
-/// Instances beyond those: on trial, and one of each version that can be rolled back to.
+/// Instances beyond those, on trial.
 const TRIALS: u32 = 16;
 
 impl PolicyRuntime {

@@ -96,8 +96,11 @@ impl RoutingSlot {
     pub fn activate(&self, version: Option<Arc<PolicyVersion>>) {
         let mut history = self.history();
         let before = self.active.swap(version);
+        if let Some(older) = history.last().into_iter().flatten().next() {
+            older.retire();
+        }
         if let Some(before) = &before {
-            before.retire();
+            before.step_down();
         }
         history.push(before);
         if history.len() > MAX_HISTORY {
