@@ -21,7 +21,8 @@ const MODEL: &str = "demo";
 pub(crate) fn run(once: bool) -> Result<()> {
     policies::build()?;
     println!("Building the host (the first time takes minutes)");
-    run::check(run::cargo().args(["build", "--quiet", "--package", "dynamo-host"]))?;
+    // The whole workspace, as the tests build it: by itself the host would have other features, and be built twice.
+    run::check(run::cargo().args(["build", "--quiet", "--workspace"]))?;
 
     let policy = paths::policies().join("least-loaded.wasm");
     let mut command = Command::new(paths::target().join("debug/dynamo-host"));

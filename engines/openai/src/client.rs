@@ -22,8 +22,8 @@ use tokio::time::timeout;
 
 use crate::options::OpenAiOptions;
 
-/// How often a request is sent again whose connection was closed under it.
-const RESENDS: usize = 2;
+/// How often a request is sent again whose connection was closed under it. Once: it may be what the engine dies of.
+const RESENDS: usize = 1;
 
 /// Connections to one engine.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! Connections: kept, replaced, never used after a half-read answer, and no request sent twice.
+//! Connections: kept, replaced, never used after a half-read answer, and requests sent again only if nothing was answered.
 
 use std::{
     sync::{
@@ -128,13 +128,13 @@ async fn a_kept_connection_that_the_server_closed_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_request_that_the_engine_got_is_never_sent_twice() {
+async fn a_request_whose_connection_is_closed_before_any_answer_is_sent_once_more() {
     let requests = Arc::new(AtomicUsize::new(0));
     let count = requests.clone();
     let server = Scripted::start(move |mut connection| {
         let count = count.clone();
         async move {
-            // Answers the first request; takes the second on the same connection and dies without a word.
+            // Answers the first request; takes all further ones and dies without a word.
             while connection.request().await.is_some() {
                 if count.fetch_add(1, Ordering::Relaxed) > 0 {
                     return;
@@ -148,7 +148,7 @@ async fn a_request_that_the_engine_got_is_never_sent_twice() {
     whole_of(&engine).await;
     let error = error_of(&engine).await;
     assert!(matches!(error, EngineError::Broken { .. }), "{error}");
-    assert_eq!((requests.load(Ordering::Relaxed), server.accepted()), (2, 1));
+    assert_eq!((requests.load(Ordering::Relaxed), server.accepted()), (3, 2));
 }
 
 #[tokio::test]
