@@ -5,7 +5,7 @@ use crate::{Decision, entropy};
 /// Rows that a decision holds at most.
 const MAX_RANKED: usize = 16;
 /// Rows that are looked at together.
-const CHUNK: usize = 32;
+const CHUNK: usize = 8;
 
 /// Places the request on the rows of lowest cost, best first. `costs` has one value per row. Equal costs are
 /// ordered at random, so that identical workers share the load; a NaN is worse than any number.
