@@ -156,7 +156,7 @@ impl IntoResponse for AdminError {
         let (status, code) = match &self {
             Self::Slot(_) | Self::Change(ChangeError::NoSlot { .. }) => (StatusCode::NOT_FOUND, "no-slot"),
             Self::Change(ChangeError::Load(error)) => (StatusCode::UNPROCESSABLE_ENTITY, error.cause()),
-            Self::Change(ChangeError::NoHistory { .. }) => (StatusCode::CONFLICT, "no-history"),
+            Self::Change(ChangeError::NoHistory(_)) => (StatusCode::CONFLICT, "no-history"),
             Self::Change(ChangeError::Store(_) | ChangeError::StateBroken { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "state"),
             Self::Query(_) => (StatusCode::BAD_REQUEST, "query"),
             Self::Body(rejection) => (rejection.status(), "body"),

@@ -13,7 +13,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use dynamo_host_core::{SlotKind, SlotName};
-use dynamo_host_policy::{LoadError, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport};
+use dynamo_host_policy::{LoadError, NoHistory, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport};
 use dynamo_host_store::StoreError;
 use serde::Serialize;
 use tokio::sync::Mutex;
@@ -40,8 +40,8 @@ pub(crate) enum ChangeError {
     Store(#[from] StoreError),
     #[error("changes cannot be kept, so none are made: {reason}")]
     StateBroken { reason: String },
-    #[error("slot {slot} has no earlier policy to roll back to; activate one with: dynamo-host policy activate {slot} FILE")]
-    NoHistory { slot: SlotName },
+    #[error(transparent)]
+    NoHistory(#[from] NoHistory),
     #[error("the change was given up: {0}")]
     Panicked(String),
 }
@@ -127,13 +127,10 @@ impl Policies {
     pub(crate) async fn rollback(&self, slot: &SlotName) -> Result<Change, ChangeError> {
         let (routing, slot) = (Arc::clone(self.slot(slot)?), slot.clone());
         self.change(move |keeper| {
-            let mut versions = routing.versions();
-            versions.pop();
-            let last = versions.last().cloned().ok_or_else(|| ChangeError::NoHistory { slot: slot.clone() })?;
+            let last = routing.prepare_rollback()?;
             let stored = keeper.keep_previous()?;
-            routing.prepare_rollback();
             let swapped = timed_swap(|| drop(routing.rollback()));
-            Ok(change(&slot, last.as_ref(), [Duration::ZERO, stored, swapped]))
+            Ok(change(&slot, last.0.as_ref(), [Duration::ZERO, stored, swapped]))
         })
         .await
     }

@@ -34,7 +34,7 @@ pub use inspect::{Inspection, inspect};
 pub use limits::Limits;
 pub use load::LoadError;
 pub use runtime::{Clock, Now, PolicyRuntime, RuntimeError};
-pub use slot::{DecidedBy, Decision, Pinned, RoutingSlot, SlotReport, VersionReport};
+pub use slot::{DecidedBy, Decision, NoHistory, Pinned, RoutingSlot, SlotReport, VersionReport};
 pub use state::SlotState;
 pub use trial::Trial;
 pub use version::PolicyVersion;

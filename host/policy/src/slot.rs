@@ -108,12 +108,17 @@ impl RoutingSlot {
         }
     }
 
-    /// Makes ready what a rollback would put back. Blocks while instances are made, so that the swap itself does not.
-    pub fn prepare_rollback(&self) {
-        let last = self.history().last().cloned().flatten();
-        if let Some(last) = last {
+    /// Makes ready what a rollback would put back, and names it. Blocks while instances are made, so that the swap itself
+    /// does not.
+    ///
+    /// # Errors
+    /// If nothing was active before.
+    pub fn prepare_rollback(&self) -> Result<Pinned, NoHistory> {
+        let last = self.history().last().cloned().ok_or_else(|| NoHistory { slot: self.name.clone() })?;
+        if let Some(last) = &last {
             last.wake();
         }
+        Ok(Pinned(last))
     }
 
     /// Puts back what was active before; what is active now is revoked. See [`prepare_rollback`](Self::prepare_rollback).

@@ -175,7 +175,7 @@ fn versions_that_were_replaced_let_go_of_their_instances() {
         // The active one has two for each core, the one before it one.
         eventually("replaced versions let go", || runtime.instance_count() <= 3 * cores());
     }
-    slot.prepare_rollback();
+    slot.prepare_rollback().unwrap();
     slot.rollback().unwrap();
     let decision = slot.decide(&slot.pin(), synthetic::route_call(&synthetic::fleet(2), 1));
     assert!(matches!(decision.by, DecidedBy::Policy(_)));
@@ -301,7 +301,7 @@ fn a_slot_falls_back_rolls_back_and_keeps_what_requests_pinned() {
     assert_eq!(by(&bad, good()), "hostile@0.1.0");
     assert_eq!(by(&bad, provoking(&fleet)), "native trap");
 
-    slot.prepare_rollback();
+    slot.prepare_rollback().unwrap();
     slot.rollback().unwrap();
     assert_eq!(by(&slot.pin(), good()), "round-robin@0.1.0");
     assert_eq!(by(&bad, good()), "native revoked", "what was found bad decides nothing more");
