@@ -57,7 +57,7 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
     let stream = fields.read("stream", "true or false")?.unwrap_or(false);
     let prompt = match endpoint {
         Endpoint::ChatCompletions => Prompt::of_messages(&fields)?,
-        Endpoint::Completions => Prompt::of_prompt(&fields)?,
+        _ => Prompt::of_prompt(&fields)?,
     };
     let limit = format!("a whole number from 0 to {}; omit it for the model's own limit", bounds.max_output_tokens);
     let max_completion_tokens = fields.integer("max_completion_tokens", bounds.max_output_tokens, &limit)?;

@@ -90,7 +90,7 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
 
     notes.model = lane.roster.snapshot().fleet().models().get(&facts.model).cloned();
     let pinned = lane.routing.pin();
-    let mut dispatch = Dispatch::new(lane, GenerateRequest { endpoint, body, stream, request_id }, at);
+    let mut dispatch = Dispatch::new(lane, GenerateRequest::new(endpoint, body, stream, request_id), at);
     loop {
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
         let placing = match place(lane, &pinned, &mut facts, &patience, notes).await {

@@ -28,6 +28,11 @@ pub trait Engine: Send + Sync + 'static {
     /// The engine's own cheap sign of life.
     fn probe(&self) -> BoxFuture<'_, Result<(), EngineError>>;
 
+    /// What the engine itself says of its load, rank by rank; nothing if it does not say.
+    fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
     /// Sends a request and waits for the beginning of its answer: a whole body, or the head of a stream.
     ///
     /// # Cancel safety
@@ -42,6 +47,31 @@ pub struct ModelCard {
     pub id: String,
     /// Longest context in tokens, if stated.
     pub max_model_len: Option<u32>,
+    /// Of a LoRA adapter: its base model.
+    pub parent: Option<String>,
+}
+
+/// Load of one data-parallel rank of an engine, as the engine reports it. What it does not report is `None`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RankLoad {
+    /// The rank.
+    pub rank: u32,
+    /// Requests that it works on.
+    pub running: Option<u32>,
+    /// Requests that wait inside it.
+    pub queued: Option<u32>,
+    /// Requests that it runs at once at most.
+    pub max_running: Option<u32>,
+    /// Tokens that it computes in one step at most.
+    pub max_batched_tokens: Option<u32>,
+    /// KV capacity in tokens.
+    pub kv_tokens_total: Option<u32>,
+    /// KV capacity in tokens that is free or holds only reusable cache.
+    pub kv_tokens_free: Option<u32>,
+    /// Tokens per KV block.
+    pub block_size: Option<u32>,
+    /// Output tokens per second, lately.
+    pub tokens_per_second: Option<f32>,
 }
 
 /// A request as it is sent to an engine.
@@ -55,6 +85,20 @@ pub struct GenerateRequest {
     pub stream: bool,
     /// The id under which the engine should log it (`x-request-id`).
     pub request_id: Arc<str>,
+    /// Headers that go with it: trace context, the API version of the client's dialect.
+    pub headers: HeaderMap,
+    /// The data-parallel rank that shall serve it, where an engine has several.
+    pub rank: Option<u32>,
+    /// How soon the engine shall take it up: higher is sooner, 0 is normal. Adapters turn it into their engine's sense.
+    pub priority: i32,
+}
+
+impl GenerateRequest {
+    /// A plain request: no headers, any rank, normal priority.
+    #[must_use]
+    pub fn new(endpoint: Endpoint, body: Bytes, stream: bool, request_id: Arc<str>) -> Self {
+        Self { endpoint, body, stream, request_id, headers: HeaderMap::new(), rank: None, priority: 0 }
+    }
 }
 
 /// An engine's answer.

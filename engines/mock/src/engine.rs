@@ -124,7 +124,8 @@ impl Engine for MockEngine {
     }
 
     fn models(&self) -> BoxFuture<'_, Result<Vec<ModelCard>, EngineError>> {
-        let card = ModelCard { id: self.options.model.clone(), max_model_len: Some(self.options.profile.max_model_len) };
+        let max_model_len = Some(self.options.profile.max_model_len);
+        let card = ModelCard { id: self.options.model.clone(), max_model_len, parent: None };
         Box::pin(async { Ok(vec![card]) })
     }
 

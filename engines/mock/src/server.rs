@@ -150,7 +150,7 @@ async fn generate(engine: &MockEngine, endpoint: Endpoint, request: Request) -> 
     let given_id = head.headers.get(REQUEST_ID).filter(|id| id.to_str().is_ok_and(|id| !id.is_empty()));
     let request_id = given_id.and_then(|id| id.to_str().ok()).map_or_else(|| engine.new_request_id(), Arc::from);
     // Whether a stream is wanted is read from the body, as the engine does it.
-    let request = GenerateRequest { endpoint, body, stream: false, request_id };
+    let request = GenerateRequest::new(endpoint, body, false, request_id);
     let mut response = match engine.generate(request).await? {
         Reply::Whole(reply) => whole_response(reply),
         Reply::Stream(chunks) => {

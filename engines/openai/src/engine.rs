@@ -98,6 +98,7 @@ impl Engine for OpenAiEngine {
     fn generate(&self, asked: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
         Box::pin(async move {
             let mut request = request(Method::POST, self.url.of(asked.endpoint), asked.body);
+            *request.headers_mut() = asked.headers;
             let headers = request.headers_mut();
             headers.insert(CONTENT_TYPE, JSON);
             headers.insert(ACCEPT, if asked.stream { EVENT_STREAM } else { JSON });

@@ -11,7 +11,7 @@ pub(crate) fn parse(body: &[u8]) -> Result<Vec<ModelCard>, serde_json::Error> {
     let list: List = serde_json::from_slice(body)?;
     let card = |model: Model| {
         let max_model_len = model.max_model_len.or(model.meta.and_then(|meta| meta.n_ctx));
-        ModelCard { id: model.id, max_model_len }
+        ModelCard { id: model.id, max_model_len, parent: model.parent }
     };
     Ok(list.data.into_iter().map(card).collect())
 }
@@ -24,6 +24,8 @@ struct List {
 #[derive(Deserialize)]
 struct Model {
     id: String,
+    #[serde(default)]
+    parent: Option<String>,
     #[serde(default)]
     max_model_len: Option<u32>,
     #[serde(default)]

@@ -57,8 +57,7 @@ pub(crate) struct EngineUrl {
     pub(crate) name: String,
     pub(crate) health: Uri,
     pub(crate) models: Uri,
-    chat_completions: Uri,
-    completions: Uri,
+    endpoints: [Uri; Endpoint::ALL.len()],
 }
 
 impl EngineUrl {
@@ -89,20 +88,17 @@ impl EngineUrl {
             return Err(UrlError::Path { url: given(), path: uri.path().to_owned() });
         }
         let endpoint = |path: &str| endpoint(authority, path).map_err(|reason| UrlError::Unreadable { url: given(), reason });
+        let endpoints: Vec<Uri> = Endpoint::ALL.iter().map(|asked| endpoint(asked.path())).collect::<Result<_, _>>()?;
         Ok(Self {
             name: format!("http://{authority}"),
             health: endpoint("/health")?,
             models: endpoint("/v1/models")?,
-            chat_completions: endpoint(Endpoint::ChatCompletions.path())?,
-            completions: endpoint(Endpoint::Completions.path())?,
+            endpoints: endpoints.try_into().expect("as many as there are"),
         })
     }
 
     pub(crate) fn of(&self, endpoint: Endpoint) -> &Uri {
-        match endpoint {
-            Endpoint::ChatCompletions => &self.chat_completions,
-            Endpoint::Completions => &self.completions,
-        }
+        &self.endpoints[endpoint as usize]
     }
 }
 

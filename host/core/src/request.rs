@@ -11,15 +11,31 @@ pub enum Endpoint {
     ChatCompletions,
     /// `POST /v1/completions`
     Completions,
+    /// `POST /v1/embeddings`
+    Embeddings,
+    /// `POST /v1/responses`
+    Responses,
+    /// `POST /v1/messages`, Anthropic's API
+    Messages,
+    /// `POST /v1/messages/count_tokens`
+    CountTokens,
 }
 
 impl Endpoint {
+    /// Every endpoint.
+    pub const ALL: [Self; 6] =
+        [Self::ChatCompletions, Self::Completions, Self::Embeddings, Self::Responses, Self::Messages, Self::CountTokens];
+
     /// The contract's code (`request.endpoint`).
     #[must_use]
     pub fn code(self) -> u32 {
         match self {
             Self::ChatCompletions => 0,
             Self::Completions => 1,
+            Self::Embeddings => 2,
+            Self::Responses => 3,
+            Self::Messages => 4,
+            Self::CountTokens => 5,
         }
     }
 
@@ -29,6 +45,10 @@ impl Endpoint {
         match self {
             Self::ChatCompletions => "/v1/chat/completions",
             Self::Completions => "/v1/completions",
+            Self::Embeddings => "/v1/embeddings",
+            Self::Responses => "/v1/responses",
+            Self::Messages => "/v1/messages",
+            Self::CountTokens => "/v1/messages/count_tokens",
         }
     }
 
@@ -38,6 +58,10 @@ impl Endpoint {
         match self {
             Self::ChatCompletions => "chat_completions",
             Self::Completions => "completions",
+            Self::Embeddings => "embeddings",
+            Self::Responses => "responses",
+            Self::Messages => "messages",
+            Self::CountTokens => "count_tokens",
         }
     }
 }
@@ -96,14 +120,18 @@ pub struct RequestFacts {
     pub id: String,
     /// Identity of the decision; unique within a host's run.
     pub decision_id: u64,
-    /// Model asked for.
+    /// Model asked for, after aliases; of an adapter, its base model.
     pub model: String,
+    /// LoRA adapter asked for.
+    pub adapter: Option<String>,
     /// What is asked.
     pub endpoint: Endpoint,
     /// Which part of it is placed.
     pub stage: Stage,
     /// Authenticated tenant.
     pub tenant: Option<String>,
+    /// Priority: higher is sooner, 0 is normal.
+    pub priority: i32,
     /// Key of the client's session.
     pub session_key: Option<u64>,
     /// Key of the prompt's beginning.
@@ -140,9 +168,11 @@ impl RequestFacts {
             id: id.into(),
             decision_id: 0,
             model: model.into(),
+            adapter: None,
             endpoint,
             stage: Stage::Whole,
             tenant: None,
+            priority: 0,
             session_key: None,
             prefix_key: 0,
             prompt: TokenCount::estimate(1),

@@ -98,7 +98,7 @@ impl<'a, F: Fixture> Asking<'a, F> {
 
 /// A request as the host makes it.
 pub(super) fn request(endpoint: Endpoint, body: impl Into<Bytes>, stream: bool) -> GenerateRequest {
-    GenerateRequest { endpoint, body: body.into(), stream, request_id: "conformance".into() }
+    GenerateRequest::new(endpoint, body.into(), stream, "conformance".into())
 }
 
 /// A stream that was read to its end.

@@ -102,7 +102,7 @@ impl Engine for Stub {
             if self.fault == Fault::Dead {
                 return Err(self.connect());
             }
-            Ok(vec![ModelCard { id: id.into(), max_model_len: None }])
+            Ok(vec![ModelCard { id: id.into(), max_model_len: None, parent: None }])
         })
     }
 

@@ -14,7 +14,7 @@ fn engine(parameters: &str) -> MockEngine {
 
 fn request(endpoint: Endpoint, body: Value) -> GenerateRequest {
     let stream = body["stream"] == true;
-    GenerateRequest { endpoint, body: body.to_string().into(), stream, request_id: "r1".into() }
+    GenerateRequest::new(endpoint, body.to_string().into(), stream, "r1".into())
 }
 
 async fn whole(engine: &MockEngine, endpoint: Endpoint, body: Value) -> (StatusCode, Value) {
@@ -251,5 +251,5 @@ async fn a_stream_of_a_dropped_engine_ends_with_an_error() {
 async fn it_describes_itself() {
     let engine = engine("max_model_len=777");
     assert_eq!((engine.kind(), engine.probe().await.is_ok()), ("mock", true));
-    assert_eq!(engine.models().await.unwrap(), [ModelCard { id: "m".to_owned(), max_model_len: Some(777) }]);
+    assert_eq!(engine.models().await.unwrap(), [ModelCard { id: "m".to_owned(), max_model_len: Some(777), parent: None }]);
 }

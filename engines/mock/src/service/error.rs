@@ -41,6 +41,12 @@ impl ApiError {
         Self { status: StatusCode::NOT_FOUND, kind: "NotFoundError", param: Some("model".to_owned()), message }
     }
 
+    /// There is no such path.
+    pub(crate) fn not_found(path: &str) -> Self {
+        let message = format!("There is no {path} here.");
+        Self { status: StatusCode::NOT_FOUND, kind: "NotFoundError", param: None, message }
+    }
+
     /// The body is over the limit.
     pub(crate) fn too_large(limit_bytes: usize) -> Self {
         let message = format!("The request body is over {limit_bytes} bytes, or broke off.");

@@ -69,15 +69,14 @@ impl Order {
 pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> Result<Order, ApiError> {
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model");
-    let prompts = match endpoint {
-        Endpoint::ChatCompletions => messages(&mut fields).map(|ids| vec![ids]).unwrap_or_default(),
-        Endpoint::Completions => prompts(&mut fields)?,
+    let is_chat = match endpoint {
+        Endpoint::ChatCompletions => true,
+        Endpoint::Completions => false,
+        _ => return Err(ApiError::not_found(endpoint.path())),
     };
+    let prompts = if is_chat { messages(&mut fields).map(|ids| vec![ids]).unwrap_or_default() } else { prompts(&mut fields)? };
     let limit = fields.integer("max_tokens");
-    let limit = match endpoint {
-        Endpoint::ChatCompletions => fields.integer("max_completion_tokens").or(limit),
-        Endpoint::Completions => limit,
-    };
+    let limit = if is_chat { fields.integer("max_completion_tokens").or(limit) } else { limit };
     let n = fields.integer("n").unwrap_or(1);
     let temperature = fields.number("temperature");
     let stops = stops(&mut fields);
@@ -91,10 +90,7 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
 
     check_model(model, options)?;
     let n = check_sampling(n, temperature, prompts.len())?;
-    let default = match endpoint {
-        Endpoint::ChatCompletions => (options.chat_tokens, FinishReason::Stop),
-        Endpoint::Completions => (COMPLETION_TOKENS, FinishReason::Length),
-    };
+    let default = if is_chat { (options.chat_tokens, FinishReason::Stop) } else { (COMPLETION_TOKENS, FinishReason::Length) };
     let mut choices = Vec::with_capacity(n * prompts.len());
     for prompt in prompts {
         let choice = choice(prompt, limit, default, &stops, options.profile.max_model_len)?;

@@ -43,10 +43,7 @@ pub(super) struct Counted {
 impl Rendering {
     /// `request_id` becomes part of the reply's id; `created` is in seconds since 1970.
     pub(crate) fn new(order: Order, request_id: &str, model: &str, created: u64) -> Self {
-        let prefix = match order.endpoint {
-            Endpoint::ChatCompletions => "chatcmpl-",
-            Endpoint::Completions => "cmpl-",
-        };
+        let prefix = if order.endpoint == Endpoint::ChatCompletions { "chatcmpl-" } else { "cmpl-" };
         let prompt = order.choices.iter().step_by(order.n).map(|choice| choice.prompt.len() as u32).sum();
         Self {
             id: format!("{prefix}{request_id}"),
@@ -64,9 +61,10 @@ impl Rendering {
         self.count(output);
         let mut bytes = BytesMut::with_capacity(320);
         let shown = self.show(output);
-        match self.order.endpoint {
-            Endpoint::ChatCompletions => self.chat_token(output, shown, &mut bytes),
-            Endpoint::Completions => self.completion_token(output, shown, &mut bytes),
+        if self.is_chat() {
+            self.chat_token(output, shown, &mut bytes)
+        } else {
+            self.completion_token(output, shown, &mut bytes)
         }
         let summary = Summary {
             tokens: u32::from(shown > 0 || self.order.return_token_ids),

@@ -68,8 +68,13 @@ async fn a_stalled_engine_is_late_with_its_sign_of_life() {
 #[tokio::test]
 async fn models_are_listed_with_their_lengths() {
     let (_server, engine) = serving(String::new(), whole_answer("200 OK", MODELS)).await;
-    let card = |id: &str, max_model_len| ModelCard { id: id.into(), max_model_len };
-    assert_eq!(soon(engine.models()).await.unwrap(), [card("tiny-qwen3", Some(4096)), card("sql", None)]);
+    let card = |id: &str, max_model_len, parent: Option<&str>| ModelCard {
+        id: id.into(),
+        max_model_len,
+        parent: parent.map(str::to_owned),
+    };
+    let expected = [card("tiny-qwen3", Some(4096), None), card("sql", None, Some("tiny-qwen3"))];
+    assert_eq!(soon(engine.models()).await.unwrap(), expected);
 }
 
 #[tokio::test]

@@ -59,7 +59,7 @@ async fn the_engine_gets_the_clients_bytes_and_the_hosts_id() {
     for (endpoint, stream, accept) in
         [(Endpoint::Completions, false, "application/json"), (Endpoint::ChatCompletions, true, "text/event-stream")]
     {
-        let request = GenerateRequest { endpoint, body: body.into(), stream, request_id: Arc::from("id-7") };
+        let request = GenerateRequest::new(endpoint, body.into(), stream, Arc::from("id-7"));
         assert!(soon(engine.generate(request)).await.is_ok());
         let request = soon(received.recv()).await.unwrap();
         assert_eq!(request.body, body);

@@ -176,7 +176,7 @@ pub(crate) fn whole_answer(status: &str, body: &str) -> String {
 
 pub(crate) fn ask(stream: bool) -> GenerateRequest {
     let body = format!(r#"{{"model":"m","messages":[],"stream":{stream}}}"#);
-    GenerateRequest { endpoint: Endpoint::ChatCompletions, body: body.into(), stream, request_id: "request-1".into() }
+    GenerateRequest::new(Endpoint::ChatCompletions, body.into(), stream, "request-1".into())
 }
 
 /// Bounds a wait.

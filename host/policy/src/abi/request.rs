@@ -11,7 +11,7 @@ const UNKNOWN_U64: u64 = u64::MAX;
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "decision-id", |request| request.decision_id)?;
     text(interface, "model", |request| Some(&request.model), std::option::Option::unwrap_or_default)?;
-    text(interface, "adapter", |_| None, |text| text)?;
+    text(interface, "adapter", |request| request.adapter.as_ref(), |text| text)?;
     fact(interface, "endpoint", |request| request.endpoint.code())?;
     fact(interface, "stage", |request| request.stage.code())?;
     text(interface, "tenant", |request| request.tenant.as_ref(), |text| text)?;
@@ -29,7 +29,7 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "multimodal-items", |request| request.multimodal_items)?;
     fact(interface, "multimodal-bytes", |request| if request.multimodal_items == 0 { 0 } else { UNKNOWN_U64 })?;
     fact(interface, "priority-tier", |_| 0u32)?;
-    fact(interface, "priority", |_| 0f32)?;
+    fact(interface, "priority", |request| request.priority as f32)?;
     text(interface, "class", |_| None, |text| text)?;
     timed(interface, "age-ms", |call| saturate(call.now_ms.saturating_sub(call.request.accepted_ms)))?;
     timed(interface, "deadline-ms", |call| Some(saturate(call.request.deadline_ms?.saturating_sub(call.now_ms))))?;
