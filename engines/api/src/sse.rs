@@ -5,11 +5,17 @@
 //! is; where a read ends on a frame's border nothing is copied. What the host needs to know of the frames is in
 //! the chunk's [`Summary`]; everything else in them stays unread. Lines end in LF or CRLF: no engine sends lone CR.
 //!
+//! Three APIs' streams are understood: OpenAI's completions (chunks with `choices`), its responses and Anthropic's messages
+//! (events with a `type`, see [`typed`]). Each frame says itself which it is.
+//!
 //! Spec: <https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>
+
+mod typed;
 
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
+use dynamo_host_core::Endpoint;
 use memchr::memmem;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -17,8 +23,10 @@ use serde_json::value::RawValue;
 /// Bytes that a single frame may have.
 pub const MAX_FRAME_BYTES: usize = 8 << 20;
 
-/// The end of every complete stream.
+/// The end of every complete stream of OpenAI's completions.
 pub const DONE_FRAME: &[u8] = b"data: [DONE]\n\n";
+/// The end of every complete stream of Anthropic's messages.
+pub const MESSAGE_STOP_FRAME: &[u8] = b"event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
 
 /// Whole frames of a stream, ready to relay.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,7 +37,7 @@ pub struct Chunk {
     pub summary: Summary,
 }
 
-/// The frame that ends a stream: `[DONE]`, or an error.
+/// The frame that ends a stream: `[DONE]`, `message_stop`, `response.completed`, or an error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ending {
     /// Where it lies within the chunk.
@@ -45,10 +53,11 @@ impl Chunk {
         Self { summary: summarize(&bytes), bytes }
     }
 
-    /// `[DONE]` in a chunk of its own, for a stream whose engine does not send it.
+    /// The end of a stream in a chunk of its own, for an engine that does not send it.
     #[must_use]
-    pub fn done() -> Self {
-        Self { bytes: Bytes::from_static(DONE_FRAME), summary: Summary { done: true, ..Summary::default() } }
+    pub fn done(endpoint: Endpoint) -> Self {
+        let frame = if endpoint == Endpoint::Messages { MESSAGE_STOP_FRAME } else { DONE_FRAME };
+        Self { bytes: Bytes::from_static(frame), summary: Summary { done: true, ..Summary::default() } }
     }
 
     /// The first frame that ends the stream, if there is one; frames are looked at one by one only then.
@@ -87,7 +96,7 @@ pub struct Summary {
     pub tokens: u32,
     /// Choices that reported their finish reason.
     pub finishes: u32,
-    /// Whether `[DONE]` came.
+    /// Whether the event came that ends a stream in its API.
     pub done: bool,
     /// The engine's own count, if it came.
     pub usage: Option<Usage>,
@@ -99,13 +108,13 @@ pub struct Summary {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Usage {
     /// Tokens of the prompt.
-    #[serde(default)]
+    #[serde(default, alias = "input_tokens")]
     pub prompt_tokens: u32,
     /// Tokens of output, over all choices.
-    #[serde(default)]
+    #[serde(default, alias = "output_tokens")]
     pub completion_tokens: u32,
     /// Where the prompt's tokens came from.
-    #[serde(default)]
+    #[serde(default, alias = "input_tokens_details")]
     pub prompt_tokens_details: Option<PromptTokensDetails>,
 }
 
@@ -200,6 +209,9 @@ pub fn summarize(frames: &[u8]) -> Summary {
             summary.done = true;
         } else if let Ok(event) = serde_json::from_slice::<Event>(data) {
             event.add_to(&mut summary);
+            if event.kind.is_some() {
+                typed::add_to(data, &mut summary);
+            }
         }
     }
     summary
@@ -207,6 +219,8 @@ pub fn summarize(frames: &[u8]) -> Summary {
 
 #[derive(Deserialize)]
 struct Event<'a> {
+    #[serde(borrow, default, rename = "type")]
+    kind: Option<&'a RawValue>,
     #[serde(borrow, default)]
     choices: Option<Vec<Choice<'a>>>,
     #[serde(default)]

@@ -9,7 +9,6 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
     header::{ACCEPT, CONTENT_TYPE},
 };
-use http_body_util::Full;
 
 use crate::{
     client::Client,
@@ -45,12 +44,12 @@ impl OpenAiEngine {
     pub fn new(url: &str, options: OpenAiOptions) -> Result<Self, UrlError> {
         let url = EngineUrl::parse(url)?;
         let name: Arc<str> = url.name.as_str().into();
-        Ok(Self { client: Client::new(name.clone(), &options), name, url, options })
+        Ok(Self { client: Client::new(name.clone(), &url.health, &options), name, url, options })
     }
 
     async fn get(&self, uri: &Uri) -> Result<WholeReply, EngineError> {
         let request = request(Method::GET, uri, Bytes::new());
-        let reply = async { self.client.whole(self.client.send(request).await?).await };
+        let reply = async { self.client.whole(self.client.send(&request).await?).await };
         self.client.within(self.options.probe_timeout, reply).await
     }
 
@@ -105,9 +104,9 @@ impl Engine for OpenAiEngine {
             // An id that no header can carry stays here: it is for the engine's log only.
             headers.extend(HeaderValue::from_str(&asked.request_id).ok().map(|id| (REQUEST_ID, id)));
             let reply = async {
-                let response = self.client.send(request).await?;
+                let response = self.client.send(&request).await?;
                 if response.status().is_success() && is_event_stream(response.headers()) {
-                    return Ok(Reply::Stream(stream::chunks(self.name.clone(), response.into_body())));
+                    return Ok(Reply::Stream(stream::chunks(self.name.clone(), asked.endpoint, response.into_body())));
                 }
                 self.client.whole(response).await.map(Reply::Whole)
             };
@@ -116,8 +115,8 @@ impl Engine for OpenAiEngine {
     }
 }
 
-fn request(method: Method, uri: &Uri, body: Bytes) -> Request<Full<Bytes>> {
-    let mut request = Request::new(Full::new(body));
+fn request(method: Method, uri: &Uri, body: Bytes) -> Request<Bytes> {
+    let mut request = Request::new(body);
     *request.method_mut() = method;
     *request.uri_mut() = uri.clone();
     request

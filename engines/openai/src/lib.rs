@@ -11,8 +11,10 @@
 
 mod client;
 mod engine;
+mod http1;
 mod models;
 mod options;
+mod pool;
 mod relay;
 mod stream;
 mod url;

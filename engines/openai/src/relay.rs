@@ -2,8 +2,8 @@
 //!
 //! Invariants:
 //! - whole frames pass verbatim and in order; nothing passes after the item that ends the stream;
-//! - a good stream ends with a `[DONE]` chunk: the engine's own, or ours if the engine ended the stream after a
-//!   finish reason without one (`transformers serve`);
+//! - a good stream ends with the event that ends one in its API (`[DONE]`, `message_stop`, `response.completed`): the
+//!   engine's own, or ours if the engine ended the stream after a finish reason without one (`transformers serve`);
 //! - a stream without a finish reason is incomplete, `[DONE]` or not, and its `[DONE]` does not pass, so that the
 //!   host can carry the stream on elsewhere;
 //! - an error object ends the stream, `[DONE]` after it or not (vLLM sends both when its core dies, then a clean
@@ -16,11 +16,12 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use dynamo_engine_api::{Chunk, EngineError, Summary, sse::Framer};
+use dynamo_engine_api::{Chunk, Endpoint, EngineError, Summary, sse::Framer};
 
 /// One stream's way from what was read to what is relayed.
 pub(crate) struct Relay {
     engine: Arc<str>,
+    endpoint: Endpoint,
     framer: Framer,
     finished: bool,
     over: bool,
@@ -28,8 +29,8 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    pub(crate) fn new(engine: Arc<str>) -> Self {
-        Self { engine, framer: Framer::default(), finished: false, over: false, ready: VecDeque::new() }
+    pub(crate) fn new(engine: Arc<str>, endpoint: Endpoint) -> Self {
+        Self { engine, endpoint, framer: Framer::default(), finished: false, over: false, ready: VecDeque::new() }
     }
 
     /// Takes what was read.
@@ -55,7 +56,7 @@ impl Relay {
         }
         match (self.over, self.finished) {
             (true, _) => {}
-            (false, true) => self.done(Chunk::done()),
+            (false, true) => self.done(Chunk::done(self.endpoint)),
             (false, false) => self.fail(|engine| EngineError::Incomplete { engine }),
         }
     }
@@ -85,6 +86,7 @@ impl Relay {
         };
         let before = chunk.clone().until(ending.at.start);
         self.finished |= before.as_ref().is_some_and(|before| before.summary.finishes > 0);
+        self.finished |= ending.summary.finishes > 0;
         match (ending.summary.error, chunk.until(ending.at.end)) {
             (None, Some(to_the_end)) if self.finished => self.done(to_the_end),
             (error, _) => {

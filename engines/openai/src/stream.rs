@@ -1,62 +1,75 @@
 //! A response body as a stream of chunks.
 //!
-//! Invariant: once the stream has failed, or is dropped, its connection is closed. After `[DONE]` the connection
+//! Invariant: once the stream has failed, or is dropped, its connection is closed. After the last chunk the connection
 //! goes back to the pool if the engine ends its HTTP answer, too, which takes one more poll; so poll to the end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
-use dynamo_engine_api::{Chunk, ChunkStream, EngineError};
-use futures_util::{StreamExt as _, stream};
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
-use tokio::time::timeout;
+use dynamo_engine_api::{Chunk, ChunkStream, Endpoint, EngineError};
+use futures_core::Stream;
+use tokio::time::Sleep;
 
-use crate::{client::root_cause, relay::Relay};
+use crate::{pool::Body, relay::Relay};
 
-/// How long an engine may take from `[DONE]` to the end of its HTTP answer before its connection is given up.
+/// How long an engine may take from its last event to the end of its HTTP answer before its connection is given up.
 /// Servers write both at once, or a moment apart (uvicorn).
 const TAIL_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Relays `body` by the rules in [`Relay`].
-pub(crate) fn chunks(engine: Arc<str>, body: Incoming) -> ChunkStream {
-    let source = Source { relay: Relay::new(engine), body: Some(body) };
-    stream::unfold(source, |mut source| async move { Some((source.next().await?, source)) }).fuse().boxed()
+pub(crate) fn chunks(engine: Arc<str>, endpoint: Endpoint, body: Body) -> ChunkStream {
+    Box::pin(Source { relay: Relay::new(engine, endpoint), body, tail: None })
 }
 
 struct Source {
     relay: Relay,
-    /// Absent once nothing is to be read any more.
-    body: Option<Incoming>,
+    body: Body,
+    /// Runs while the end of the HTTP answer is waited for.
+    tail: Option<Pin<Box<Sleep>>>,
 }
 
 impl Source {
-    async fn next(&mut self) -> Option<Result<Chunk, EngineError>> {
+    /// Ready when the connection may be kept, or is not worth the wait.
+    fn poll_tail(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        while let Poll::Ready(read) = Pin::new(&mut self.body).poll_next(context) {
+            if !matches!(read, Some(Ok(_))) {
+                return Poll::Ready(());
+            }
+        }
+        let tail = self.tail.get_or_insert_with(|| Box::pin(tokio::time::sleep(TAIL_TIMEOUT)));
+        ready!(tail.as_mut().poll(context));
+        self.body.give_up();
+        Poll::Ready(())
+    }
+}
+
+impl Stream for Source {
+    type Item = Result<Chunk, EngineError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let source = &mut *self;
         loop {
-            if let Some(item) = self.relay.next() {
+            if let Some(item) = source.relay.next() {
                 if item.is_err() {
-                    self.body = None;
+                    source.body.give_up();
                 }
-                return Some(item);
+                return Poll::Ready(Some(item));
             }
-            let body = self.body.as_mut()?;
-            if self.relay.is_over() {
-                // Running out of time here costs a connection, not an answer.
-                let _ = timeout(TAIL_TIMEOUT, async { while let Some(Ok(_)) = body.frame().await {} }).await;
-                self.body = None;
-                return None;
+            if source.body.is_over() {
+                return Poll::Ready(None);
             }
-            match body.frame().await {
-                Some(Ok(frame)) => {
-                    // Trailers say nothing of the stream.
-                    if let Ok(data) = frame.into_data() {
-                        self.relay.read(data);
-                    }
-                }
-                Some(Err(error)) => self.relay.broke(root_cause(&error)),
-                None => {
-                    self.body = None;
-                    self.relay.end();
-                }
+            if source.relay.is_over() {
+                ready!(source.poll_tail(context));
+                return Poll::Ready(None);
+            }
+            match ready!(Pin::new(&mut source.body).poll_next(context)) {
+                Some(Ok(piece)) => source.relay.read(piece),
+                Some(Err(failure)) => source.relay.broke(failure.to_string()),
+                None => source.relay.end(),
             }
         }
     }

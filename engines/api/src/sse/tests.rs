@@ -64,7 +64,7 @@ fn the_frame_that_ends_a_stream_is_found_among_others() {
     let before = chunk.clone().until(ending.at.start).unwrap();
     assert_eq!((before.summary.tokens, before.summary.error), (1, None));
     assert_eq!(chunk.until(0), None);
-    assert_eq!(Chunk::done().ending().unwrap().at, 0..DONE_FRAME.len());
+    assert_eq!(Chunk::done(Endpoint::Completions).ending().unwrap().at, 0..DONE_FRAME.len());
     assert_eq!(Chunk::new(Bytes::from_static(b"data: {}\n\n")).ending(), None);
 }
 
@@ -112,5 +112,33 @@ proptest! {
         let (bytes, total) = read_all(&pieces);
         prop_assert_eq!(bytes, STREAM.as_bytes());
         prop_assert_eq!((total.tokens, total.finishes, total.done), (6, 1, true));
+    }
+}
+
+const RESPONSES: &str = include_str!("fixtures/vllm_responses.sse");
+const MESSAGES: &str = include_str!("fixtures/vllm_messages.sse");
+
+#[test]
+fn streams_of_responses_and_messages_are_counted_and_end_with_their_last_event() {
+    for (stream, tokens, usage, last) in [(RESPONSES, 2, (11, 3), "response.completed"), (MESSAGES, 3, (11, 3), "message_stop")] {
+        let (bytes, total) = read_all(&[stream.as_bytes()]);
+        assert_eq!(bytes, stream.as_bytes());
+        assert_eq!((total.tokens, total.finishes, total.done, total.error), (tokens, 1, true, None), "{last}");
+        let counted = total.usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
+        assert_eq!(counted, Some(usage), "{last}");
+        let ending = Chunk::new(Bytes::from_static(stream.as_bytes())).ending().unwrap();
+        assert!(stream[ending.at].contains(&format!("event: {last}")));
+    }
+}
+
+#[test]
+fn an_error_of_a_typed_stream_is_seen() {
+    for (frame, says) in [
+        ("event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"busy\"}}\n\n", "busy"),
+        ("event: error\ndata: {\"type\":\"error\",\"message\":\"busy\",\"code\":null}\n\n", "busy"),
+        ("data: {\"type\":\"response.failed\",\"response\":{\"error\":{\"message\":\"busy\"}}}\n\n", "busy"),
+        ("data: {\"type\":\"response.failed\"}\n\n", "the response failed"),
+    ] {
+        assert_eq!(read_all(&[frame.as_bytes()]).1.error.as_deref(), Some(says), "{frame}");
     }
 }

@@ -44,7 +44,7 @@ fn collect(relay: &mut Relay) -> Got {
 }
 
 fn relayed<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Got {
-    let mut relay = Relay::new("http://engine".into());
+    let mut relay = Relay::new("http://engine".into(), Endpoint::ChatCompletions);
     for piece in pieces {
         relay.read(Bytes::copy_from_slice(piece));
     }
@@ -111,7 +111,7 @@ fn an_error_ends_the_stream_and_what_came_before_it_passes() {
 
 #[test]
 fn an_error_carries_the_engines_words() {
-    let mut relay = Relay::new("http://engine".into());
+    let mut relay = Relay::new("http://engine".into(), Endpoint::ChatCompletions);
     relay.read(Bytes::from_static(VLLM_DEAD_CORE.as_bytes()));
     let said = relay.next().unwrap().unwrap_err().to_string();
     assert!(said.starts_with("http://engine failed within the stream: EngineCore encountered an issue."), "{said}");
@@ -130,7 +130,7 @@ fn comments_and_foreign_events_pass() {
 
 #[test]
 fn a_broken_connection_ends_an_unfinished_stream() {
-    let mut relay = Relay::new("http://engine".into());
+    let mut relay = Relay::new("http://engine".into(), Endpoint::ChatCompletions);
     relay.read(Bytes::from_static(TOKEN.as_bytes()));
     relay.broke("connection reset".into());
     relay.end();
@@ -139,7 +139,7 @@ fn a_broken_connection_ends_an_unfinished_stream() {
 
 #[test]
 fn a_break_after_done_is_nobodys_business() {
-    let mut relay = Relay::new("http://engine".into());
+    let mut relay = Relay::new("http://engine".into(), Endpoint::ChatCompletions);
     relay.read(Bytes::from([TOKEN, FINISH, DONE].concat()));
     relay.broke("connection reset".into());
     assert_eq!(collect(&mut relay).end, "done");
@@ -147,7 +147,7 @@ fn a_break_after_done_is_nobodys_business() {
 
 #[test]
 fn an_endless_frame_is_not_kept() {
-    let mut relay = Relay::new("http://engine".into());
+    let mut relay = Relay::new("http://engine".into(), Endpoint::ChatCompletions);
     for _ in 0..=dynamo_engine_api::sse::MAX_FRAME_BYTES >> 20 {
         relay.read(Bytes::from(vec![b'x'; 1 << 20]));
     }

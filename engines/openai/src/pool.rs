@@ -1,0 +1,124 @@
+//! Connections to one engine: made when they are needed, kept for a while when they are not.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_core::Stream;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+use crate::{
+    http1::{Connection, Failure},
+    options::OpenAiOptions,
+};
+
+/// An open connection to an engine.
+pub(crate) type Opened = Connection<TcpStream>;
+
+/// Connections to one engine.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    host: String,
+    port: u16,
+    keepalive: Duration,
+    idle_timeout: Duration,
+    max_idle: usize,
+    /// The one that was used last is used next, so that those that are not needed grow old.
+    idle: Mutex<Vec<(Opened, Instant)>>,
+}
+
+impl Pool {
+    pub(crate) fn new(host: &str, port: u16, options: &OpenAiOptions) -> Self {
+        Self {
+            // As a resolver wants it: an IPv6 address without the brackets of a URL.
+            host: host.trim_matches(['[', ']']).to_owned(),
+            port,
+            keepalive: options.tcp_keepalive,
+            idle_timeout: options.idle_timeout,
+            max_idle: options.max_idle_connections,
+            idle: Mutex::default(),
+        }
+    }
+
+    /// A connection that was kept and is still good, as far as can be known.
+    pub(crate) fn kept(&self) -> Option<Opened> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        // Oldest first: engines are probed all the time, so that nothing stays here long after its time.
+        let expired = idle.iter().take_while(|(_, since)| now - *since >= self.idle_timeout).count();
+        idle.drain(..expired);
+        while let Some((mut connection, _)) = idle.pop() {
+            if connection.is_quiet() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    /// A new connection. Takes as long as the system lets it: the caller has the bound.
+    pub(crate) async fn open(&self) -> io::Result<Opened> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        stream.set_nodelay(true)?;
+        SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(self.keepalive))?;
+        Ok(Connection::new(stream))
+    }
+
+    fn keep(&self, mut connection: Opened) {
+        if !connection.is_reusable() || !connection.is_quiet() {
+            return;
+        }
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < self.max_idle {
+            idle.push((connection, Instant::now()));
+        }
+    }
+}
+
+/// The body of an answer, in pieces as they are read. Read to its end, its connection is kept; dropped earlier, closed.
+#[derive(Debug)]
+pub(crate) struct Body {
+    /// Absent once nothing is to be read any more.
+    connection: Option<Opened>,
+    pool: Arc<Pool>,
+}
+
+impl Body {
+    pub(crate) fn new(connection: Opened, pool: Arc<Pool>) -> Self {
+        Self { connection: Some(connection), pool }
+    }
+
+    /// Closes the connection.
+    pub(crate) fn give_up(&mut self) {
+        self.connection = None;
+    }
+
+    /// Whether there is nothing more to read.
+    pub(crate) fn is_over(&self) -> bool {
+        self.connection.is_none()
+    }
+}
+
+impl Stream for Body {
+    type Item = Result<Bytes, Failure>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+        let polled = connection.poll_body(context);
+        match &polled {
+            Poll::Ready(None) => {
+                if let Some(connection) = self.connection.take() {
+                    self.pool.keep(connection);
+                }
+            }
+            Poll::Ready(Some(Err(_))) => self.connection = None,
+            _ => {}
+        }
+        polled
+    }
+}
