@@ -9,6 +9,7 @@ mod body;
 pub mod cli;
 mod clock;
 mod config;
+mod cores;
 mod decode;
 mod dispatch;
 mod door;

@@ -25,7 +25,10 @@ use tokio::{
     time::Sleep,
 };
 
-use crate::config::Limits;
+use crate::{
+    config::Limits,
+    cores::{Cores, Seat},
+};
 
 /// How long to wait when the system gives no more connections, such as when it is out of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
@@ -36,6 +39,7 @@ pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     limits: &Limits,
+    cores: &Cores,
     stop: watch::Receiver<bool>,
 ) {
     let most = limits.max_connections as usize;
@@ -51,7 +55,9 @@ pub(crate) async fn serve(
             () = &mut stopped => break,
             accepted = listener.accept(), if connections.len() < most => match accepted {
                 Ok((stream, _)) => {
-                    connections.spawn(converse(http.clone(), stream, router.clone(), write_stall, stop.clone()));
+                    let seat = cores.seat();
+                    let core = seat.runtime().clone();
+                    connections.spawn_on(converse(seat, http.clone(), stream, router.clone(), write_stall, stop.clone()), &core);
                     if connections.len() == most && !was_full {
                         was_full = true;
                         tracing::warn!(listener = what, "all {most} connections are in use, more must wait; raise limits.max_connections");
@@ -76,7 +82,16 @@ pub(crate) async fn serve(
 }
 
 /// Serves one connection to its end.
-async fn converse(http: http1::Builder, stream: TcpStream, router: Router, write_stall: Duration, stop: watch::Receiver<bool>) {
+async fn converse(
+    _seat: Seat,
+    http: http1::Builder,
+    stream: TcpStream,
+    router: Router,
+    write_stall: Duration,
+    stop: watch::Receiver<bool>,
+) {
+    // It was accepted on another runtime, whose events this one does not wait for.
+    let Ok(stream) = stream.into_std().and_then(TcpStream::from_std) else { return };
     // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
     let _ = stream.set_nodelay(true);
     let io = TokioIo::new(Impatient::new(stream, write_stall));

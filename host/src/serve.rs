@@ -15,6 +15,7 @@ use crate::{
     admin::{self, Admin},
     clock::{Clock, unix_ms},
     config::Config,
+    cores::Cores,
     door, listener, meters,
     meters::RequestMeters,
     observe::Observer,
@@ -102,8 +103,11 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     announce("admin", &admin_listener);
     let (stop, stopping) = watch::channel(false);
     let limits = &config.limits;
-    let door = listener::serve("front door", door_listener, door::router(lane, prometheus), limits, stopping.clone());
-    let admin = listener::serve("admin API", admin_listener, admin::router(admin), limits, stopping);
+    let cores =
+        Cores::start().map_err(|error| ServeError::Failed { what: "start of a thread per core", reason: error.to_string() })?;
+    let door = listener::serve("front door", door_listener, door::router(lane, prometheus), limits, &cores, stopping.clone());
+    let here = Cores::here();
+    let admin = listener::serve("admin API", admin_listener, admin::router(admin), limits, &here, stopping);
     let servers = async { tokio::join!(door, admin) };
     tokio::pin!(servers);
     tokio::select! {

@@ -5,6 +5,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
+    thread::{self, ThreadId},
     time::{Duration, Instant},
 };
 
@@ -30,7 +31,16 @@ pub(crate) struct Pool {
     idle_timeout: Duration,
     max_idle: usize,
     /// The one that was used last is used next, so that those that are not needed grow old.
-    idle: Mutex<Vec<(Opened, Instant)>>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+/// A connection that waits for its next request.
+#[derive(Debug)]
+struct Idle {
+    connection: Opened,
+    since: Instant,
+    /// Where its events are waited for: on another thread, it would wake two for each token.
+    home: ThreadId,
 }
 
 impl Pool {
@@ -49,11 +59,12 @@ impl Pool {
     /// A connection that was kept and is still good, as far as can be known.
     pub(crate) fn kept(&self) -> Option<Opened> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        // Oldest first: engines are probed all the time, so that nothing stays here long after its time.
-        let expired = idle.iter().take_while(|(_, since)| now - *since >= self.idle_timeout).count();
+        let (now, here) = (Instant::now(), thread::current().id());
+        // Engines are probed all the time, so that nothing stays here long after its time.
+        let expired = idle.iter().take_while(|idle| now - idle.since >= self.idle_timeout).count();
         idle.drain(..expired);
-        while let Some((mut connection, _)) = idle.pop() {
+        while let Some(place) = idle.iter().rposition(|idle| idle.home == here) {
+            let Idle { mut connection, .. } = idle.remove(place);
             if connection.is_quiet() {
                 return Some(connection);
             }
@@ -75,7 +86,7 @@ impl Pool {
         }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < self.max_idle {
-            idle.push((connection, Instant::now()));
+            idle.push(Idle { connection, since: Instant::now(), home: thread::current().id() });
         }
     }
 }
