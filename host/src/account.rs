@@ -46,6 +46,8 @@ pub(crate) struct Account {
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     output_tokens: u32,
+    /// Time that the host itself spent on the chunks of its stream.
+    pub(crate) relayed: Duration,
     usage: Option<Usage>,
     status: StatusCode,
     /// Cancelled, until something else is known: a client that leaves just drops the account.
@@ -82,6 +84,7 @@ impl Account {
             first_token: None,
             last_token: None,
             output_tokens: 0,
+            relayed: Duration::ZERO,
             usage: None,
             status: StatusCode::from_u16(CLIENT_LEFT).expect("499 is a status"),
             end: End::Cancelled,
@@ -167,6 +170,9 @@ impl Drop for Account {
             completion_tokens: self.output_tokens,
             prompt_tokens_details: None,
         });
+        if self.relayed > Duration::ZERO {
+            self.meters.relay.record(self.relayed);
+        }
         if !self.is_abandoned {
             self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));

@@ -34,7 +34,7 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_stage_seconds",
         Kind::Histogram(MICROSECONDS),
-        "The host's own overhead by stage: decode, route, dispatch (all until the engine is asked, holds apart), relay (per chunk)",
+        "The host's own overhead by stage: decode, route, dispatch (all until the engine is asked, holds apart), relay (all chunks of a stream)",
     ),
     ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),

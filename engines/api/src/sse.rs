@@ -12,12 +12,15 @@
 
 mod typed;
 
-use std::ops::Range;
+use std::{fmt, ops::Range};
 
 use bytes::{Bytes, BytesMut};
 use dynamo_host_core::Endpoint;
 use memchr::memmem;
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{SeqAccess, Visitor},
+};
 use serde_json::value::RawValue;
 
 /// Bytes that a single frame may have.
@@ -182,6 +185,10 @@ impl Framer {
 
 /// Where the last whole frame ends.
 fn last_border(bytes: &[u8]) -> Option<usize> {
+    // Engines write event by event, so that most reads end here.
+    if bytes.ends_with(b"\n\n") {
+        return Some(bytes.len());
+    }
     let lf = memmem::rfind(bytes, b"\n\n").map(|at| at + 2);
     let crlf = memmem::rfind(bytes, b"\n\r\n").map(|at| at + 3);
     lf.max(crlf)
@@ -221,12 +228,44 @@ pub fn summarize(frames: &[u8]) -> Summary {
 struct Event<'a> {
     #[serde(borrow, default, rename = "type")]
     kind: Option<&'a RawValue>,
-    #[serde(borrow, default)]
-    choices: Option<Vec<Choice<'a>>>,
+    #[serde(default)]
+    choices: Option<Choices>,
     #[serde(default)]
     usage: Option<Usage>,
     #[serde(borrow, default)]
     error: Option<&'a RawValue>,
+}
+
+/// What all choices of a frame say: added up as they are read, not collected.
+#[derive(Default)]
+struct Choices {
+    tokens: u32,
+    finishes: u32,
+}
+
+impl<'de> Deserialize<'de> for Choices {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ChoicesVisitor;
+
+        impl<'de> Visitor<'de> for ChoicesVisitor {
+            type Value = Choices;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array of choices")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut all: A) -> Result<Choices, A::Error> {
+                let mut choices = Choices::default();
+                while let Some(choice) = all.next_element::<Choice<'de>>()? {
+                    choices.tokens = choices.tokens.saturating_add(choice.tokens());
+                    choices.finishes += u32::from(is_something(choice.finish_reason));
+                }
+                Ok(choices)
+            }
+        }
+
+        deserializer.deserialize_seq(ChoicesVisitor)
+    }
 }
 
 #[derive(Deserialize)]
@@ -255,9 +294,9 @@ struct Delta<'a> {
 
 impl Event<'_> {
     fn add_to(&self, summary: &mut Summary) {
-        for choice in self.choices.iter().flatten() {
-            summary.tokens += choice.tokens();
-            summary.finishes += u32::from(is_something(choice.finish_reason));
+        if let Some(Choices { tokens, finishes }) = self.choices {
+            summary.tokens = summary.tokens.saturating_add(tokens);
+            summary.finishes += finishes;
         }
         summary.usage = self.usage.or(summary.usage);
         if is_something(self.error) {
