@@ -18,7 +18,7 @@ use std::{
 use clap::Parser;
 use load::{
     http::{Connection, Request},
-    replies::{Asked, Kind, Reply, chunk},
+    replies::{self, Asked, Kind, Reply, chunk},
 };
 use tokio::{io::AsyncWriteExt, net::TcpListener, task, task::JoinSet, time};
 
@@ -103,7 +103,7 @@ async fn answer(engine: &Engine, connection: &mut Connection, request: &Request,
         ("POST", "/v1/chat/completions") => Kind::Chat,
         ("POST", "/v1/completions") => Kind::Completion,
         _ => {
-            let (status, kind, text) = about(engine, &request.method, path);
+            let (status, kind, text) = about(engine, &request.method, path, body);
             return whole(connection, status, kind, &text).await;
         }
     };
@@ -156,8 +156,9 @@ async fn stream(connection: &mut Connection, reply: &Reply<'_>, pace: Duration, 
     connection.stream.write_all(&output).await
 }
 
-/// What an engine tells of itself: status, content type, body. Routers ask some of it before they trust a worker.
-fn about(engine: &Engine, method: &str, path: &str) -> (&'static str, &'static str, String) {
+/// What an engine tells of itself and of prompts: status, content type, body. Routers ask some of it before they trust a
+/// worker, and some of it for each request.
+fn about(engine: &Engine, method: &str, path: &str, body: &[u8]) -> (&'static str, &'static str, String) {
     const JSON: &str = "application/json";
     let Engine { model, .. } = engine;
     match (method, path) {
@@ -178,6 +179,9 @@ fn about(engine: &Engine, method: &str, path: &str) -> (&'static str, &'static s
             );
             ("200 OK", "text/plain; version=0.0.4; charset=utf-8", text)
         }
+        // vLLM's router asks for each prompt's tokens when it looks for prefixes.
+        ("POST", "/v1/chat/completions/render") => ("200 OK", JSON, replies::render(model, body)),
+        ("POST", "/tokenize") => ("200 OK", JSON, replies::tokenize(body)),
         ("GET", "/load") => ("200 OK", JSON, format!(r#"{{"server_load":{}}}"#, engine.running.get())),
         ("GET", "/server_info" | "/get_server_info") => {
             ("200 OK", JSON, format!(r#"{{"model_path":"{model}","served_model_name":"{model}","tp_size":1,"dp_size":1}}"#))

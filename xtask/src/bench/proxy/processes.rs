@@ -1,7 +1,8 @@
 //! Processes under measurement: started, watched in `/proc`, and ended by their handles.
 //!
-//! CPU time is that of a process, its threads and all its descendants, ended threads included, in the kernel's 10 ms
-//! steps; memory is the sum of their peaks.
+//! CPU time is that of a process, its threads and all its descendants. The kernel counts it twice: for a process, ended
+//! threads included, in steps of 10 ms; for each living thread in nanoseconds. Neither can exceed the truth, so the larger
+//! counts. Memory is the sum of the processes' peaks.
 
 use std::{
     collections::BTreeMap,
@@ -114,11 +115,7 @@ impl Router {
 
     /// User and system time so far.
     pub(super) fn cpu(&self) -> Result<Duration> {
-        let ticks = |pid| {
-            let fields = stat(pid)?;
-            Some(fields.get(11)?.parse::<u32>().ok()? + fields.get(12)?.parse::<u32>().ok()?)
-        };
-        Ok(TICK * self.tree.pids()?.into_iter().filter_map(ticks).sum::<u32>())
+        Ok(self.tree.pids()?.into_iter().map(|pid| in_steps(pid).unwrap_or_default().max(of_living_threads(pid))).sum())
     }
 
     /// The most memory that was resident, in bytes.
@@ -130,6 +127,22 @@ impl Router {
         };
         Ok(self.tree.pids()?.into_iter().filter_map(peak).sum::<u64>() * 1024)
     }
+}
+
+/// CPU time of a process, in the kernel's steps. None if it has ended.
+fn in_steps(pid: u32) -> Option<Duration> {
+    let fields = stat(pid)?;
+    Some(TICK * (fields.get(11)?.parse::<u32>().ok()? + fields.get(12)?.parse::<u32>().ok()?))
+}
+
+/// CPU time of the threads that it has at this moment.
+fn of_living_threads(pid: u32) -> Duration {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let time = |thread: fs::DirEntry| {
+        let schedstat = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        schedstat.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+    };
+    threads.filter_map(time).sum()
 }
 
 /// Asks for a chat completion of one token.
@@ -164,19 +177,19 @@ fn tail(log: &Path) -> String {
 
 /// Fake engines of one pace.
 pub(super) struct Engines {
-    _trees: Vec<Tree>,
+    trees: Vec<Tree>,
     urls: Vec<String>,
 }
 
 impl Engines {
     pub(super) fn start(program: &Path, count: u64, pace_ms: u64) -> Result<Self> {
-        let mut engines = Self { _trees: Vec::new(), urls: Vec::new() };
+        let mut engines = Self { trees: Vec::new(), urls: Vec::new() };
         for _ in 0..count {
             let mut command = Command::new(program);
             command.args(["--pace-ms", &pace_ms.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
             let mut child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
             let output = child.stdout.take().context("the engine has no output")?;
-            engines._trees.push(Tree(child));
+            engines.trees.push(Tree(child));
             // It prints its URL or ends.
             let mut line = String::new();
             BufReader::new(output).read_line(&mut line)?;
