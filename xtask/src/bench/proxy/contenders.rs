@@ -1,7 +1,7 @@
 //! Who is compared, in which version, started how.
 //!
-//! All run with their defaults, two things aside: logs at level warn, since that is how a busy proxy is run, and a router
-//! that writes a line per request pays for it; and, for metrics, a free port. All listen on 127.0.0.1.
+//! All run with their defaults, two things aside: logs at level warn, since that is how a busy proxy is run, and a line per
+//! request (smg's default has two) would count against its writer; and a free port for metrics. All listen on 127.0.0.1.
 
 use std::{
     collections::BTreeMap,

@@ -115,20 +115,34 @@ impl Report {
     }
 
     pub(super) fn print(&self) {
-        println!("\n{}\n", machine());
-        println!("| contender | ready after ms | peak RSS MiB |\n|---|---:|---:|");
-        for (name, version) in &self.contenders {
-            if let Some((ready, rss)) = self.start_of(name) {
-                println!("| {name} ({version}) | {ready:.0} | {rss:.0} |");
-            }
-        }
         let mut tables: Vec<(Mode, u64)> = self.points.keys().map(|&(mode, concurrency, _)| (mode, concurrency)).collect();
         tables.dedup();
+        println!("\n{}\n", machine());
+        self.print_overview(&tables);
         for (mode, concurrency) in tables {
             self.print_table(mode, concurrency);
         }
         for (name, reason) in &self.skipped {
             println!("\n{name} was left out: {reason}");
+        }
+    }
+
+    /// Start, memory, and CPU time at every point.
+    fn print_overview(&self, tables: &[(Mode, u64)]) {
+        println!("Right of the memory: CPU ms per 1,000 streams at so many concurrent ones.\n");
+        print!("| contender | ready after ms | peak RSS MiB |");
+        for (mode, concurrency) in tables {
+            print!(" {mode:?} {concurrency} |");
+        }
+        println!("\n|---|---:|---:|{}", "---:|".repeat(tables.len()));
+        for (name, version) in &self.contenders {
+            let Some((ready, rss)) = self.start_of(name) else { continue };
+            print!("| {name} ({version}) | {ready:.0} | {rss:.0} |");
+            for (mode, concurrency) in tables {
+                let point = self.points.get(&(*mode, *concurrency, *name)).map(|points| Point::median(points));
+                print!(" {:.0} |", point.and_then(|point| point.cpu_ms).unwrap_or(f64::NAN));
+            }
+            println!();
         }
     }
 
