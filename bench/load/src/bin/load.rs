@@ -41,8 +41,11 @@ struct Arguments {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// How long a stream may take before it counts as failed
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 10)]
     timeout_s: u64,
+    /// Failures after which no more is sent; what was not sent counts as failed
+    #[arg(long, default_value_t = 32)]
+    give_up_after: u64,
 }
 
 /// What was measured, in µs.
@@ -100,6 +103,10 @@ async fn connection(run: Rc<Run>, number: usize) {
         if serial == run.arguments.requests {
             return;
         }
+        if run.samples.borrow().failures >= run.arguments.give_up_after {
+            run.give_up(serial);
+            return;
+        }
         run.next.set(serial + 1);
         let limit = Duration::from_secs(run.arguments.timeout_s);
         let error = match time::timeout(limit, stream(&run, &mut open, address, serial)).await {
@@ -108,9 +115,21 @@ async fn connection(run: Rc<Run>, number: usize) {
             Err(_) => format!("no end within {} s", run.arguments.timeout_s),
         };
         open = None;
-        let mut samples = run.samples.borrow_mut();
-        samples.failures += 1;
-        *samples.reasons.entry(error).or_default() += 1;
+        run.failed(error, 1);
+    }
+}
+
+impl Run {
+    fn failed(&self, reason: String, streams: u64) {
+        let mut samples = self.samples.borrow_mut();
+        samples.failures += streams;
+        *samples.reasons.entry(reason).or_default() += streams;
+    }
+
+    /// Counts all from `serial` on as failed, so that a dead proxy is told of within seconds.
+    fn give_up(&self, serial: u64) {
+        self.next.set(self.arguments.requests);
+        self.failed("not sent, since too many failed".to_owned(), self.arguments.requests - serial);
     }
 }
 
