@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: what is measured against others, side by side in one run.
 
+mod proxy;
+
 use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result};
@@ -22,6 +24,8 @@ pub(crate) enum What {
         #[arg(long, default_value_t = 40)]
         streams: usize,
     },
+    /// CPU, latency, memory and start-up as a proxy, beside vLLM's router and the SGLang model gateway
+    Proxy(proxy::Options),
 }
 
 /// Numbers of candidates.
@@ -31,6 +35,7 @@ pub(crate) fn run(what: &What) -> Result<()> {
     match what {
         What::Policy { rounds } => policy(*rounds),
         What::Swap { streams } => swap(*streams),
+        What::Proxy(options) => proxy::run(options),
     }
 }
 
