@@ -18,9 +18,10 @@ use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
+use rustls::ClientConfig;
 use tokio::time::timeout;
 
-use crate::options::OpenAiOptions;
+use crate::{connector::Connector, options::OpenAiOptions};
 
 /// How often a request is sent again whose connection was closed under it. Once: it may be what the engine dies of.
 const RESENDS: usize = 1;
@@ -29,13 +30,13 @@ const RESENDS: usize = 1;
 #[derive(Debug)]
 pub(crate) struct Client {
     engine: Arc<str>,
-    pool: legacy::Client<HttpConnector, Full<Bytes>>,
+    pool: legacy::Client<Connector, Full<Bytes>>,
     connect_timeout: Duration,
     max_whole_body_bytes: usize,
 }
 
 impl Client {
-    pub(crate) fn new(engine: Arc<str>, options: &OpenAiOptions) -> Self {
+    pub(crate) fn new(engine: Arc<str>, options: &OpenAiOptions, tls: Option<Arc<ClientConfig>>) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(options.connect_timeout));
@@ -44,7 +45,7 @@ impl Client {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(options.idle_timeout)
             .pool_max_idle_per_host(options.max_idle_connections)
-            .build(connector);
+            .build(Connector::new(connector, tls, options.connect_timeout));
         Self { engine, pool, connect_timeout: options.connect_timeout, max_whole_body_bytes: options.max_whole_body_bytes }
     }
 
