@@ -123,5 +123,6 @@ fn said(body: &[u8]) -> String {
         Ok(refusal) => error_message(refusal.error.get()),
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     };
-    words.trim().chars().take(MAX_CHARS).collect()
+    // vLLM says `{"error":"Unauthorized"}`.
+    words.trim().trim_matches('"').chars().take(MAX_CHARS).collect()
 }

@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn sglang_states_it_as_vllm_does() {
-        check(include_str!("../tests/fixtures/sglang_models.json"), &[("tiny", Some(4096))]);
+        check(include_str!("../tests/fixtures/sglang_models.json"), &[("tiny-qwen3", Some(4096))]);
     }
 
     #[test]

@@ -150,7 +150,10 @@ pub(crate) async fn connect(config: Arc<ClientConfig>, name: ServerName<'static>
 fn explained(error: io::Error, name: &str) -> io::Error {
     let Some(cause) = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) else { return error };
     let explained = match cause {
-        Error::InvalidCertificate(CertificateError::UnknownIssuer) => HandshakeError::UnknownIssuer,
+        // A bad signature is another authority of the same name: one that was made anew.
+        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+            HandshakeError::UnknownIssuer
+        }
         Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => HandshakeError::Expired,
         Error::InvalidCertificate(CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }) => {
             HandshakeError::NotYetValid
