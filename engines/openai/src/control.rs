@@ -15,7 +15,11 @@ use http_body_util::Full;
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 
-use crate::{client::Client, options::OpenAiOptions, url::EngineUrl};
+use crate::{
+    client::Client,
+    options::{Bearer, OpenAiOptions},
+    url::EngineUrl,
+};
 
 /// Largest answer. vLLM's metrics are some 100 kB; llama.cpp lists every slot with its sampling settings.
 const MAX_BYTES: usize = 8 << 20;
@@ -40,7 +44,7 @@ impl Control {
             ..options.clone()
         };
         let client = Client::new(engine.clone(), &bounds, tls);
-        let authorization = options.bearer.as_ref().map(|bearer| bearer.authorization());
+        let authorization = options.bearer.as_ref().map(Bearer::authorization);
         Self { engine, url, client, authorization, timeout: options.probe_timeout }
     }
 

@@ -17,7 +17,7 @@ use crate::{
     dialect::{Dialects, Wish, recognise},
     kind::Kind,
     models,
-    options::OpenAiOptions,
+    options::{Bearer, OpenAiOptions},
     stream,
     tls::{self, TlsError},
     url::{EngineUrl, UrlError},
@@ -82,7 +82,7 @@ impl OpenAiEngine {
             client: Client::new(name.clone(), &options, tls),
             dialects: Dialects::new(options.kind),
             aborts: Aborts::new(control.clone()),
-            authorization: options.bearer.as_ref().map(|bearer| bearer.authorization()),
+            authorization: options.bearer.as_ref().map(Bearer::authorization),
             control,
             name,
             url,
@@ -177,7 +177,7 @@ impl Engine for OpenAiEngine {
     }
 
     fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
-        Box::pin(self.dialects.spoken().load(&self.control))
+        self.dialects.spoken().load(&self.control)
     }
 
     fn generate(&self, asked: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {

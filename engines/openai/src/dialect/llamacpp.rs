@@ -34,8 +34,13 @@ impl Dialect for Llamacpp {
 
     fn load<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<Vec<RankLoad>, EngineError>> {
         Box::pin(async {
+            let mut decoded = 0;
             let mut load = match control.report(SLOTS).await? {
-                Some(body) => of_slots(&control.json::<Vec<Slot>>(SLOTS, &body)?),
+                Some(body) => {
+                    let slots = control.json::<Vec<Slot>>(SLOTS, &body)?;
+                    decoded = slots.iter().map(Slot::decoded).sum();
+                    of_slots(&slots)
+                }
                 // Turned off by --no-slots.
                 None => match control.report(PROPS).await? {
                     Some(body) => of_props(&control.json(PROPS, &body)?),
@@ -44,7 +49,8 @@ impl Dialect for Llamacpp {
             };
             if let Some(text) = control.report(METRICS).await? {
                 let mut rates = self.rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                with_metrics(&mut load, &text, &mut rates, Instant::now()).map_err(|error| control.protocol(METRICS, error))?;
+                let metrics = with_metrics(&mut load, &text, decoded, &mut rates, Instant::now());
+                metrics.map_err(|error| control.protocol(METRICS, error))?;
             }
             // A server that tells nothing has no ranks.
             Ok(Some(load).filter(|load| *load != RankLoad::default()).into_iter().collect())
@@ -63,6 +69,21 @@ struct Slot {
     /// What its context holds.
     #[serde(default)]
     n_prompt_tokens: u32,
+    #[serde(default)]
+    next_token: Vec<NextToken>,
+}
+
+#[derive(Deserialize)]
+struct NextToken {
+    #[serde(default)]
+    n_decoded: u64,
+}
+
+impl Slot {
+    /// Output tokens of the request that it works on.
+    fn decoded(&self) -> u64 {
+        self.next_token.iter().filter(|_| self.is_processing).map(|next| next.n_decoded).sum()
+    }
 }
 
 /// Idle slots hold nothing but cache that can be reused.
@@ -95,13 +116,16 @@ fn of_props(props: &Props) -> RankLoad {
     RankLoad { max_running: Some(props.total_slots), kv_tokens_total: Some(total), ..RankLoad::default() }
 }
 
-fn with_metrics(load: &mut RankLoad, text: &[u8], rates: &mut Rates, now: Instant) -> Result<(), Malformed> {
+/// Output tokens are in the metrics once their request has ended; until then they are in its slot, as `decoded`.
+fn with_metrics(load: &mut RankLoad, text: &[u8], decoded: u64, rates: &mut Rates, now: Instant) -> Result<(), Malformed> {
     for sample in samples(text) {
         let sample = sample?;
         match sample.name {
             "llamacpp:requests_processing" => load.running = sample.count(),
             "llamacpp:requests_deferred" => load.queued = sample.count(),
-            "llamacpp:tokens_predicted_total" => load.tokens_per_second = rates.rate(0, sample.value, now),
+            "llamacpp:tokens_predicted_total" => {
+                load.tokens_per_second = rates.rate(0, sample.value + decoded as f64, now);
+            }
             _ => {}
         }
     }
