@@ -7,6 +7,7 @@ mod adapter;
 mod conformance;
 mod engine;
 mod through_the_host;
+mod vllm;
 
 #[path = "../e2e/harness/mod.rs"]
 #[allow(dead_code, reason = "the end-to-end tests use all of it, these some")]
