@@ -150,7 +150,7 @@ async fn trtllms_statistics_are_folded_as_they_are_handed_out() {
         block_size: Some(32),
         ..RankLoad::default()
     };
-    assert_eq!(soon(engine.load()).await.unwrap(), [busy.clone()]);
+    assert_eq!(soon(engine.load()).await.unwrap(), std::slice::from_ref(&busy));
     // No step since: it works on nothing, and its capacity is still known.
     let idle = RankLoad { running: Some(0), queued: Some(0), kv_tokens_free: Some(32_000), ..busy };
     assert_eq!(soon(engine.load()).await.unwrap(), [idle]);
@@ -168,7 +168,7 @@ async fn llama_cpps_load_is_read_from_what_is_turned_on() {
         ..RankLoad::default()
     };
     let (_double, engine) = found(Llamacpp::default()).await;
-    assert_eq!(soon(engine.load()).await.unwrap(), [all.clone()]);
+    assert_eq!(soon(engine.load()).await.unwrap(), std::slice::from_ref(&all));
     let (_double, engine) = found(Llamacpp { metrics: false, ..Llamacpp::default() }).await;
     assert_eq!(soon(engine.load()).await.unwrap(), [RankLoad { queued: None, ..all.clone() }]);
     let (_double, engine) = found(Llamacpp { metrics: false, slots: false, ..Llamacpp::default() }).await;
@@ -205,6 +205,14 @@ async fn a_report_that_cannot_be_read_is_an_error_that_names_it() {
         let error = soon(engine.load()).await.unwrap_err().to_string();
         assert!(error.contains(&format!("GET {path}")) && error.contains("cannot be read"), "{kind}: {error}");
     }
+}
+
+#[tokio::test]
+async fn a_report_without_end_is_not_read_to_it() {
+    let server = Scripted::answering(whole_answer("200 OK", &"# \n".repeat(3 << 20))).await;
+    let engine = server.engine_with(OpenAiOptions { kind: Some(Kind::Vllm), ..Default::default() });
+    let error = soon(engine.load()).await.unwrap_err();
+    assert!(error.to_string().contains("over 8388608 bytes"), "{error}");
 }
 
 #[tokio::test]
