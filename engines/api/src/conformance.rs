@@ -8,13 +8,15 @@
 
 mod ask;
 mod checks;
+mod endpoints;
+mod load;
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use futures_core::future::BoxFuture;
 use tokio::time::timeout;
 
-use crate::Engine;
+use crate::{Endpoint, Engine};
 
 /// What the suite needs to know of an engine under test.
 pub trait Fixture: Sync {
@@ -54,7 +56,8 @@ pub trait Fixture: Sync {
     }
 }
 
-/// What an engine can do. By default everything; an engine's fixture takes away what it cannot, for the reason given.
+/// What an engine can do. By default all of chats and completions, of which an engine's fixture takes away what it cannot, for
+/// the reason given; and nothing beyond them, to which the fixture adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// It lists its models (`transformers serve` needs the network for that).
@@ -71,6 +74,12 @@ pub struct Capabilities {
     pub deterministic: bool,
     /// It stops working on an unstreamed request whose client left (llama.cpp does not).
     pub cancels_whole: bool,
+    /// It refuses with `{"error": {"message": …}}` (SGLang and TensorRT-LLM have the message elsewhere).
+    pub error_objects: bool,
+    /// It tells its load.
+    pub reports_load: bool,
+    /// What it answers apart from chats and completions.
+    pub offers: &'static [Endpoint],
 }
 
 impl Default for Capabilities {
@@ -83,6 +92,9 @@ impl Default for Capabilities {
             refuses_unknown_model: true,
             deterministic: true,
             cancels_whole: true,
+            error_objects: true,
+            reports_load: false,
+            offers: &[],
         }
     }
 }
@@ -160,8 +172,14 @@ pub async fn run(fixture: &impl Fixture) -> Report {
         ("a prompt of token ids is taken as it is", Box::pin(checks::a_prompt_of_token_ids_is_taken(&on))),
         ("a stream reports its usage when asked", Box::pin(checks::a_stream_reports_its_usage(&on))),
         ("a field that nobody knows passes", Box::pin(checks::an_unknown_field_passes(&on))),
+        ("embeddings are answered", Box::pin(endpoints::embeddings_are_answered(&on))),
+        ("a message of Anthropic's API is answered whole", Box::pin(endpoints::a_message_is_answered_whole(&on))),
+        ("tokens are counted in Anthropic's API", Box::pin(endpoints::tokens_are_counted(&on))),
+        ("a response of OpenAI's newer API is answered whole", Box::pin(endpoints::a_response_is_answered_whole(&on))),
+        ("it tells its load, rank by rank", Box::pin(load::it_tells_its_load(&on))),
+        ("a stream shows in its load, and is gone after it", Box::pin(load::a_stream_shows_in_its_load(&on))),
         ("an unknown model is a 404 with an error object", Box::pin(checks::an_unknown_model_is_refused(&on))),
-        ("a malformed body is refused with an error object", Box::pin(checks::a_malformed_body_is_refused(&on))),
+        ("a malformed body is refused with a message", Box::pin(checks::a_malformed_body_is_refused(&on))),
         ("16 streams at once are each complete", Box::pin(checks::streams_at_once_are_complete(&on))),
         ("dropping a stream ends its work", Box::pin(checks::dropping_a_stream_ends_its_work(&on))),
         ("dropping the wait for an answer ends its work", Box::pin(checks::dropping_a_wait_ends_its_work(&on))),

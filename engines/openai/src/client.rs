@@ -14,6 +14,7 @@ use http::{
     HeaderMap, Request, Response, Uri,
     header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
 };
+use rustls::ClientConfig;
 use tokio::time::timeout;
 
 use crate::{
@@ -32,10 +33,9 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// For the engine at the host and port of `base`.
-    pub(crate) fn new(engine: Arc<str>, base: &Uri, options: &OpenAiOptions) -> Self {
-        let default_port = if base.scheme_str() == Some("https") { 443 } else { 80 };
-        let pool = Pool::new(base.host().unwrap_or_default(), base.port_u16().unwrap_or(default_port), options);
+    /// For the engine at the host and port of `base`, encrypted if there is a TLS configuration.
+    pub(crate) fn new(engine: Arc<str>, base: &Uri, options: &OpenAiOptions, tls: Option<Arc<ClientConfig>>) -> Self {
+        let pool = Pool::new(base, options, tls);
         Self {
             engine,
             pool: Arc::new(pool),
@@ -63,6 +63,11 @@ impl Client {
     async fn ask(&self, mut connection: Opened, request: &Request<Bytes>) -> Result<Response<Body>, Failure> {
         let head = connection.ask(request).await?;
         Ok(head.map(|()| Body::new(connection, Arc::clone(&self.pool))))
+    }
+
+    /// Closes connections that have waited too long for another request.
+    pub(crate) fn tidy(&self) {
+        self.pool.tidy();
     }
 
     /// Waits for the rest of an answer.

@@ -2,27 +2,49 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use dynamo_engine_api::{Engine, EngineError, GenerateRequest, ModelCard, Reply, WholeReply, sse::error_message};
+use dynamo_engine_api::{Engine, EngineError, GenerateRequest, ModelCard, RankLoad, Reply};
 use futures_core::future::BoxFuture;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
-    header::{ACCEPT, CONTENT_TYPE},
+    HeaderMap, HeaderName, HeaderValue, Method, Request,
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE},
 };
 
 use crate::{
+    abort::Aborts,
     client::Client,
+    control::Control,
+    dialect::{Dialects, Wish, recognise},
+    kind::Kind,
     models,
-    options::OpenAiOptions,
+    options::{Bearer, OpenAiOptions},
     stream,
+    tls::{self, TlsError},
     url::{EngineUrl, UrlError},
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
+const MODELS: &str = "/v1/models";
 
-/// A server that speaks OpenAI's API over HTTP/1.1.
+/// Why an engine cannot be set up as an operator wrote it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetupError {
+    /// Its URL.
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    /// Whom to trust.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Its bearer token, which the message does not repeat.
+    #[error("the bearer token of {chars} characters cannot be sent; it should be of visible ASCII characters, without spaces")]
+    Bearer {
+        /// How long it is.
+        chars: usize,
+    },
+}
+
+/// A server that speaks OpenAI's API over HTTP/1.1, with or without TLS.
 ///
 /// What an answer is, the answer decides: 2xx with `text/event-stream` is a stream, anything else is whole. So a
 /// request for a stream gets a whole reply from a server that refuses it, or that knows no streams.
@@ -33,111 +55,145 @@ pub struct OpenAiEngine {
     name: Arc<str>,
     url: EngineUrl,
     client: Client,
+    control: Arc<Control>,
+    dialects: Dialects,
+    aborts: Aborts,
+    authorization: Option<HeaderValue>,
     options: OpenAiOptions,
 }
 
 impl OpenAiEngine {
-    /// An engine at `http://HOST[:PORT]`, with or without `/v1`. Nothing is sent yet.
+    /// An engine at `http://HOST[:PORT]` or `https://HOST[:PORT]`, with or without `/v1`. Nothing is sent yet; the file of
+    /// certificate authorities is read.
     ///
     /// # Errors
-    /// If `url` is anything else.
-    pub fn new(url: &str, options: OpenAiOptions) -> Result<Self, UrlError> {
+    /// If `url` is anything else, or nobody could be trusted.
+    pub fn new(url: &str, options: OpenAiOptions) -> Result<Self, SetupError> {
         let url = EngineUrl::parse(url)?;
+        let tls = match (&options.ca_file, url.is_https()) {
+            (ca_file, true) => Some(tls::config(ca_file.clone())?),
+            (Some(path), false) => return Err(TlsError::NotEncrypted { path: path.clone(), url: url.name }.into()),
+            (None, false) => None,
+        };
         let name: Arc<str> = url.name.as_str().into();
-        Ok(Self { client: Client::new(name.clone(), &url.health, &options), name, url, options })
+        let control = Arc::new(Control::new(name.clone(), url.clone(), &options, tls.clone()));
+        Ok(Self {
+            client: Client::new(name.clone(), &url.at("/"), &options, tls),
+            dialects: Dialects::new(options.kind),
+            aborts: Aborts::new(control.clone()),
+            authorization: options.bearer.as_ref().map(Bearer::authorization),
+            control,
+            name,
+            url,
+            options,
+        })
     }
 
-    async fn get(&self, uri: &Uri) -> Result<WholeReply, EngineError> {
-        let request = request(Method::GET, uri, Bytes::new());
-        let reply = async { self.client.whole(self.client.send(&request).await?).await };
-        self.client.within(self.options.probe_timeout, reply).await
-    }
-
-    fn unhealthy(&self, asked: &Uri, reply: &WholeReply) -> EngineError {
-        let mut reason = format!("GET {} answered {}", asked.path(), reply.status);
-        let said = said(&reply.body);
-        if !said.is_empty() {
-            reason = format!("{reason}: {said}");
+    /// Looks which server it is. One that fails to list its models is not known yet, but is no less alive for that.
+    async fn recognise(&self) -> Result<(), EngineError> {
+        let reply = self.control.get(MODELS).await?;
+        if !reply.status.is_server_error() {
+            self.dialects.found(models::owner(&reply.body).map_or(Kind::Openai, |owner| recognise(&owner)));
         }
-        EngineError::Unhealthy { engine: self.name.to_string(), reason }
+        Ok(())
+    }
+
+    async fn look(&self) -> Result<(), EngineError> {
+        // Probes come all the time, requests do not: what is left of a busy hour must not stay open.
+        self.client.tidy();
+        if self.dialects.is_unsure() {
+            self.recognise().await?;
+        }
+        self.dialects.spoken().probe(&self.control).await?;
+        if self.dialects.is_unsure() {
+            // Alive, and no list of models: `transformers serve` without a network.
+            self.dialects.found(Kind::Openai);
+        }
+        Ok(())
+    }
+
+    async fn ask(&self, asked: GenerateRequest) -> Result<Reply, EngineError> {
+        let make_id = || self.aborts.request_id();
+        let additions = self.dialects.spoken().additions(&Wish::of(&asked, self.options.forward_priority, &make_id));
+        let mut request = Request::new(additions.fields.into_body(asked.body));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.url.of(asked.endpoint).clone();
+        *request.headers_mut() = asked.headers;
+        let headers = request.headers_mut();
+        headers.insert(CONTENT_TYPE, JSON);
+        headers.insert(ACCEPT, if asked.stream { EVENT_STREAM } else { JSON });
+        // An id that no header can carry stays here: it is for the engine's log only.
+        headers.extend(HeaderValue::from_str(&asked.request_id).ok().map(|id| (REQUEST_ID, id)));
+        headers.extend(self.authorization.clone().map(|value| (AUTHORIZATION, value)));
+        headers.extend(additions.header);
+
+        let mut guard = additions.abort.map(|abort| self.aborts.unless_ended(abort));
+        let reply = async {
+            let response = self.client.send(&request).await?;
+            if response.status().is_success() && is_event_stream(response.headers()) {
+                return Ok(Reply::Stream(stream::chunks(self.name.clone(), asked.endpoint, response.into_body())));
+            }
+            self.client.whole(response).await.map(Reply::Whole)
+        };
+        let reply = self.client.within(self.options.head_timeout, reply).await;
+        match (reply, guard.take()) {
+            (Ok(Reply::Stream(chunks)), Some(guard)) => Ok(Reply::Stream(guard.over(chunks))),
+            (reply, Some(mut guard)) => {
+                if matches!(reply, Ok(Reply::Whole(_)) | Err(EngineError::Connect { .. })) {
+                    guard.ended();
+                }
+                reply
+            }
+            (reply, None) => reply,
+        }
+    }
+
+    /// Keeps what an error tells of the server.
+    fn heard<T>(&self, result: Result<T, EngineError>) -> Result<T, EngineError> {
+        result.inspect_err(|error| self.dialects.failed(error))
     }
 }
 
 impl Engine for OpenAiEngine {
+    /// The kind that was told or found; `openai` until then.
     fn kind(&self) -> &'static str {
-        "openai"
+        self.dialects.kind().name()
     }
 
     fn models(&self) -> BoxFuture<'_, Result<Vec<ModelCard>, EngineError>> {
         Box::pin(async {
-            let reply = self.get(&self.url.models).await?;
+            let reply = self.heard(self.control.get(MODELS).await)?;
             if !reply.status.is_success() {
-                return Err(self.unhealthy(&self.url.models, &reply));
+                return Err(self.control.unhealthy(MODELS, &reply));
             }
             models::parse(&reply.body).map_err(|error| {
-                let reason = format!("GET {} is not a list of models: {error}", self.url.models.path());
+                let reason = format!("GET {MODELS} is not a list of models: {error}");
                 EngineError::Protocol { engine: self.name.to_string(), reason }
             })
         })
     }
 
     fn probe(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(async {
-            let mut asked = &self.url.health;
-            let mut reply = self.get(asked).await?;
-            // Not every server has /health; the list of models is part of OpenAI's API.
-            if reply.status == StatusCode::NOT_FOUND {
-                asked = &self.url.models;
-                reply = self.get(asked).await?;
-            }
-            if reply.status.is_success() { Ok(()) } else { Err(self.unhealthy(asked, &reply)) }
-        })
+        Box::pin(async { self.heard(self.look().await) })
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
+        self.dialects.spoken().load(&self.control)
     }
 
     fn generate(&self, asked: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
         Box::pin(async move {
-            let mut request = request(Method::POST, self.url.of(asked.endpoint), asked.body);
-            *request.headers_mut() = asked.headers;
-            let headers = request.headers_mut();
-            headers.insert(CONTENT_TYPE, JSON);
-            headers.insert(ACCEPT, if asked.stream { EVENT_STREAM } else { JSON });
-            // An id that no header can carry stays here: it is for the engine's log only.
-            headers.extend(HeaderValue::from_str(&asked.request_id).ok().map(|id| (REQUEST_ID, id)));
-            let reply = async {
-                let response = self.client.send(&request).await?;
-                if response.status().is_success() && is_event_stream(response.headers()) {
-                    return Ok(Reply::Stream(stream::chunks(self.name.clone(), asked.endpoint, response.into_body())));
+            self.ask(asked).await.inspect_err(|error| {
+                // A slow or broken answer may be the request's; a closed port is the server's.
+                if matches!(error, EngineError::Connect { .. }) {
+                    self.dialects.failed(error);
                 }
-                self.client.whole(response).await.map(Reply::Whole)
-            };
-            self.client.within(self.options.head_timeout, reply).await
+            })
         })
     }
-}
-
-fn request(method: Method, uri: &Uri, body: Bytes) -> Request<Bytes> {
-    let mut request = Request::new(body);
-    *request.method_mut() = method;
-    *request.uri_mut() = uri.clone();
-    request
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {
     let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
-}
-
-/// A refusal's words, short enough for a log line: the message of an OpenAI error object, or the text's beginning.
-fn said(body: &[u8]) -> String {
-    #[derive(serde::Deserialize)]
-    struct Refusal<'a> {
-        #[serde(borrow)]
-        error: &'a serde_json::value::RawValue,
-    }
-    const MAX_CHARS: usize = 200;
-    let words = match serde_json::from_slice::<Refusal<'_>>(body) {
-        Ok(refusal) => error_message(refusal.error.get()),
-        Err(_) => String::from_utf8_lossy(body).into_owned(),
-    };
-    words.trim().chars().take(MAX_CHARS).collect()
 }

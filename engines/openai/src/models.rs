@@ -16,6 +16,21 @@ pub(crate) fn parse(body: &[u8]) -> Result<Vec<ModelCard>, serde_json::Error> {
     Ok(list.data.into_iter().map(card).collect())
 }
 
+/// Who the servers of the list say they are; none if there is no list, or it does not say.
+pub(crate) fn owner(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Owners {
+        data: Vec<Owner>,
+    }
+    #[derive(Deserialize)]
+    struct Owner {
+        #[serde(default)]
+        owned_by: Option<String>,
+    }
+    let list: Owners = serde_json::from_slice(body).ok()?;
+    list.data.into_iter().find_map(|model| model.owned_by)
+}
+
 #[derive(Deserialize)]
 struct List {
     data: Vec<Model>,
@@ -57,6 +72,33 @@ mod tests {
     #[test]
     fn llama_cpp_states_it_in_meta() {
         check(include_str!("../tests/fixtures/llama_models.json"), &[("tiny-qwen3", Some(2048))]);
+    }
+
+    #[test]
+    fn sglang_states_it_as_vllm_does() {
+        check(include_str!("../tests/fixtures/sglang_models.json"), &[("tiny-qwen3", Some(4096))]);
+    }
+
+    #[test]
+    fn an_adapter_names_its_base_model() {
+        let cards = parse(include_bytes!("../tests/fixtures/vllm_models.json")).unwrap();
+        let parents: Vec<_> = cards.iter().map(|card| card.parent.as_deref()).collect();
+        assert_eq!(parents, [None, Some("tiny-qwen3")]);
+    }
+
+    #[test]
+    fn servers_name_themselves() {
+        for (body, name) in [
+            (include_str!("../tests/fixtures/vllm_models.json"), Some("vllm")),
+            (include_str!("../tests/fixtures/sglang_models.json"), Some("sglang")),
+            (include_str!("../tests/fixtures/trtllm_models.json"), Some("tensorrt_llm")),
+            (include_str!("../tests/fixtures/llama_models.json"), Some("llamacpp")),
+            (r#"{"data":[]}"#, None),
+            (r#"{"data":[{"id":"m"}]}"#, None),
+            ("Internal Server Error", None),
+        ] {
+            assert_eq!(owner(body.as_bytes()).as_deref(), name, "{body}");
+        }
     }
 
     #[test]

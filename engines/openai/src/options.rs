@@ -1,16 +1,31 @@
-//! What an operator may set about the connections to an engine.
+//! What an operator may set about an engine: what it is, how it is trusted, and the bounds on its connections.
 
-use std::time::Duration;
+use std::{fmt, path::PathBuf, time::Duration};
 
-/// Bounds on time, connections and memory. `Default` states each default.
+use http::HeaderValue;
+
+use crate::{engine::SetupError, kind::Kind};
+
+/// An engine's kind, credentials, and bounds on time, connections and memory. `Default` states each default.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenAiOptions {
-    /// Longest wait for a TCP connection to be made, name resolution apart. Default: 2 s.
+    /// What the server is. Default: none, it is detected.
+    pub kind: Option<Kind>,
+    /// Sent with each request as `authorization: Bearer …`. Default: none.
+    pub bearer: Option<Bearer>,
+    /// PEM file of the certificate authorities that an `https://` server's certificate is checked against, instead of
+    /// the system's. Default: none.
+    pub ca_file: Option<PathBuf>,
+    /// Whether a request's priority is said to the engine, where its kind has a word for it. Off by default: vLLM
+    /// without `--scheduling-policy priority` may refuse a request that has one.
+    pub forward_priority: bool,
+    /// Longest wait for a connection to be made, its TLS handshake included, name resolution apart. Default: 2 s.
     pub connect_timeout: Duration,
     /// Longest wait for the head of a stream, or for all of a whole answer. Generous, since a whole answer's
     /// head comes when its last token is made, and a stream's head may wait in the engine's queue. Default: 600 s.
     pub head_timeout: Duration,
-    /// Longest wait for a probe or a list of models. Default: 2 s.
+    /// Longest wait for a probe, a list of models, or a report of load; SGLang's `/health` and TensorRT-LLM's
+    /// `/metrics` get longer, since those take seconds. Default: 2 s.
     pub probe_timeout: Duration,
     /// How long an unused connection is kept. It must be shorter than what the server keeps one: a request that
     /// meets a closing connection fails. vLLM (uvicorn) and llama.cpp (cpp-httplib) keep 5 s. Default: 4 s.
@@ -26,6 +41,10 @@ pub struct OpenAiOptions {
 impl Default for OpenAiOptions {
     fn default() -> Self {
         Self {
+            kind: None,
+            bearer: None,
+            ca_file: None,
+            forward_priority: false,
             connect_timeout: Duration::from_secs(2),
             head_timeout: Duration::from_secs(600),
             probe_timeout: Duration::from_secs(2),
@@ -33,6 +52,60 @@ impl Default for OpenAiOptions {
             max_idle_connections: 256,
             tcp_keepalive: Duration::from_secs(15),
             max_whole_body_bytes: 64 << 20,
+        }
+    }
+}
+
+/// A bearer token. It is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Bearer(HeaderValue);
+
+impl Bearer {
+    /// A token as the engine's `--api-key` has it, without the word `Bearer`.
+    ///
+    /// # Errors
+    /// If it is empty, or has characters that no header can carry.
+    pub fn new(token: &str) -> Result<Self, SetupError> {
+        let visible = !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic());
+        let mut value = visible
+            .then(|| HeaderValue::try_from(format!("Bearer {token}")).ok())
+            .flatten()
+            .ok_or(SetupError::Bearer { chars: token.chars().count() })?;
+        value.set_sensitive(true);
+        Ok(Self(value))
+    }
+
+    /// The value of the header `authorization`.
+    pub(crate) fn authorization(&self) -> HeaderValue {
+        self.0.clone()
+    }
+}
+
+impl fmt::Debug for Bearer {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("Bearer(…)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_sent_and_never_shown() {
+        let options = OpenAiOptions { bearer: Some(Bearer::new("sk-secret").unwrap()), ..Default::default() };
+        assert!(!format!("{options:?}").contains("secret"));
+        let authorization = options.bearer.unwrap().authorization();
+        assert_eq!(authorization, "Bearer sk-secret");
+        assert!(authorization.is_sensitive());
+    }
+
+    #[test]
+    fn what_no_header_can_carry_is_refused_and_not_repeated() {
+        for token in ["", "two words", "line\nbreak", "größe"] {
+            let error = Bearer::new(token).unwrap_err().to_string();
+            assert!(error.contains("bearer token"), "{error}");
+            assert!(token.is_empty() || !error.contains(token), "{error}");
         }
     }
 }

@@ -11,22 +11,26 @@ use std::{
 
 use bytes::Bytes;
 use futures_core::Stream;
+use http::Uri;
+use rustls::ClientConfig;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 
 use crate::{
     http1::{Connection, Failure},
     options::OpenAiOptions,
+    tls,
 };
 
 /// An open connection to an engine.
-pub(crate) type Opened = Connection<TcpStream>;
+pub(crate) type Opened = Connection<tls::Stream>;
 
 /// Connections to one engine.
 #[derive(Debug)]
 pub(crate) struct Pool {
     host: String,
     port: u16,
+    tls: Option<Arc<ClientConfig>>,
     keepalive: Duration,
     idle_timeout: Duration,
     max_idle: usize,
@@ -44,11 +48,14 @@ struct Idle {
 }
 
 impl Pool {
-    pub(crate) fn new(host: &str, port: u16, options: &OpenAiOptions) -> Self {
+    /// To the host and port of `base`.
+    pub(crate) fn new(base: &Uri, options: &OpenAiOptions, tls: Option<Arc<ClientConfig>>) -> Self {
+        let default_port = if tls.is_some() { 443 } else { 80 };
         Self {
             // As a resolver wants it: an IPv6 address without the brackets of a URL.
-            host: host.trim_matches(['[', ']']).to_owned(),
-            port,
+            host: base.host().unwrap_or_default().trim_matches(['[', ']']).to_owned(),
+            port: base.port_u16().unwrap_or(default_port),
+            tls,
             keepalive: options.tcp_keepalive,
             idle_timeout: options.idle_timeout,
             max_idle: options.max_idle_connections,
@@ -58,11 +65,9 @@ impl Pool {
 
     /// A connection that was kept and is still good, as far as can be known.
     pub(crate) fn kept(&self) -> Option<Opened> {
+        self.tidy();
+        let here = thread::current().id();
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let (now, here) = (Instant::now(), thread::current().id());
-        // Engines are probed all the time, so that nothing stays here long after its time.
-        let expired = idle.iter().take_while(|idle| now - idle.since >= self.idle_timeout).count();
-        idle.drain(..expired);
         while let Some(place) = idle.iter().rposition(|idle| idle.home == here) {
             let Idle { mut connection, .. } = idle.remove(place);
             if connection.is_quiet() {
@@ -72,12 +77,21 @@ impl Pool {
         None
     }
 
-    /// A new connection. Takes as long as the system lets it: the caller has the bound.
+    /// Closes those whose time is over.
+    pub(crate) fn tidy(&self) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let expired = idle.iter().take_while(|idle| now - idle.since >= self.idle_timeout).count();
+        idle.drain(..expired);
+    }
+
+    /// A new connection, encrypted if it shall be. Takes as long as the system lets it: the caller has the bound.
     pub(crate) async fn open(&self) -> io::Result<Opened> {
         let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
         stream.set_nodelay(true)?;
         SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(self.keepalive))?;
-        Ok(Connection::new(stream))
+        let Some(config) = &self.tls else { return Ok(Connection::new(tls::Stream::Plain(stream))) };
+        tls::connect(Arc::clone(config), tls::server_name(&self.host)?, stream).await.map(Connection::new)
     }
 
     fn keep(&self, mut connection: Opened) {

@@ -1,13 +1,16 @@
 //! An engine's address as an operator writes it.
 
 use dynamo_engine_api::Endpoint;
-use http::{Uri, uri::Authority};
+use http::{
+    Uri,
+    uri::{Authority, PathAndQuery, Scheme},
+};
 
 /// Why a URL is not an engine's address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UrlError {
     /// No URL at all.
-    #[error("engine URL `{url}` cannot be read: {reason}; write it as http://HOST:PORT")]
+    #[error("engine URL `{url}` cannot be read: {reason}; write it as http://HOST:PORT or https://HOST:PORT")]
     Unreadable {
         /// What was given.
         url: String,
@@ -15,13 +18,13 @@ pub enum UrlError {
         reason: String,
     },
     /// No scheme, or no host.
-    #[error("engine URL `{url}` is not complete; write it as http://HOST:PORT")]
+    #[error("engine URL `{url}` is not complete; write it as http://HOST:PORT or https://HOST:PORT")]
     Incomplete {
         /// What was given.
         url: String,
     },
     /// A scheme that is not spoken.
-    #[error("engine URL `{url}` starts with {scheme}://, which is not supported yet; use http://, inside a trusted network")]
+    #[error("engine URL `{url}` starts with {scheme}://, which is not spoken here; use http:// or https://")]
     Scheme {
         /// What was given.
         url: String,
@@ -53,15 +56,15 @@ pub enum UrlError {
 /// Where an engine's endpoints are.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineUrl {
-    /// `http://HOST:PORT`, as logs and errors name the engine.
+    /// `http://HOST:PORT` or `https://HOST:PORT`, as logs and errors name the engine.
     pub(crate) name: String,
-    pub(crate) health: Uri,
-    pub(crate) models: Uri,
+    scheme: Scheme,
+    authority: Authority,
     endpoints: [Uri; Endpoint::ALL.len()],
 }
 
 impl EngineUrl {
-    /// Reads `http://HOST[:PORT]`, with or without `/v1`.
+    /// Reads `http://HOST[:PORT]` or `https://HOST[:PORT]`, with or without `/v1`.
     pub(crate) fn parse(url: &str) -> Result<Self, UrlError> {
         let given = || url.to_owned();
         if let Some((_, host)) = url.rsplit_once('@') {
@@ -75,11 +78,11 @@ impl EngineUrl {
         let uri: Uri = url
             .parse()
             .map_err(|error: http::uri::InvalidUri| UrlError::Unreadable { url: given(), reason: error.to_string() })?;
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        let (Some(scheme), Some(authority)) = (uri.scheme(), uri.authority()) else {
             return Err(UrlError::Incomplete { url: given() });
         };
-        if scheme != "http" {
-            return Err(UrlError::Scheme { url: given(), scheme: scheme.to_owned() });
+        if ![Scheme::HTTP, Scheme::HTTPS].contains(scheme) {
+            return Err(UrlError::Scheme { url: given(), scheme: scheme.to_string() });
         }
         if uri.query().is_some() {
             return Err(UrlError::Query { url: given() });
@@ -87,23 +90,36 @@ impl EngineUrl {
         if !matches!(uri.path().trim_end_matches('/'), "" | "/v1") {
             return Err(UrlError::Path { url: given(), path: uri.path().to_owned() });
         }
-        let endpoint = |path: &str| endpoint(authority, path).map_err(|reason| UrlError::Unreadable { url: given(), reason });
-        let endpoints: Vec<Uri> = Endpoint::ALL.iter().map(|asked| endpoint(asked.path())).collect::<Result<_, _>>()?;
         Ok(Self {
-            name: format!("http://{authority}"),
-            health: endpoint("/health")?,
-            models: endpoint("/v1/models")?,
-            endpoints: endpoints.try_into().expect("as many as there are"),
+            name: format!("{scheme}://{authority}"),
+            scheme: scheme.clone(),
+            authority: authority.clone(),
+            endpoints: Endpoint::ALL.map(|asked| build(scheme, authority, asked.path())),
         })
     }
 
+    /// Where an endpoint is.
     pub(crate) fn of(&self, endpoint: Endpoint) -> &Uri {
         &self.endpoints[endpoint as usize]
     }
+
+    /// Where a path of ours is, with its query if it has one.
+    pub(crate) fn at(&self, path: &'static str) -> Uri {
+        build(&self.scheme, &self.authority, path)
+    }
+
+    /// Whether connections are encrypted.
+    pub(crate) fn is_https(&self) -> bool {
+        self.scheme == Scheme::HTTPS
+    }
 }
 
-fn endpoint(authority: &Authority, path: &str) -> Result<Uri, String> {
-    Uri::builder().scheme("http").authority(authority.clone()).path_and_query(path).build().map_err(|error| error.to_string())
+fn build(scheme: &Scheme, authority: &Authority, path: &'static str) -> Uri {
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = Some(scheme.clone());
+    parts.authority = Some(authority.clone());
+    parts.path_and_query = Some(PathAndQuery::from_static(path));
+    Uri::from_parts(parts).expect("a scheme, an authority and a path are a URI")
 }
 
 #[cfg(test)]
@@ -115,10 +131,20 @@ mod tests {
         for url in ["http://10.0.0.1:8000", "http://10.0.0.1:8000/", "http://10.0.0.1:8000/v1", "http://10.0.0.1:8000/v1/"] {
             let parsed = EngineUrl::parse(url).unwrap();
             assert_eq!(parsed.name, "http://10.0.0.1:8000");
-            assert_eq!(parsed.health, "http://10.0.0.1:8000/health");
+            assert_eq!(parsed.at("/health"), "http://10.0.0.1:8000/health");
             assert_eq!(parsed.of(Endpoint::Completions), "http://10.0.0.1:8000/v1/completions");
         }
-        assert_eq!(EngineUrl::parse("http://[::1]:8000").unwrap().models, "http://[::1]:8000/v1/models");
+        assert_eq!(EngineUrl::parse("http://[::1]:8000").unwrap().at("/v1/models"), "http://[::1]:8000/v1/models");
+    }
+
+    #[test]
+    fn an_encrypted_engine_is_told_from_a_plain_one() {
+        let parsed = EngineUrl::parse("https://engine.example/v1").unwrap();
+        assert!(parsed.is_https());
+        assert_eq!(parsed.name, "https://engine.example");
+        assert_eq!(parsed.of(Endpoint::Messages), "https://engine.example/v1/messages");
+        assert_eq!(parsed.at("/v1/loads?format=json"), "https://engine.example/v1/loads?format=json");
+        assert!(!EngineUrl::parse("http://engine.example").unwrap().is_https());
     }
 
     #[track_caller]
@@ -133,8 +159,7 @@ mod tests {
         refused("localhost:8000", "http://HOST:PORT");
         refused("http://", "http://HOST:PORT");
         refused("http://host:port:8000", "http://HOST:PORT");
-        refused("https://engine:8000", "https://, which is not supported yet");
-        refused("grpc://engine:8000", "grpc://, which is not supported yet");
+        refused("grpc://engine:8000", "grpc://, which is not spoken here; use http:// or https://");
         refused("http://engine:8000/v1/chat/completions", "leave it out");
         refused("http://engine:8000/?key=1", "leave out what follows the port");
         refused("http://engine:8000#top", "leave out what follows the port");

@@ -38,8 +38,14 @@ impl<'a, F: Fixture> Asking<'a, F> {
         self.body(json!({ "prompt": prompt.into() }))
     }
 
-    fn body(&self, mut body: Value) -> Value {
+    /// A body that names the model.
+    pub(super) fn body_for_model(&self, mut body: Value) -> Value {
         body["model"] = self.fixture.model().into();
+        body
+    }
+
+    fn body(&self, body: Value) -> Value {
+        let mut body = self.body_for_model(body);
         body["max_tokens"] = OUTPUT_TOKENS.into();
         body["temperature"] = 0.into();
         if self.can.unknown_fields {
@@ -54,7 +60,13 @@ impl<'a, F: Fixture> Asking<'a, F> {
 
     /// Asks for a whole answer, and gets one that is no error.
     pub(super) async fn whole(&self, endpoint: Endpoint, body: &Value) -> Result<Value, Verdict> {
-        let reply = whole(self.generate(endpoint, body.to_string(), false).await?)?;
+        self.whole_with(request(endpoint, body.to_string(), false)).await
+    }
+
+    /// The same for a request made otherwise.
+    pub(super) async fn whole_with(&self, request: GenerateRequest) -> Result<Value, Verdict> {
+        let reply = self.engine.generate(request).await.map_err(|error| Verdict::Failed(error.to_string()))?;
+        let reply = whole(reply)?;
         ensure(reply.status == 200, || format!("{}: {}", reply.status, String::from_utf8_lossy(&reply.body)))?;
         let content_type = reply.headers.get(http::header::CONTENT_TYPE).map(http::HeaderValue::as_bytes);
         let is_json = content_type.is_some_and(|kind| kind.starts_with(b"application/json"));

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{Chunk, Endpoint, EngineError, GenerateRequest, ModelCard, Reply, WholeReply};
+use crate::{Chunk, Endpoint, EngineError, GenerateRequest, ModelCard, RankLoad, Reply, WholeReply};
 
 /// What the stub does wrong.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +29,12 @@ enum Fault {
     FinishesTwice,
     WorksOnAfterDrop,
     Hangs,
+    OneEmbedding,
+    NoMessage,
+    NoCount,
+    NoResponse,
+    FreerThanEmpty,
+    AlwaysBusy,
 }
 
 struct Stub {
@@ -59,6 +65,25 @@ impl Stub {
         }
         let refuses = self.fault == Fault::RefusesUnknownFields && asked.get("a_field_of_tomorrow").is_some();
         refuses.then_some(StatusCode::BAD_REQUEST)
+    }
+
+    /// The answer of an endpoint that is neither chat nor completion.
+    fn other(&self, endpoint: Endpoint) -> Option<Value> {
+        let usage = json!({ "input_tokens": 3, "output_tokens": 1 });
+        let content = json!([{ "type": "text", "text": "w" }]);
+        let answer = match endpoint {
+            Endpoint::ChatCompletions | Endpoint::Completions => return None,
+            Endpoint::Embeddings => {
+                let vectors = if self.fault == Fault::OneEmbedding { 1 } else { 2 };
+                json!({ "data": vec![json!({ "embedding": [0.5, 1] }); vectors] })
+            }
+            Endpoint::Messages if self.fault == Fault::NoMessage => json!({ "type": "message", "content": [] }),
+            Endpoint::Messages => json!({ "type": "message", "content": content, "stop_reason": "end_turn", "usage": usage }),
+            Endpoint::CountTokens => json!({ "input_tokens": if self.fault == Fault::NoCount { 0 } else { 3 } }),
+            Endpoint::Responses if self.fault == Fault::NoResponse => json!({ "object": "response", "output": [] }),
+            Endpoint::Responses => json!({ "object": "response", "output": [{ "content": content }], "usage": usage }),
+        };
+        Some(answer)
     }
 
     /// The events of an answer of `tokens` tokens.
@@ -110,6 +135,14 @@ impl Engine for Stub {
         Box::pin(async { if self.fault == Fault::Dead { Err(self.connect()) } else { Ok(()) } })
     }
 
+    fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
+        Box::pin(async {
+            let running = self.running.load(Ordering::Relaxed) + u32::from(self.fault == Fault::AlwaysBusy);
+            let kv_tokens_free = Some(if self.fault == Fault::FreerThanEmpty { 101 } else { 99 });
+            Ok(vec![RankLoad { running: Some(running), kv_tokens_total: Some(100), kv_tokens_free, ..RankLoad::default() }])
+        })
+    }
+
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
         Box::pin(async move {
             match self.fault {
@@ -122,6 +155,9 @@ impl Engine for Stub {
                 return Ok(whole(status, &json!({ "error": { "message": "no" } })));
             }
             let asked = asked.unwrap_or_default();
+            if let Some(answer) = self.other(request.endpoint) {
+                return Ok(whole(StatusCode::OK, &answer));
+            }
             self.running.fetch_add(1, Ordering::Relaxed);
             let running = Running(self.running.clone(), self.fault);
             let tokens = asked["max_tokens"].as_u64().unwrap_or(1);
@@ -163,7 +199,7 @@ struct StubFixture {
 impl StubFixture {
     fn new(fault: Fault) -> Self {
         let stub = Arc::new(Stub { fault, running: Arc::default() });
-        Self { stub, can: Capabilities::default() }
+        Self { stub, can: Capabilities { reports_load: true, offers: &Endpoint::ALL, ..Capabilities::default() } }
     }
 }
 
@@ -193,7 +229,11 @@ impl Fixture for StubFixture {
     }
 
     fn patience(&self) -> Duration {
-        Duration::from_millis(if matches!(self.stub.fault, Fault::Hangs | Fault::WorksOnAfterDrop) { 50 } else { 5_000 })
+        Duration::from_millis(if matches!(self.stub.fault, Fault::Hangs | Fault::WorksOnAfterDrop | Fault::AlwaysBusy) {
+            50
+        } else {
+            5_000
+        })
     }
 }
 
@@ -226,6 +266,12 @@ async fn each_fault_fails_its_check() {
         (Fault::FinishesTwice, "a chat is streamed"),
         (Fault::WorksOnAfterDrop, "ends its work"),
         (Fault::Hangs, "a chat is answered whole"),
+        (Fault::OneEmbedding, "embeddings are answered"),
+        (Fault::NoMessage, "a message of Anthropic's API"),
+        (Fault::NoCount, "tokens are counted"),
+        (Fault::NoResponse, "a response of OpenAI's newer API"),
+        (Fault::FreerThanEmpty, "it tells its load"),
+        (Fault::AlwaysBusy, "a stream shows in its load"),
     ] {
         let report = run(&StubFixture::new(fault)).await;
         fails(&report, fault, check);

@@ -1,0 +1,16 @@
+//! Any other server with OpenAI's API: nothing is asked of it but that, and nothing is said to it but the request.
+
+use dynamo_engine_api::EngineError;
+use futures_core::future::BoxFuture;
+
+use super::{Dialect, succeeds};
+use crate::control::Control;
+
+#[derive(Debug)]
+pub(super) struct Plain;
+
+impl Dialect for Plain {
+    fn probe<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(succeeds(control, "/health"))
+    }
+}

@@ -1,0 +1,137 @@
+//! SGLang: load from `/v1/loads`, higher priorities first, ranks by a field; a stream is cancelled by name.
+//!
+//! Its `/health` generates a token and takes over a second: `/ready` is asked, and `/health` only of a server that is too
+//! old to have that. A closed stream is aborted 2 s later, so that requests get an id of ours and `/abort_request` is
+//! told of it. Read in SGLang 0.5.23; no server of that kind has been at hand.
+
+use std::{sync::Mutex, time::Duration};
+
+use dynamo_engine_api::{Endpoint, EngineError, RankLoad};
+use futures_core::future::BoxFuture;
+use http::StatusCode;
+use serde::Deserialize;
+
+use super::{Additions, Dialect, Wish, judged};
+use crate::{abort::Abort, control::Control};
+
+pub(super) const OWNED_BY: &str = "sglang";
+const READY: &str = "/ready";
+const HEALTH: &str = "/health";
+/// A token is made, and looked for once a second.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(4);
+const LOADS: &str = "/v1/loads?format=json";
+const SERVER_INFO: &str = "/server_info";
+
+#[derive(Debug, Default)]
+pub(super) struct Sglang {
+    /// What does not change while the server runs; asked once.
+    settings: Mutex<Option<Settings>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+struct Settings {
+    #[serde(default)]
+    page_size: Option<u32>,
+    /// −1 without chunks.
+    #[serde(default)]
+    chunked_prefill_size: Option<i64>,
+}
+
+impl Dialect for Sglang {
+    fn probe<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(async {
+            let (mut path, mut reply) = (READY, control.get(READY).await?);
+            if reply.status == StatusCode::NOT_FOUND {
+                path = HEALTH;
+                reply = control.get_within(control.timeout.max(HEALTH_TIMEOUT), path).await?;
+            }
+            judged(control, path, reply).await
+        })
+    }
+
+    fn load<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<Vec<RankLoad>, EngineError>> {
+        Box::pin(async {
+            let Some(body) = control.report(LOADS).await? else { return Ok(Vec::new()) };
+            let loads = control.json::<Loads>(LOADS, &body)?;
+            let settings = self.settings(control).await;
+            Ok(loads.loads.into_iter().map(|load| load.of_rank(settings)).collect())
+        })
+    }
+
+    fn additions(&self, wish: &Wish<'_>) -> Additions {
+        let mut additions = Additions::default();
+        // The other endpoints do not all know these fields.
+        if !matches!(wish.endpoint, Endpoint::ChatCompletions | Endpoint::Completions) {
+            return additions;
+        }
+        let id = (wish.id)();
+        additions.fields.plain_text("rid", &id);
+        if let Some(priority) = wish.priority {
+            additions.fields.number("priority", priority);
+        }
+        if let Some(rank) = wish.rank {
+            additions.fields.number("routed_dp_rank", rank);
+        }
+        additions.abort = Some(Abort { path: "/abort_request", body: format!(r#"{{"rid":"{id}","abort_all":false}}"#) });
+        additions
+    }
+
+    fn forget(&self) {
+        *self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    }
+}
+
+impl Sglang {
+    /// Nothing of them is needed: a server that does not tell has no block size.
+    async fn settings(&self, control: &Control) -> Settings {
+        let known = || self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(settings) = *known() {
+            return settings;
+        }
+        let Ok(reply) = control.get(SERVER_INFO).await else { return Settings::default() };
+        let settings = serde_json::from_slice(&reply.body).unwrap_or_default();
+        *known() = Some(settings);
+        settings
+    }
+}
+
+#[derive(Deserialize)]
+struct Loads {
+    loads: Vec<Load>,
+}
+
+#[derive(Deserialize)]
+struct Load {
+    #[serde(default)]
+    dp_rank: u32,
+    #[serde(default)]
+    num_running_reqs: Option<u32>,
+    #[serde(default)]
+    num_waiting_reqs: Option<u32>,
+    #[serde(default)]
+    max_running_requests: Option<u32>,
+    /// Without cache that can be evicted.
+    #[serde(default)]
+    num_used_tokens: Option<u32>,
+    #[serde(default)]
+    max_total_num_tokens: Option<u32>,
+    #[serde(default)]
+    gen_throughput: Option<f32>,
+}
+
+impl Load {
+    fn of_rank(self, settings: Settings) -> RankLoad {
+        let capacity = self.max_total_num_tokens.filter(|&tokens| tokens > 0);
+        RankLoad {
+            rank: self.dp_rank,
+            running: self.num_running_reqs,
+            queued: self.num_waiting_reqs,
+            max_running: self.max_running_requests.filter(|&requests| requests > 0),
+            max_batched_tokens: settings.chunked_prefill_size.and_then(|size| u32::try_from(size).ok()).filter(|&size| size > 0),
+            kv_tokens_total: capacity,
+            kv_tokens_free: capacity.zip(self.num_used_tokens).map(|(total, used)| total.saturating_sub(used)),
+            block_size: settings.page_size.filter(|&size| size > 0),
+            tokens_per_second: self.gen_throughput,
+        }
+    }
+}
