@@ -6,7 +6,7 @@ use dynamo_engine_api::Endpoint;
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{error::ApiError, fields::Fields};
+use super::{embeddings::Embedding, error::ApiError, fields::Fields};
 use crate::{
     model::{FinishReason, Sequence},
     options::MockOptions,
@@ -33,6 +33,8 @@ pub(crate) struct Order {
     pub(crate) n: usize,
     /// All choices, prompt by prompt.
     pub(crate) choices: Vec<Choice>,
+    /// How embeddings are written.
+    pub(super) embedding: Embedding,
     salt: u64,
 }
 
@@ -69,17 +71,18 @@ impl Order {
 pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> Result<Order, ApiError> {
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model");
-    let is_chat = match endpoint {
-        Endpoint::ChatCompletions => true,
-        Endpoint::Completions => false,
-        _ => return Err(ApiError::not_found(endpoint.path())),
+    let is_chat = !matches!(endpoint, Endpoint::Completions | Endpoint::Embeddings);
+    let prompts = match endpoint {
+        Endpoint::ChatCompletions | Endpoint::Messages | Endpoint::CountTokens => one_chat(&mut fields, "messages"),
+        Endpoint::Responses => one_chat(&mut fields, "input"),
+        Endpoint::Completions => prompts(&mut fields, "prompt")?,
+        Endpoint::Embeddings => prompts(&mut fields, "input")?,
     };
-    let prompts = if is_chat { messages(&mut fields).map(|ids| vec![ids]).unwrap_or_default() } else { prompts(&mut fields)? };
-    let limit = fields.integer("max_tokens");
-    let limit = if is_chat { fields.integer("max_completion_tokens").or(limit) } else { limit };
+    let limit = limit(&mut fields, endpoint);
+    let embedding = Embedding::decode(&mut fields);
     let n = fields.integer("n").unwrap_or(1);
     let temperature = fields.number("temperature");
-    let stops = stops(&mut fields);
+    let stops = stops(&mut fields, if endpoint == Endpoint::Messages { "stop_sequences" } else { "stop" });
     let stream = fields.boolean("stream");
     let stream_options = fields.take("stream_options");
     let stream_option =
@@ -90,6 +93,9 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
 
     check_model(model, options)?;
     let n = check_sampling(n, temperature, prompts.len())?;
+    if endpoint == Endpoint::Embeddings && stream {
+        return Err(ApiError::bad_value("stream", stream, "Embeddings are not streamed."));
+    }
     let default = if is_chat { (options.chat_tokens, FinishReason::Stop) } else { (COMPLETION_TOKENS, FinishReason::Length) };
     let mut choices = Vec::with_capacity(n * prompts.len());
     for prompt in prompts {
@@ -97,7 +103,7 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
         choices.extend(std::iter::repeat_n(choice, n));
     }
     let (include_usage, continuous_usage) = (stream_option("include_usage"), stream_option("continuous_usage_stats"));
-    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, salt })
+    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, embedding, salt })
 }
 
 /// Reads a body of `/tokenize`: the ids of its `prompt` or `messages`.
@@ -114,11 +120,50 @@ pub(crate) fn decode_tokenize(body: &[u8], options: &MockOptions) -> Result<Vec<
             tokens::tokenize(&text, &mut ids);
             ids
         }
-        None => messages(&mut fields).unwrap_or_default(),
+        None => messages(&mut fields, "messages").unwrap_or_default(),
     };
     fields.finish()?;
     check_model(model, options)?;
     Ok(ids)
+}
+
+/// Reads a body of `/v1/messages/count_tokens`: how many tokens its prompt has.
+///
+/// # Errors
+/// As a vLLM server answers it.
+pub(crate) fn count_tokens(body: &[u8], options: &MockOptions) -> Result<usize, ApiError> {
+    let mut fields = Fields::parse(body)?;
+    let model = fields.string("model");
+    let ids = messages(&mut fields, "messages").unwrap_or_default();
+    fields.finish()?;
+    check_model(model, options)?;
+    Ok(ids.len())
+}
+
+fn one_chat(fields: &mut Fields, name: &str) -> Vec<Vec<u32>> {
+    messages(fields, name).map(|ids| vec![ids]).unwrap_or_default()
+}
+
+/// The limit on output tokens, under its names.
+fn limit(fields: &mut Fields, endpoint: Endpoint) -> Option<i64> {
+    match endpoint {
+        Endpoint::ChatCompletions => {
+            let limit = fields.integer("max_tokens");
+            fields.integer("max_completion_tokens").or(limit)
+        }
+        Endpoint::Responses => fields.integer("max_output_tokens"),
+        Endpoint::Completions => fields.integer("max_tokens"),
+        Endpoint::Messages => {
+            let limit = fields.integer("max_tokens");
+            if limit.is_none() {
+                fields.missing("max_tokens");
+            }
+            limit
+        }
+        // What is embedded is prefilled, which ends with a token.
+        Endpoint::Embeddings => Some(1),
+        Endpoint::CountTokens => None,
+    }
 }
 
 /// A request without a model gets the one that there is.
@@ -227,8 +272,8 @@ fn first_stop(limit: u32, stops: &[String]) -> Option<(usize, &str, u32)> {
 }
 
 /// `stop`: a string or a list of strings.
-fn stops(fields: &mut Fields) -> Vec<String> {
-    let stops = match fields.take("stop") {
+fn stops(fields: &mut Fields, name: &str) -> Vec<String> {
+    let stops = match fields.take(name) {
         None => return Vec::new(),
         Some(Value::String(stop)) => vec![stop],
         Some(Value::Array(items)) if items.iter().all(Value::is_string) => {
@@ -236,17 +281,17 @@ fn stops(fields: &mut Fields) -> Vec<String> {
         }
         Some(other) => {
             return fields
-                .wrong("stop", "string_type", "Input should be a valid string or list of strings", &other)
+                .wrong(name, "string_type", "Input should be a valid string or list of strings", &other)
                 .unwrap_or_default();
         }
     };
     stops.into_iter().filter(|stop| !stop.is_empty()).collect()
 }
 
-/// `prompt`: a text, token ids, or a list of either.
-fn prompts(fields: &mut Fields) -> Result<Vec<Vec<u32>>, ApiError> {
+/// `prompt` or `input`: a text, token ids, or a list of either.
+fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Vec<u32>>, ApiError> {
     let empty = || ApiError::bad_request(None, "Either prompt or prompt_embeds must be provided and non-empty.");
-    let prompt = fields.take("prompt").ok_or_else(empty)?;
+    let prompt = fields.take(name).ok_or_else(empty)?;
     let read = match &prompt {
         Value::String(text) if text.is_empty() => return Err(empty()),
         Value::Array(items) if items.is_empty() => return Err(empty()),
@@ -257,7 +302,7 @@ fn prompts(fields: &mut Fields) -> Result<Vec<Vec<u32>>, ApiError> {
         Some(prompts) => prompts,
         None => {
             let message = "Input should be a valid string, list of strings, list of token ids or list of lists of token ids";
-            fields.wrong("prompt", "string_type", message, &prompt).unwrap_or_default()
+            fields.wrong(name, "string_type", message, &prompt).unwrap_or_default()
         }
     })
 }
@@ -274,41 +319,60 @@ fn one_prompt(prompt: &Value) -> Option<Vec<u32>> {
     }
 }
 
-/// `messages` and `tools` through a chat template: a mark for the role, the content, a mark for its end; at last the mark
-/// of the answer's role. So a chat's next turn begins with this turn's prompt and output.
-fn messages(fields: &mut Fields) -> Option<Vec<u32>> {
-    let Some(messages) = fields.take("messages") else {
-        fields.missing("messages");
+/// The messages under `name`, `tools` and what comes before them through a chat template: a mark for the role, the
+/// content, a mark for its end; at last the mark of the answer's role. So a chat's next turn begins with this turn's
+/// prompt and output.
+fn messages(fields: &mut Fields, name: &str) -> Option<Vec<u32>> {
+    let Some(messages) = fields.take(name) else {
+        fields.missing(name);
         return None;
     };
-    let Value::Array(messages) = messages else {
-        return fields.wrong("messages", "list_type", "Input should be a valid list", &messages);
+    let messages = match messages {
+        Value::Array(messages) => messages,
+        Value::String(text) if name == "input" => vec![serde_json::json!({ "role": "user", "content": text })],
+        other => return fields.wrong(name, "list_type", "Input should be a valid list", &other),
     };
     let mut ids = Vec::new();
     if let Some(tools) = fields.list("tools").filter(|tools| !tools.is_empty()) {
         ids.push(tokens::mark("tools"));
         tokens::tokenize(&Value::Array(tools).to_string(), &mut ids);
     }
+    for before in ["system", "instructions"].into_iter().filter_map(|name| fields.take(name)) {
+        ids.push(tokens::mark("system"));
+        tokenize_content(&before, &mut ids);
+        ids.push(tokens::mark("end"));
+    }
     for (at, message) in messages.iter().enumerate() {
-        let Some(role) = message.get("role").and_then(Value::as_str) else {
-            return fields.wrong(&format!("messages.{at}.role"), "missing", "Field required", message);
+        // Items of a response's input that are no messages have a type only.
+        let role = message.get("role").or_else(|| message.get("type")).and_then(Value::as_str);
+        let Some(role) = role else {
+            return fields.wrong(&format!("{name}.{at}.role"), "missing", "Field required", message);
         };
         ids.push(tokens::mark(role));
-        match message.get("content") {
-            None | Some(Value::Null) => {}
-            Some(Value::String(text)) => tokens::tokenize(text, &mut ids),
-            Some(Value::Array(parts)) => parts.iter().for_each(|part| tokenize_part(part, &mut ids)),
-            Some(other) => {
-                return fields.wrong(&format!("messages.{at}.content"), "string_type", "Input should be a valid string", other);
-            }
+        if message.get("content").is_some_and(|content| !tokenize_content(content, &mut ids)) {
+            let content = &message["content"];
+            return fields.wrong(&format!("{name}.{at}.content"), "string_type", "Input should be a valid string", content);
         }
-        if let Some(calls) = message.get("tool_calls").filter(|calls| !calls.is_null()) {
-            tokens::tokenize(&calls.to_string(), &mut ids);
+        for said in ["tool_calls", "arguments", "output"].into_iter().filter_map(|name| message.get(name)) {
+            if !said.is_null() {
+                tokens::tokenize(&said.to_string(), &mut ids);
+            }
         }
         ids.push(tokens::mark("end"));
     }
     ids.push(tokens::mark("assistant"));
     Some(ids)
+}
+
+/// A text, or parts; false if it is neither.
+fn tokenize_content(content: &Value, ids: &mut Vec<u32>) -> bool {
+    match content {
+        Value::Null => {}
+        Value::String(text) => tokens::tokenize(text, ids),
+        Value::Array(parts) => parts.iter().for_each(|part| tokenize_part(part, ids)),
+        _ => return false,
+    }
+    true
 }
 
 /// A part of a message's content: text, or one token for an image or the like.
