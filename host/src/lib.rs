@@ -5,6 +5,7 @@
 
 mod account;
 mod admin;
+mod auth;
 mod body;
 pub mod cli;
 mod clock;
@@ -13,6 +14,7 @@ mod decode;
 mod dispatch;
 mod door;
 mod error;
+mod exchange;
 mod listener;
 mod meters;
 mod observe;
@@ -24,3 +26,6 @@ mod serve;
 mod tasks;
 mod telemetry;
 mod text;
+mod tls;
+mod trace;
+mod watch;

@@ -1,12 +1,16 @@
-//! Listeners: connections are accepted and served HTTP/1.1, with a bound on their number and on every wait.
+//! Listeners: connections are accepted and served HTTP/1.1, plain or with TLS, with a bound on their number and on every
+//! wait.
 //!
 //! Contract: a client that is slow to say what it wants, or reads nothing of what is there for it, loses its
 //! connection, and what that held is free again. When there are as many connections as may be, no more are accepted:
-//! they wait in the system's backlog. The other waits of a request are the request's own.
+//! they wait in the system's backlog; one client's that are too many are told so and closed. The other waits of a request are the request's own.
 
 use std::{
+    collections::HashMap,
     io,
+    net::IpAddr,
     pin::{Pin, pin},
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -18,40 +22,87 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::watch,
     task::{JoinError, JoinSet},
     time::Sleep,
 };
+use tokio_rustls::TlsAcceptor;
 
-use crate::config::Limits;
+use crate::{config::Limits, tls::ServerTls};
 
 /// How long to wait when the system gives no more connections, such as when it is out of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
-/// Serves `router` until `stop`, then lets running requests end.
-pub(crate) async fn serve(
-    what: &'static str,
-    listener: TcpListener,
+/// How long a client that is not served may take to hear so, and what is read of it meanwhile.
+const MAX_TELLING: Duration = Duration::from_secs(2);
+const MAX_UNREAD_BYTES: u64 = 1 << 20;
+
+/// The first byte of every TLS connection: a handshake record's type.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// What a client that spoke plain HTTP to TLS is told.
+const SPEAK_TLS: &str = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n\r\n\
+    {\"error\":{\"message\":\"this port speaks TLS; use https://\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":\"tls_required\"}}";
+
+/// What a client with too many connections is told.
+const TOO_MANY: &str = "HTTP/1.1 429 Too Many Requests\r\nconnection: close\r\nretry-after: 1\r\ncontent-type: application/json\r\n\r\n\
+    {\"error\":{\"message\":\"too many connections of one client; use fewer, or have the operator raise limits.max_connections_per_client\",\
+    \"type\":\"rate_limit_error\",\"param\":null,\"code\":\"too_many_connections\"}}";
+
+/// A server: what connections are accepted, and what is served on them.
+pub(crate) struct Server {
+    /// Its name, for the log and the metrics.
+    pub(crate) what: &'static str,
+    pub(crate) listener: TcpListener,
+    pub(crate) router: Router,
+    pub(crate) tls: Option<Arc<ServerTls>>,
+}
+
+/// How one connection is served.
+#[derive(Clone)]
+struct Manner {
+    http: http1::Builder,
     router: Router,
-    limits: &Limits,
+    tls: Option<Arc<ServerTls>>,
+    /// How long a client may take to say what it wants, its TLS handshake included.
+    header_timeout: Duration,
+    write_stall: Duration,
     stop: watch::Receiver<bool>,
-) {
+}
+
+/// Serves until `stop`, then lets running requests end.
+pub(crate) async fn serve(server: Server, limits: &Limits, stop: watch::Receiver<bool>) {
+    let Server { what, listener, router, tls } = server;
     let most = limits.max_connections as usize;
-    let write_stall = Duration::from_secs(limits.write_stall_s);
+    let header_timeout = Duration::from_secs(limits.header_timeout_s);
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(limits.header_timeout_s));
+    http.timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .max_headers(limits.max_headers as usize)
+        .max_buf_size(limits.max_header_bytes as usize);
+    let write_stall = Duration::from_secs(limits.write_stall_s);
+    let manner = Manner { http, router, tls, header_timeout, write_stall, stop: stop.clone() };
+    let seats = Seats::new(limits.max_connections_per_client);
     let gauge = metrics::gauge!("dynamo_host_connections", "listener" => what);
-    let mut stopped = pin!(stopped(stop.clone()));
+    let refused = metrics::counter!("dynamo_host_connections_refused_total", "listener" => what);
+    let mut stopped = pin!(stopped(stop));
     let mut connections = JoinSet::new();
     let mut was_full = false;
     loop {
         tokio::select! {
             () = &mut stopped => break,
             accepted = listener.accept(), if connections.len() < most => match accepted {
-                Ok((stream, _)) => {
-                    connections.spawn(converse(http.clone(), stream, router.clone(), write_stall, stop.clone()));
+                Ok((stream, address)) => {
+                    match seats.take(address.ip()) {
+                        Some(seat) => drop(connections.spawn(converse(manner.clone(), stream, seat))),
+                        None => {
+                            refused.increment(1);
+                            let tells = manner.tls.is_none();
+                            connections.spawn(async move { if tells { tell(stream, TOO_MANY, header_timeout).await } });
+                        }
+                    }
                     if connections.len() == most && !was_full {
                         was_full = true;
                         tracing::warn!(listener = what, "all {most} connections are in use, more must wait; raise limits.max_connections");
@@ -76,15 +127,36 @@ pub(crate) async fn serve(
 }
 
 /// Serves one connection to its end.
-async fn converse(http: http1::Builder, stream: TcpStream, router: Router, write_stall: Duration, stop: watch::Receiver<bool>) {
+async fn converse(manner: Manner, stream: TcpStream, _seat: Seat) {
     // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
     let _ = stream.set_nodelay(true);
-    let io = TokioIo::new(Impatient::new(stream, write_stall));
-    let mut connection = pin!(http.serve_connection(io, TowerToHyperService::new(router)));
+    let Some(tls) = manner.tls.clone() else {
+        let stream = Impatient::new(stream, manner.write_stall);
+        return exchange(manner, stream).await;
+    };
+    let (patience, write_stall) = (manner.header_timeout, manner.write_stall);
+    let handshake = async {
+        let mut first = [0];
+        if stream.peek(&mut first).await? == 1 && first[0] != TLS_HANDSHAKE {
+            tell(stream, SPEAK_TLS, patience).await;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no TLS"));
+        }
+        TlsAcceptor::from(tls.current()).accept(Impatient::new(stream, write_stall)).await
+    };
+    match tokio::time::timeout(patience, handshake).await {
+        Ok(Ok(stream)) => exchange(manner, stream).await,
+        Ok(Err(error)) => tracing::debug!("a TLS handshake failed: {error}"),
+        Err(_) => tracing::debug!("a TLS handshake was not done within {} s", patience.as_secs()),
+    }
+}
+
+/// Serves what is said on a connection.
+async fn exchange<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(manner: Manner, stream: S) {
+    let mut connection = pin!(manner.http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(manner.router)));
     let ended = tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
-        () = stopped(stop) => {
+        () = stopped(manner.stop) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -92,6 +164,64 @@ async fn converse(http: http1::Builder, stream: TcpStream, router: Router, write
     if let Err(error) = ended {
         let cause = std::error::Error::source(&error).map_or_else(String::new, |source| format!(": {source}"));
         tracing::debug!("a connection broke: {error}{cause}");
+    }
+}
+
+/// Answers a connection that is not served, and closes it. What the client has sent is read first, for a while: a
+/// connection closed over unread bytes is reset, and the answer with it.
+async fn tell(mut stream: TcpStream, answer: &'static str, patience: Duration) {
+    let told = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        let mut rest = tokio::io::AsyncReadExt::take(&mut stream, MAX_UNREAD_BYTES);
+        tokio::io::copy(&mut rest, &mut tokio::io::sink()).await
+    };
+    drop(tokio::time::timeout(patience.min(MAX_TELLING), told).await);
+}
+
+/// How many connections each client has, where that is bounded.
+#[derive(Clone)]
+struct Seats {
+    most: u32,
+    taken: Arc<Mutex<HashMap<IpAddr, u32>>>,
+}
+
+/// One connection's place; dropping it gives it back.
+struct Seat {
+    from: Option<(Seats, IpAddr)>,
+}
+
+impl Seats {
+    /// `most` of 0: no bound, nothing is counted.
+    fn new(most: u32) -> Self {
+        Self { most, taken: Arc::default() }
+    }
+
+    fn take(&self, client: IpAddr) -> Option<Seat> {
+        if self.most == 0 {
+            return Some(Seat { from: None });
+        }
+        let client = client.to_canonical();
+        let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = all.entry(client).or_default();
+        if *taken == self.most {
+            return None;
+        }
+        *taken += 1;
+        Some(Seat { from: Some((self.clone(), client)) })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let Some((seats, client)) = self.from.take() else { return };
+        let mut all = seats.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = all.get_mut(&client) {
+            *taken -= 1;
+            if *taken == 0 {
+                all.remove(&client);
+            }
+        }
     }
 }
 
@@ -174,9 +304,20 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::io::AsyncReadExt as _;
 
     use super::*;
+
+    #[test]
+    fn a_client_has_as_many_seats_as_there_may_be_and_gives_them_back() {
+        let (seats, one, mapped) = (Seats::new(2), "10.0.0.1".parse().unwrap(), "::ffff:10.0.0.1".parse().unwrap());
+        let (first, _second) = (seats.take(one).unwrap(), seats.take(mapped).unwrap());
+        assert!(seats.take(one).is_none() && seats.take("10.0.0.2".parse().unwrap()).is_some());
+        drop(first);
+        assert!(seats.take(one).is_some());
+        assert_eq!(seats.taken.lock().unwrap().len(), 1, "what nobody holds is forgotten");
+        assert!((0..9).all(|_| Seats::new(0).take(one).is_some()));
+    }
 
     #[tokio::test]
     async fn a_write_that_nobody_reads_fails_and_one_that_is_read_does_not() {
