@@ -5,12 +5,12 @@
 //! connection, and what that held is free again. When there are as many connections as may be, no more are accepted:
 //! they wait in the system's backlog; one client's that are too many are told so and closed. The other waits of a request are the request's own.
 
+mod seats;
+
 use std::{
-    collections::HashMap,
     io,
-    net::IpAddr,
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -30,6 +30,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
+use self::seats::{Seat, Seats};
 use crate::{config::Limits, tls::ServerTls};
 
 /// How long to wait when the system gives no more connections, such as when it is out of file descriptors.
@@ -179,52 +180,6 @@ async fn tell(mut stream: TcpStream, answer: &'static str, patience: Duration) {
     drop(tokio::time::timeout(patience.min(MAX_TELLING), told).await);
 }
 
-/// How many connections each client has, where that is bounded.
-#[derive(Clone)]
-struct Seats {
-    most: u32,
-    taken: Arc<Mutex<HashMap<IpAddr, u32>>>,
-}
-
-/// One connection's place; dropping it gives it back.
-struct Seat {
-    from: Option<(Seats, IpAddr)>,
-}
-
-impl Seats {
-    /// `most` of 0: no bound, nothing is counted.
-    fn new(most: u32) -> Self {
-        Self { most, taken: Arc::default() }
-    }
-
-    fn take(&self, client: IpAddr) -> Option<Seat> {
-        if self.most == 0 {
-            return Some(Seat { from: None });
-        }
-        let client = client.to_canonical();
-        let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = all.entry(client).or_default();
-        if *taken == self.most {
-            return None;
-        }
-        *taken += 1;
-        Some(Seat { from: Some((self.clone(), client)) })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let Some((seats, client)) = self.from.take() else { return };
-        let mut all = seats.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = all.get_mut(&client) {
-            *taken -= 1;
-            if *taken == 0 {
-                all.remove(&client);
-            }
-        }
-    }
-}
-
 async fn stopped(mut stop: watch::Receiver<bool>) {
     // A sender that is gone will not say it any more.
     drop(stop.wait_for(|stop| *stop).await);
@@ -307,17 +262,6 @@ mod tests {
     use tokio::io::AsyncReadExt as _;
 
     use super::*;
-
-    #[test]
-    fn a_client_has_as_many_seats_as_there_may_be_and_gives_them_back() {
-        let (seats, one, mapped) = (Seats::new(2), "10.0.0.1".parse().unwrap(), "::ffff:10.0.0.1".parse().unwrap());
-        let (first, _second) = (seats.take(one).unwrap(), seats.take(mapped).unwrap());
-        assert!(seats.take(one).is_none() && seats.take("10.0.0.2".parse().unwrap()).is_some());
-        drop(first);
-        assert!(seats.take(one).is_some());
-        assert_eq!(seats.taken.lock().unwrap().len(), 1, "what nobody holds is forgotten");
-        assert!((0..9).all(|_| Seats::new(0).take(one).is_some()));
-    }
 
     #[tokio::test]
     async fn a_write_that_nobody_reads_fails_and_one_that_is_read_does_not() {
