@@ -40,7 +40,6 @@ const ANTHROPIC_BETA: HeaderName = HeaderName::from_static("anthropic-beta");
 const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// What the front door is made of.
-#[derive(Clone)]
 pub(crate) struct Door {
     pub(crate) lane: Arc<Lane>,
     pub(crate) gate: Gate,
@@ -51,10 +50,10 @@ pub(crate) struct Door {
 
 /// The front door's paths.
 pub(crate) fn router(door: Door, cors: Option<&Cors>) -> Router {
-    let read = |handler: MethodRouter<Door>| handler.fallback(|request: Request| method_not_allowed(request, "GET"));
+    let read = |handler: MethodRouter<Arc<Door>>| handler.fallback(|request: Request| method_not_allowed(request, "GET"));
     let mut router = Router::new();
     for endpoint in Endpoint::ALL {
-        let handler = post(move |State(door): State<Door>, request: Request| generate(door, endpoint, request));
+        let handler = post(move |State(door): State<Arc<Door>>, request: Request| generate(door, endpoint, request));
         router = router.route(endpoint.path(), handler.fallback(|request: Request| method_not_allowed(request, "POST")));
     }
     let router = router
@@ -68,14 +67,14 @@ pub(crate) fn router(door: Door, cors: Option<&Cors>) -> Router {
         .fallback(not_found)
         // The body's bound is the request's own, with an error of our shape.
         .layer(DefaultBodyLimit::disable())
-        .with_state(door);
+        .with_state(Arc::new(door));
     match cors {
         Some(cors) => router.layer(cors::layer(cors)),
         None => router,
     }
 }
 
-async fn generate(door: Door, endpoint: Endpoint, request: Request) -> Response {
+async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Response {
     let at = Instant::now();
     let (parts, body) = request.into_parts();
     let id = request_id(&parts.headers);

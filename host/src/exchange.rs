@@ -45,7 +45,7 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
     let (mut parts, body) = request.into_parts();
-    let authority = uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
+    let authority = uri.authority().map_or("", http::uri::Authority::as_str);
     parts.headers.insert(HOST, HeaderValue::from_str(authority).map_err(|error| error.to_string())?);
     parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
     parts.uri = uri.path_and_query().map_or("/", |path| path.as_str()).parse().expect("a path is a URI");

@@ -9,6 +9,7 @@ mod embeddings;
 mod error;
 mod fields;
 mod order;
+mod prompt;
 mod reply;
 mod responses;
 mod shapes;

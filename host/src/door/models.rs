@@ -1,5 +1,7 @@
 //! The models that are served, as OpenAI's and Anthropic's clients read them; with keys, those that the key may use.
 
+use std::sync::Arc;
+
 use axum::{
     Json,
     extract::{Path, Request, State},
@@ -12,7 +14,7 @@ use super::{ANTHROPIC_VERSION, Door, with_id};
 use crate::error::{Dialect, RequestError};
 
 /// The list.
-pub(super) async fn list(State(door): State<Door>, request: Request) -> Response {
+pub(super) async fn list(State(door): State<Arc<Door>>, request: Request) -> Response {
     let headers = request.headers();
     let caller = match door.gate.admit(headers) {
         Ok(caller) => caller,
@@ -32,7 +34,7 @@ pub(super) async fn list(State(door): State<Door>, request: Request) -> Response
 }
 
 /// One of them. Its name may have slashes.
-pub(super) async fn one(State(door): State<Door>, Path(id): Path<String>, request: Request) -> Response {
+pub(super) async fn one(State(door): State<Arc<Door>>, Path(id): Path<String>, request: Request) -> Response {
     let headers = request.headers();
     let caller = match door.gate.admit(headers) {
         Ok(caller) => caller,
