@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_engine_api::{Chunk, Usage};
+use dynamo_engine_api::{Chunk, Endpoint, Usage};
 use dynamo_host_core::{
     RequestFacts, Worker, WorkerId, WorkerSpec,
     load::{InFlight, Recent},
@@ -37,7 +37,7 @@ pub(crate) struct Account {
     worker: WorkerId,
     spec: Arc<WorkerSpec>,
     decision_id: u64,
-    endpoint: &'static str,
+    endpoint: Endpoint,
     prompt_tokens: u32,
     /// When the client's request came.
     accepted: Instant,
@@ -77,7 +77,7 @@ impl Account {
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
             decision_id: facts.decision_id,
-            endpoint: facts.endpoint.label(),
+            endpoint: facts.endpoint,
             prompt_tokens: facts.prompt.tokens,
             accepted,
             dispatched: Instant::now(),
@@ -110,6 +110,10 @@ impl Account {
 
     pub(crate) fn worker(&self) -> &str {
         &self.spec.name
+    }
+
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        self.endpoint
     }
 
     /// All that a whole answer says of its tokens.
@@ -177,7 +181,7 @@ impl Drop for Account {
             self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
             self.meters.seconds.record(self.accepted.elapsed());
-            count_request(self.endpoint, &self.spec.model, self.status);
+            count_request(self.endpoint.label(), &self.spec.model, self.status);
         }
         if let Some(version) = self.version.take() {
             let row = OutcomeRow {

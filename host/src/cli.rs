@@ -3,6 +3,7 @@
 //! 0: done. 1: the command failed, with one message on stderr. 2: it could not begin: flags, configuration, addresses.
 
 mod admin;
+mod key;
 mod mock;
 mod policy;
 
@@ -30,6 +31,9 @@ enum Command {
     /// Activate, list, roll back, check or measure policies
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// API keys of the front door
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// What a running host is doing
     Status {
         #[command(flatten)]
@@ -99,6 +103,27 @@ enum PolicyCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum KeyCommand {
+    /// Make a key: itself on stderr, this once, and on stdout the lines that let it in, to be added to the keys file
+    New(NewKeyFlags),
+}
+
+#[derive(clap::Args)]
+struct NewKeyFlags {
+    /// Whose key it is; policies see it
+    tenant: String,
+    /// Priority of its requests: higher is sooner
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    priority: Option<i32>,
+    /// A model that it may use, or its name's beginning and a *; may be repeated; without any, all
+    #[arg(long = "model", value_name = "NAME")]
+    models: Vec<String>,
+    /// When it ends: a date, or a time such as 2027-01-31T18:00:00Z
+    #[arg(long, value_name = "DATE")]
+    expires: Option<toml::value::Datetime>,
+}
+
 #[derive(clap::Args)]
 struct AdminFlags {
     /// URL of the host's admin API
@@ -107,6 +132,15 @@ struct AdminFlags {
     /// Its token, if it demands one
     #[arg(long, value_name = "TOKEN", env = "DYNAMO_HOST_ADMIN_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// Certificates to trust if it speaks TLS (PEM) [default: those of the system]
+    #[arg(long, value_name = "FILE", env = "DYNAMO_HOST_ADMIN_CA")]
+    admin_ca: Option<PathBuf>,
+    /// Certificate to show to it (PEM)
+    #[arg(long, value_name = "FILE", env = "DYNAMO_HOST_ADMIN_CERT", requires = "admin_key")]
+    admin_cert: Option<PathBuf>,
+    /// Key of that certificate (PEM)
+    #[arg(long, value_name = "FILE", env = "DYNAMO_HOST_ADMIN_KEY", requires = "admin_cert")]
+    admin_key: Option<PathBuf>,
 }
 
 #[derive(clap::Args, Clone, Copy)]
@@ -146,6 +180,7 @@ pub fn main() -> ExitCode {
             Err(error) => exit(2, Err(error)),
         },
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
+        Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {

@@ -2,6 +2,7 @@
 //!
 //! Unknown keys are errors; a default is stated once, in [`Limits::default`] and [`Config::resolve`].
 
+mod door;
 mod limits;
 
 use std::{
@@ -17,8 +18,12 @@ use clap::Args;
 use dynamo_host_core::Role;
 use serde::Deserialize;
 
-pub(crate) use self::limits::Limits;
-use crate::{policies::Seed, telemetry::LogFormat};
+use self::door::DoorSections;
+pub(crate) use self::{
+    door::{Cors, DoorConfig},
+    limits::Limits,
+};
+use crate::{policies::Seed, telemetry::LogFormat, tls::TlsFiles, trace::Otlp};
 
 /// A configuration that cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +48,14 @@ pub(crate) enum ConfigError {
         "admin address {address} can be reached from other machines, and no token is set; set --admin-token, or use 127.0.0.1"
     )]
     AdminOpen { address: SocketAddr },
+    #[error("auth.keys_file and auth.tenant_header are both set, and a key names its tenant already; keep one of them")]
+    TwoTenants,
+    #[error("auth.tenant_header is {name:?}, which is no name of a header; write one such as x-tenant")]
+    TenantHeader { name: String },
+    #[error("cors.origins has {origin:?}; write SCHEME://HOST[:PORT], or \"*\" alone for any")]
+    CorsOrigin { origin: String },
+    #[error(transparent)]
+    Otlp(#[from] crate::trace::OtlpError),
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
 }
@@ -74,6 +87,9 @@ pub(crate) struct ServeFlags {
     /// Directory that keeps active policies over restarts; without it nothing is kept
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// File of API keys (TOML), see dynamo-host key new; without it nobody is asked for one
+    #[arg(long, value_name = "FILE")]
+    keys: Option<PathBuf>,
     /// Name the worker in the header x-dynamo-worker
     #[arg(long)]
     expose_worker: bool,
@@ -100,6 +116,11 @@ struct File {
     log: Option<LogFormat>,
     log_level: Option<String>,
     routing: Routing,
+    auth: door::Auth,
+    cors: Option<Cors>,
+    tls: Option<TlsFiles>,
+    admin_tls: Option<TlsFiles>,
+    otlp: Option<Otlp>,
     limits: Limits,
     worker: Vec<FileWorker>,
 }
@@ -149,6 +170,7 @@ pub(crate) struct Config {
     pub(crate) log: LogFormat,
     pub(crate) log_level: String,
     pub(crate) limits: Limits,
+    pub(crate) door: DoorConfig,
 }
 
 impl Config {
@@ -195,6 +217,10 @@ impl Config {
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             limits,
+            door: DoorConfig::resolve(
+                DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
+                flags.keys,
+            )?,
         };
         if config.admin_token.is_none() && !is_loopback(config.admin.ip()) {
             return Err(ConfigError::AdminOpen { address: config.admin });
@@ -293,6 +319,7 @@ mod tests {
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
         assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
+        assert!(file.cors.is_some() && file.tls.is_some() && file.admin_tls.is_some() && file.otlp.is_some());
         assert!(file.worker[0].name.is_some() && file.worker[0].labels.len() == 2);
     }
 

@@ -21,18 +21,18 @@ use tokio::{
 
 /// Runtimes to serve connections on. They end, with what runs on them, when this is dropped.
 pub(crate) struct Cores {
-    cores: Vec<Arc<Core>>,
+    cores: Vec<Arc<Runtime>>,
 }
 
-struct Core {
-    runtime: Handle,
+struct Runtime {
+    handle: Handle,
     connections: AtomicUsize,
     /// Dropped, it ends the runtime.
     _alive: Option<oneshot::Sender<()>>,
 }
 
-/// One connection on a core.
-pub(crate) struct Seat(Arc<Core>);
+/// The core that a connection lives on.
+pub(crate) struct Core(Arc<Runtime>);
 
 impl Cores {
     /// As many as the machine has.
@@ -41,42 +41,42 @@ impl Cores {
     /// If the system gives no thread, or no way to wait for events.
     pub(crate) fn start() -> io::Result<Self> {
         let count = thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { cores: (0..count).map(|number| Core::start(number).map(Arc::new)).collect::<io::Result<_>>()? })
+        Ok(Self { cores: (0..count).map(|number| Runtime::start(number).map(Arc::new)).collect::<io::Result<_>>()? })
     }
 
     /// The runtime that asks for it, and no thread of its own.
     pub(crate) fn here() -> Self {
-        let core = Core { runtime: Handle::current(), connections: AtomicUsize::new(0), _alive: None };
+        let core = Runtime { handle: Handle::current(), connections: AtomicUsize::new(0), _alive: None };
         Self { cores: vec![Arc::new(core)] }
     }
 
-    /// A seat where there are fewest connections.
-    pub(crate) fn seat(&self) -> Seat {
+    /// The one with the fewest connections.
+    pub(crate) fn next(&self) -> Core {
         let core = self.cores.iter().min_by_key(|core| core.connections.load(Relaxed)).expect("there is at least one core");
         core.connections.fetch_add(1, Relaxed);
-        Seat(Arc::clone(core))
+        Core(Arc::clone(core))
     }
 }
 
-impl Core {
+impl Runtime {
     fn start(number: usize) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (alive, dropped) = oneshot::channel::<()>();
         let run = move || drop(runtime.block_on(dropped));
         thread::Builder::new().name(format!("core-{number}")).spawn(run)?;
-        Ok(Self { runtime: handle, connections: AtomicUsize::new(0), _alive: Some(alive) })
+        Ok(Self { handle, connections: AtomicUsize::new(0), _alive: Some(alive) })
     }
 }
 
-impl Seat {
+impl Core {
     /// Where to run what the connection needs.
     pub(crate) fn runtime(&self) -> &Handle {
-        &self.0.runtime
+        &self.0.handle
     }
 }
 
-impl Drop for Seat {
+impl Drop for Core {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Relaxed);
     }

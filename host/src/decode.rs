@@ -54,29 +54,71 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
         let expected = format!("use a name of GET /v1/models, of at most {MAX_MODEL_BYTES} bytes");
         return Err(RequestError::InvalidField { field: "model", found: format!("{} bytes long", model.len()), expected });
     }
-    let stream = fields.read("stream", "true or false")?.unwrap_or(false);
+    let is_streamable = !matches!(endpoint, Endpoint::Embeddings | Endpoint::CountTokens);
+    let stream = is_streamable && fields.read("stream", "true or false")?.unwrap_or(false);
     let prompt = match endpoint {
-        Endpoint::ChatCompletions => Prompt::of_messages(&fields)?,
-        _ => Prompt::of_prompt(&fields)?,
+        Endpoint::ChatCompletions => Prompt::of_chat(&fields)?,
+        Endpoint::Completions => Prompt::of_batch(&fields, "prompt")?,
+        Endpoint::Embeddings => Prompt::of_batch(&fields, "input")?,
+        Endpoint::Responses => {
+            refuse_stored(&fields)?;
+            Prompt::of_response(&fields)?
+        }
+        Endpoint::Messages | Endpoint::CountTokens => Prompt::of_message(&fields)?,
     };
     let limit = format!("a whole number from 0 to {}; omit it for the model's own limit", bounds.max_output_tokens);
-    let max_completion_tokens = fields.integer("max_completion_tokens", bounds.max_output_tokens, &limit)?;
-    let max_tokens = fields.integer("max_tokens", bounds.max_output_tokens, &limit)?;
-    let choices_expected = format!("a whole number from 1 to {}", bounds.max_choices);
-    let choices = fields.integer("n", bounds.max_choices, &choices_expected)?;
-    if let (Some(0), Some(raw)) = (choices, fields.get("n")) {
-        return Err(invalid("n", raw, &choices_expected));
+    let mut max_output_tokens = None;
+    for field in output_limits(endpoint) {
+        max_output_tokens = max_output_tokens.or(fields.integer(field, bounds.max_output_tokens, &limit)?);
     }
+    let choices = match endpoint {
+        Endpoint::ChatCompletions | Endpoint::Completions => choices(&fields, prompt.count, bounds.max_choices)?,
+        _ => 1,
+    };
 
     let mut facts = RequestFacts::new(id, model, endpoint);
     facts.prompt = prompt.tokens;
     facts.prefix_key = prompt.prefix_key;
     facts.multimodal_items = prompt.multimodal_items;
-    facts.max_output_tokens = max_completion_tokens.or(max_tokens).map(|tokens| tokens as u32);
-    facts.choices = choices.unwrap_or(1) as u32;
+    facts.max_output_tokens = max_output_tokens.map(|tokens| tokens as u32);
+    facts.choices = choices;
     facts.flags = fields.flags(stream);
     let body = fields.without_hosts()?.map_or_else(|| body.clone(), Bytes::from);
     Ok(Decoded { facts, body, stream })
+}
+
+/// The fields that limit the output, the one that wins first.
+fn output_limits(endpoint: Endpoint) -> &'static [&'static str] {
+    match endpoint {
+        Endpoint::ChatCompletions => &["max_completion_tokens", "max_tokens"],
+        Endpoint::Completions | Endpoint::Messages => &["max_tokens"],
+        Endpoint::Responses => &["max_output_tokens"],
+        Endpoint::Embeddings | Endpoint::CountTokens => &[],
+    }
+}
+
+/// Choices of the answer: `n` for each prompt.
+fn choices(fields: &Fields<'_>, prompts: u32, max: u64) -> Result<u32, RequestError> {
+    let expected = format!("a whole number from 1 to {max}");
+    let n = fields.integer("n", max, &expected)?;
+    match (n, fields.get("n")) {
+        (Some(0), Some(raw)) => Err(invalid("n", raw, &expected)),
+        _ => Ok((n.unwrap_or(1) as u32).saturating_mul(prompts)),
+    }
+}
+
+/// Refuses what only the engine that stored something could serve.
+fn refuse_stored(fields: &Fields<'_>) -> Result<(), RequestError> {
+    for (field, instead) in [
+        ("previous_response_id", "send the whole conversation as `input`"),
+        ("conversation", "send the whole conversation as `input`"),
+        ("background", "wait for the answer, or stream it"),
+    ] {
+        if fields.get(field).is_some_and(|value| value.get() != "false") {
+            return Err(RequestError::Stateful { field, instead });
+        }
+    }
+    Ok(())
 }
 
 /// A field that is not what it should be. Only a number is shown: anything else may be a prompt.

@@ -1,81 +1,134 @@
-//! The front door: OpenAI's paths, and the signs of life that orchestrators ask for.
+//! The front door: OpenAI's and Anthropic's paths, and the signs of life that orchestrators ask for.
+
+mod cors;
+mod health;
+mod models;
 
 use std::{sync::Arc, time::Instant};
 
 use axum::{
     Json, Router,
-    body::Body,
     extract::{DefaultBodyLimit, Request, State},
-    response::{IntoResponse, Response},
-    routing::{get, post},
+    response::Response,
+    routing::{MethodRouter, any, get, post},
 };
 use dynamo_engine_api::Endpoint;
-use dynamo_host_core::{WorkerState, id};
-use http::{
-    HeaderMap, HeaderName, HeaderValue, StatusCode,
-    header::{ALLOW, CONTENT_TYPE},
-};
+use dynamo_host_core::id;
+use http::{HeaderMap, HeaderName, HeaderValue, header::ALLOW, request::Parts};
 use metrics_exporter_prometheus::PrometheusHandle;
+use opentelemetry::trace::TraceContextExt as _;
 use serde_json::json;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::{
     account::count_request,
-    error::{Audience, RequestError},
+    auth::Gate,
+    config::Cors,
+    error::{Audience, Dialect, RequestError},
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
+    trace::{self, Parent, Traces},
 };
 
 /// Longest request id that is taken from a client.
 const MAX_ID_BYTES: usize = 128;
 
-#[derive(Clone)]
-struct Door {
-    lane: Arc<Lane>,
-    prometheus: PrometheusHandle,
+/// What Anthropic's clients say of the API they mean; engines that speak it are told.
+const ANTHROPIC_VERSION: HeaderName = HeaderName::from_static("anthropic-version");
+const ANTHROPIC_BETA: HeaderName = HeaderName::from_static("anthropic-beta");
+/// Where they look for the request's id.
+const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
+
+/// What the front door is made of.
+pub(crate) struct Door {
+    pub(crate) lane: Arc<Lane>,
+    pub(crate) gate: Gate,
+    pub(crate) prometheus: PrometheusHandle,
+    /// Where spans are exported, if they are.
+    pub(crate) traces: Option<Arc<Traces>>,
 }
 
 /// The front door's paths.
-pub(crate) fn router(lane: Arc<Lane>, prometheus: PrometheusHandle) -> Router {
-    let generate = |endpoint: Endpoint| {
-        post(move |State(door): State<Door>, request: Request| generate(door.lane, endpoint, request))
-            .fallback(|request: Request| method_not_allowed(request, "POST"))
-    };
-    let read =
-        |handler: axum::routing::MethodRouter<Door>| handler.fallback(|request: Request| method_not_allowed(request, "GET"));
-    Router::new()
-        .route(Endpoint::ChatCompletions.path(), generate(Endpoint::ChatCompletions))
-        .route(Endpoint::Completions.path(), generate(Endpoint::Completions))
-        .route("/v1/models", read(get(models)))
+pub(crate) fn router(door: Door, cors: Option<&Cors>) -> Router {
+    let read = |handler: MethodRouter<Arc<Door>>| handler.fallback(|request: Request| method_not_allowed(request, "GET"));
+    let mut router = Router::new();
+    for endpoint in Endpoint::ALL {
+        let handler = post(move |State(door): State<Arc<Door>>, request: Request| generate(door, endpoint, request));
+        router = router.route(endpoint.path(), handler.fallback(|request: Request| method_not_allowed(request, "POST")));
+    }
+    let router = router
+        .route("/v1/responses/{*rest}", any(nothing_stored))
+        .route("/v1/models", read(get(models::list)))
+        .route("/v1/models/{*id}", read(get(models::one)))
         .route("/live", read(get(|| async { Json(json!({ "status": "live" })) })))
-        .route("/ready", read(get(ready)))
-        .route("/health", read(get(health)))
-        .route("/metrics", read(get(metrics)))
+        .route("/ready", read(get(health::ready)))
+        .route("/health", read(get(health::health)))
+        .route("/metrics", read(get(health::metrics)))
         .fallback(not_found)
         // The body's bound is the request's own, with an error of our shape.
         .layer(DefaultBodyLimit::disable())
-        .with_state(Door { lane, prometheus })
+        .with_state(Arc::new(door));
+    match cors {
+        Some(cors) => router.layer(cors::layer(cors)),
+        None => router,
+    }
 }
 
-async fn generate(lane: Arc<Lane>, endpoint: Endpoint, request: Request) -> Response {
+async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Response {
     let at = Instant::now();
     let (parts, body) = request.into_parts();
     let id = request_id(&parts.headers);
-    let span = tracing::info_span!("request", id, endpoint = endpoint.label());
-    let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
-    let arrival = Arrival { endpoint, id: id.clone(), session_key, body, at };
+    let (span, headers) = open(&door, endpoint, &id, &parts);
     let mut notes = Notes::default();
-    let served = request::serve(&lane, arrival, &mut notes).instrument(span.clone()).await;
-    served.unwrap_or_else(|error| {
+    let served = match door.gate.admit(&parts.headers) {
+        Ok(caller) => {
+            let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
+            let arrival = Arrival { endpoint, id: id.clone(), session_key, caller, headers, body, at };
+            request::serve(&door.lane, arrival, &mut notes).instrument(span.clone()).await
+        }
+        Err(error) => Err(error),
+    };
+    let dialect = Dialect::of(endpoint);
+    let response = served.unwrap_or_else(|error| {
         span.in_scope(|| error.record());
         // A name that no worker serves must not become a label.
         count_request(endpoint.label(), notes.model.as_deref().unwrap_or("none"), error.status());
-        let mut response = with_header(error.response(lane.audience()), REQUEST_ID, &id);
-        if let Some(policy) = notes.policy {
-            response = with_header(response, POLICY, &policy);
+        let response = with_header(error.response(dialect, door.lane.audience()), REQUEST_ID, &id);
+        match &notes.policy {
+            Some(policy) => with_header(response, POLICY, policy),
+            None => response,
         }
-        response
-    })
+    });
+    let status = response.status().as_u16();
+    tracing::debug!(parent: &span, model = notes.model, policy = notes.policy, status, "answer began");
+    match dialect {
+        Dialect::OpenAi => response,
+        Dialect::Anthropic => with_header(response, ANTHROPIC_REQUEST_ID, &id),
+    }
+}
+
+/// The request's span in the log, and the headers that go with it to an engine.
+fn open(door: &Door, endpoint: Endpoint, id: &str, parts: &Parts) -> (Span, HeaderMap) {
+    let mut headers = HeaderMap::new();
+    if Dialect::of(endpoint) == Dialect::Anthropic {
+        for name in [ANTHROPIC_VERSION, ANTHROPIC_BETA] {
+            for value in parts.headers.get_all(&name) {
+                headers.append(&name, value.clone());
+            }
+        }
+    }
+    let request_span = |trace_id: Option<&str>| tracing::info_span!("request", id, endpoint = endpoint.label(), trace_id);
+    let parent = Parent::of(&parts.headers);
+    let Some(traces) = &door.traces else {
+        parent.iter().for_each(|parent| parent.pass(&mut headers));
+        return (request_span(parent.as_ref().map(Parent::trace_id)), headers);
+    };
+    let context = traces.begin(endpoint, parent.as_ref());
+    let ours = context.span().span_context().clone();
+    trace::pass_ours(&ours, parent.as_ref(), &mut headers);
+    let span = request_span(Some(&ours.trace_id().to_string()));
+    trace::attach(&span, context);
+    (span, headers)
 }
 
 /// The client's id if it can be used in logs and headers, else one of ours.
@@ -92,6 +145,11 @@ fn new_id() -> String {
     format!("{:016x}{:016x}", half(), half())
 }
 
+/// The same answer under the id of the request that these headers came with.
+fn with_id(response: Response, headers: &HeaderMap) -> Response {
+    with_header(response, REQUEST_ID, &request_id(headers))
+}
+
 fn with_header(mut response: Response, name: HeaderName, value: &str) -> Response {
     if let Ok(value) = HeaderValue::from_str(value) {
         response.headers_mut().insert(name, value);
@@ -99,48 +157,13 @@ fn with_header(mut response: Response, name: HeaderName, value: &str) -> Respons
     response
 }
 
-async fn models(State(door): State<Door>) -> Response {
-    let snapshot = door.lane.roster.snapshot();
-    let card = |id: &String| json!({ "id": id, "object": "model", "created": 0, "owned_by": "dynamo-host" });
-    let cards: Vec<_> = snapshot.fleet().models().iter().map(card).collect();
-    Json(json!({ "object": "list", "data": cards })).into_response()
-}
-
-/// 200 while at least one worker can serve.
-async fn ready(State(door): State<Door>) -> Response {
-    let ready = healthy_workers(&door);
-    let (status, word) = if ready > 0 { (StatusCode::OK, "ready") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready") };
-    (status, Json(json!({ "status": word, "ready_workers": ready }))).into_response()
-}
-
-/// What is wrong, if anything is; 503 when nothing can be served.
-async fn health(State(door): State<Door>) -> Response {
-    let workers = door.lane.roster.report();
-    let ready = healthy_workers(&door);
-    let troubles: Vec<_> = workers
-        .iter()
-        .filter(|worker| worker.state != WorkerState::Healthy)
-        .map(|worker| json!({ "worker": worker.name, "model": worker.model, "state": worker.state, "reason": worker.trouble }))
-        .collect();
-    let (status, word) = match (ready, troubles.is_empty()) {
-        (0, _) => (StatusCode::SERVICE_UNAVAILABLE, "down"),
-        (_, true) => (StatusCode::OK, "healthy"),
-        (_, false) => (StatusCode::OK, "degraded"),
-    };
-    (status, Json(json!({ "status": word, "ready_workers": ready, "troubles": troubles }))).into_response()
-}
-
-fn healthy_workers(door: &Door) -> usize {
-    door.lane.roster.snapshot().fleet().workers().iter().filter(|worker| worker.state.is_eligible()).count()
-}
-
-async fn metrics(State(door): State<Door>) -> Response {
-    let text = [(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"))];
-    (text, Body::from(door.prometheus.render())).into_response()
-}
-
 async fn not_found(request: Request) -> Response {
     misdirected(&request, RequestError::NotFound { path: request.uri().path().to_owned() })
+}
+
+async fn nothing_stored(request: Request) -> Response {
+    let path = request.uri().path().to_owned();
+    misdirected(&request, RequestError::NothingStored { path })
 }
 
 async fn method_not_allowed(request: Request, allowed: &'static str) -> Response {
@@ -152,5 +175,5 @@ async fn method_not_allowed(request: Request, allowed: &'static str) -> Response
 /// A request that is for nothing here.
 fn misdirected(request: &Request, error: RequestError) -> Response {
     error.record();
-    with_header(error.response(Audience::Client), REQUEST_ID, &request_id(request.headers()))
+    with_id(error.response(Dialect::of_path(request.uri().path()), Audience::Client), request.headers())
 }

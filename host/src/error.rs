@@ -1,4 +1,4 @@
-//! The one table that turns an error into status, OpenAI error JSON, metric label and log level.
+//! The one table that turns an error into status, error JSON in the client's dialect, metric label and log level.
 //!
 //! The log says all; a client is told which engine it was only where the operator exposes workers.
 
@@ -6,10 +6,14 @@ use axum::{
     Json,
     response::{IntoResponse, Response},
 };
-use dynamo_engine_api::EngineError;
+use bytes::Bytes;
+use dynamo_engine_api::{Endpoint, EngineError};
 use dynamo_host_core::Rejection;
-use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
-use serde_json::json;
+use http::{
+    HeaderValue, StatusCode,
+    header::{RETRY_AFTER, WWW_AUTHENTICATE},
+};
+use serde_json::{Value, json};
 
 use crate::text::plain;
 
@@ -42,10 +46,25 @@ pub(crate) enum RequestError {
         "the request was not done within {seconds} s; ask for fewer tokens, or have the operator raise limits.request_timeout_s"
     )]
     Deadline { seconds: u64 },
-    #[error("there is no {path} here; POST /v1/chat/completions or /v1/completions, GET /v1/models")]
+    #[error("there is no {path} here; GET /v1/models, or POST {}", posts())]
     NotFound { path: String },
     #[error("{path} does not take {method}; use {allowed}")]
     MethodNotAllowed { path: String, method: String, allowed: &'static str },
+    #[error("an API key is needed; send it as `authorization: Bearer …` or `x-api-key: …`")]
+    MissingKey,
+    #[error("the API key is not known here; check that it is whole, or ask the operator for one")]
+    InvalidKey,
+    #[error("the API key has expired; ask the operator for another")]
+    ExpiredKey,
+    #[error("this API key may not use model {model:?}; GET /v1/models lists what it may")]
+    ModelNotAllowed { model: String },
+    #[error("`{field}` needs what one engine has stored, and requests may go to any of several; {instead}")]
+    Stateful { field: &'static str, instead: &'static str },
+    #[error(
+        "there is no {path} here: a stored response lives in one engine, and requests may go to any of several; \
+         keep what POST /v1/responses answers"
+    )]
+    NothingStored { path: String },
     #[error("{}", .0.reason)]
     Rejected(Rejection),
     #[error(transparent)]
@@ -58,6 +77,42 @@ struct Row {
     kind: &'static str,
     /// OpenAI's `code`, and the metric label.
     code: &'static str,
+}
+
+/// Whose API a client speaks: the shape in which it reads errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    OpenAi,
+    Anthropic,
+}
+
+impl Dialect {
+    pub(crate) fn of(endpoint: Endpoint) -> Self {
+        match endpoint {
+            Endpoint::Messages | Endpoint::CountTokens => Self::Anthropic,
+            _ => Self::OpenAi,
+        }
+    }
+
+    /// Of a path, be it one of ours or not.
+    pub(crate) fn of_path(path: &str) -> Self {
+        if path.starts_with(Endpoint::Messages.path()) { Self::Anthropic } else { Self::OpenAi }
+    }
+}
+
+/// Anthropic's `error.type` for a status.
+fn anthropic_kind(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
+        StatusCode::FORBIDDEN => "permission_error",
+        StatusCode::NOT_FOUND => "not_found_error",
+        StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+        StatusCode::SERVICE_UNAVAILABLE => "overloaded_error",
+        StatusCode::GATEWAY_TIMEOUT => "timeout_error",
+        status if status.is_client_error() => "invalid_request_error",
+        _ => "api_error",
+    }
 }
 
 impl RequestError {
@@ -78,6 +133,12 @@ impl RequestError {
             Self::NotFound { .. } => row(StatusCode::NOT_FOUND, INVALID, "not_found"),
             Self::MethodNotAllowed { .. } => row(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed"),
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "no_worker"),
+            Self::MissingKey => row(StatusCode::UNAUTHORIZED, INVALID, "missing_api_key"),
+            Self::InvalidKey => row(StatusCode::UNAUTHORIZED, INVALID, "invalid_api_key"),
+            Self::ExpiredKey => row(StatusCode::UNAUTHORIZED, INVALID, "expired_api_key"),
+            Self::ModelNotAllowed { .. } => row(StatusCode::FORBIDDEN, INVALID, "model_not_allowed"),
+            Self::Stateful { .. } => row(StatusCode::BAD_REQUEST, INVALID, "stateful_responses"),
+            Self::NothingStored { .. } => row(StatusCode::NOT_FOUND, INVALID, "stateful_responses"),
             Self::Deadline { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "request_timeout"),
             Self::Rejected(rejection) => {
                 let status = StatusCode::from_u16(rejection.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
@@ -110,20 +171,36 @@ impl RequestError {
         }
     }
 
-    /// The body, in OpenAI's shape.
-    pub(crate) fn body(&self, to: Audience) -> serde_json::Value {
-        let row = self.row();
-        let param = match self {
-            Self::MissingField { field, .. } | Self::InvalidField { field, .. } => Some(*field),
-            Self::ModelNotFound { .. } => Some("model"),
-            _ => None,
+    /// The body.
+    pub(crate) fn body(&self, dialect: Dialect, to: Audience) -> Value {
+        let Row { status, kind, code } = self.row();
+        let message = self.text(to);
+        match dialect {
+            Dialect::OpenAi => json!({ "error": { "message": message, "type": kind, "param": self.param(), "code": code } }),
+            Dialect::Anthropic => json!({ "type": "error", "error": { "type": anthropic_kind(status), "message": message } }),
+        }
+    }
+
+    /// The event that ends a stream which had begun.
+    pub(crate) fn event(&self, endpoint: Endpoint, to: Audience) -> Bytes {
+        let mut body = self.body(Dialect::of(endpoint), to);
+        let name = match endpoint {
+            Endpoint::Messages | Endpoint::CountTokens => "event: error\n",
+            Endpoint::Responses => {
+                // Documented is the flat form; official clients raise an exception at an `error` member only.
+                let Row { code, .. } = self.row();
+                let flat = json!({ "type": "error", "code": code, "message": self.text(to), "param": self.param() });
+                body.as_object_mut().expect("a body is an object").extend(flat.as_object().expect("this is one").clone());
+                "event: error\n"
+            }
+            _ => "",
         };
-        json!({ "error": { "message": self.text(to), "type": row.kind, "param": param, "code": row.code } })
+        Bytes::from(format!("{name}data: {body}\n\n"))
     }
 
     /// The answer to the request.
-    pub(crate) fn response(&self, to: Audience) -> Response {
-        let mut response = (self.status(), Json(self.body(to))).into_response();
+    pub(crate) fn response(&self, dialect: Dialect, to: Audience) -> Response {
+        let mut response = (self.status(), Json(self.body(dialect, to))).into_response();
         let retry_after_ms = match self {
             Self::Rejected(rejection) => rejection.retry_after_ms,
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } => Some(1000),
@@ -133,7 +210,21 @@ impl RequestError {
             // The header knows whole seconds: later rather than too early.
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(u64::from(ms).div_ceil(1000)));
         }
+        if response.status() == StatusCode::UNAUTHORIZED {
+            let given = if matches!(self, Self::MissingKey) { "" } else { ", error=\"invalid_token\"" };
+            let challenge = HeaderValue::try_from(format!("Bearer realm=\"dynamo-host\"{given}"));
+            response.headers_mut().insert(WWW_AUTHENTICATE, challenge.expect("it is ASCII"));
+        }
         response
+    }
+
+    /// OpenAI's `param`.
+    fn param(&self) -> Option<&'static str> {
+        match self {
+            Self::MissingField { field, .. } | Self::InvalidField { field, .. } | Self::Stateful { field, .. } => Some(field),
+            Self::ModelNotFound { .. } | Self::ModelNotAllowed { .. } => Some("model"),
+            _ => None,
+        }
     }
 
     fn text(&self, to: Audience) -> String {
@@ -143,6 +234,11 @@ impl RequestError {
             _ => self.to_string(),
         }
     }
+}
+
+/// What can be posted, for people.
+fn posts() -> String {
+    Endpoint::ALL.map(Endpoint::path).join(", ")
 }
 
 /// Who reads an error.
@@ -176,8 +272,11 @@ mod tests {
     fn a_client_is_not_told_which_engine_failed_and_an_operator_is() {
         let error =
             RequestError::from(EngineError::Connect { engine: "http://10.0.0.7:1".to_owned(), reason: "no\nway".to_owned() });
-        assert_eq!(error.body(Audience::Client)["error"]["message"], "cannot connect to the engine: no way");
-        assert_eq!(error.body(Audience::Operator)["error"]["message"], "cannot connect to http://10.0.0.7:1: no way");
+        assert_eq!(error.body(Dialect::OpenAi, Audience::Client)["error"]["message"], "cannot connect to the engine: no way");
+        assert_eq!(
+            error.body(Dialect::OpenAi, Audience::Operator)["error"]["message"],
+            "cannot connect to http://10.0.0.7:1: no way"
+        );
     }
 
     #[test]
@@ -187,10 +286,30 @@ mod tests {
         {
             let rejection = Rejection { status, retry_after_ms: Some(1), reason: "no\r\n".to_owned() + &"x".repeat(5000) };
             let error = RequestError::Rejected(rejection);
-            let body = error.body(Audience::Client);
+            let body = error.body(Dialect::OpenAi, Audience::Client);
             assert_eq!((error.status().as_u16(), &body["error"]["type"]), (status, &json!(kind)));
             let message = body["error"]["message"].as_str().unwrap();
             assert!(message.len() < 1100 && message.starts_with("no  x"), "{message}");
         }
+    }
+
+    #[test]
+    fn each_dialect_has_its_shape_whole_and_in_a_stream() {
+        let error = RequestError::ModelNotFound { model: "x".to_owned() };
+        let body = error.body(Dialect::Anthropic, Audience::Client);
+        assert_eq!((&body["type"], &body["error"]["type"]), (&json!("error"), &json!("not_found_error")));
+        let event = |endpoint| String::from_utf8(error.event(endpoint, Audience::Client).to_vec()).unwrap();
+        assert_eq!(event(Endpoint::Messages), format!("event: error\ndata: {body}\n\n"));
+        assert!(event(Endpoint::ChatCompletions).starts_with("data: {\"error\":{\"code\":\"model_not_found\""));
+        let flat: Value = serde_json::from_str(event(Endpoint::Responses).strip_prefix("event: error\ndata: ").unwrap()).unwrap();
+        assert_eq!((&flat["type"], &flat["code"], &flat["param"]), (&json!("error"), &json!("model_not_found"), &json!("model")));
+        assert!(flat["error"]["message"].is_string());
+    }
+
+    #[test]
+    fn a_challenge_says_how_to_authenticate() {
+        let response = RequestError::InvalidKey.response(Dialect::Anthropic, Audience::Client);
+        assert_eq!(response.status(), 401);
+        assert_eq!(response.headers()[WWW_AUTHENTICATE], "Bearer realm=\"dynamo-host\", error=\"invalid_token\"");
     }
 }

@@ -5,6 +5,7 @@
 
 mod account;
 mod admin;
+mod auth;
 mod body;
 pub mod cli;
 mod clock;
@@ -14,6 +15,7 @@ mod decode;
 mod dispatch;
 mod door;
 mod error;
+mod exchange;
 mod listener;
 mod meters;
 mod observe;
@@ -25,3 +27,6 @@ mod serve;
 mod tasks;
 mod telemetry;
 mod text;
+mod tls;
+mod trace;
+mod watch;

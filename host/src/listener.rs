@@ -1,12 +1,16 @@
-//! Listeners: connections are accepted and served HTTP/1.1, with a bound on their number and on every wait.
+//! Listeners: connections are accepted and served HTTP/1.1, plain or with TLS, with a bound on their number and on every
+//! wait.
 //!
 //! Contract: a client that is slow to say what it wants, or reads nothing of what is there for it, loses its
 //! connection, and what that held is free again. When there are as many connections as may be, no more are accepted:
-//! they wait in the system's backlog. The other waits of a request are the request's own.
+//! they wait in the system's backlog; one client's that are too many are told so and closed. The other waits of a request are the request's own.
+
+mod seats;
 
 use std::{
     io,
     pin::{Pin, pin},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -18,46 +22,98 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::watch,
     task::{JoinError, JoinSet},
     time::Sleep,
 };
+use tokio_rustls::TlsAcceptor;
 
+use self::seats::{Seat, Seats};
 use crate::{
     config::Limits,
-    cores::{Cores, Seat},
+    cores::{Core, Cores},
+    tls::ServerTls,
 };
 
 /// How long to wait when the system gives no more connections, such as when it is out of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
-/// Serves `router` until `stop`, then lets running requests end.
-pub(crate) async fn serve(
-    what: &'static str,
-    listener: TcpListener,
+/// How long a client that is not served may take to hear so, and what is read of it meanwhile.
+const MAX_TELLING: Duration = Duration::from_secs(2);
+const MAX_UNREAD_BYTES: u64 = 1 << 20;
+
+/// The first byte of every TLS connection: a handshake record's type.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// What a client that spoke plain HTTP to TLS is told.
+const SPEAK_TLS: &str = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n\r\n\
+    {\"error\":{\"message\":\"this port speaks TLS; use https://\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":\"tls_required\"}}";
+
+/// What a client with too many connections is told.
+const TOO_MANY: &str = "HTTP/1.1 429 Too Many Requests\r\nconnection: close\r\nretry-after: 1\r\ncontent-type: application/json\r\n\r\n\
+    {\"error\":{\"message\":\"too many connections of one client; use fewer, or have the operator raise limits.max_connections_per_client\",\
+    \"type\":\"rate_limit_error\",\"param\":null,\"code\":\"too_many_connections\"}}";
+
+/// A server: what connections are accepted, and what is served on them.
+pub(crate) struct Server {
+    /// Its name, for the log and the metrics.
+    pub(crate) what: &'static str,
+    pub(crate) listener: TcpListener,
+    pub(crate) router: Router,
+    pub(crate) tls: Option<Arc<ServerTls>>,
+    /// Where connections live.
+    pub(crate) cores: Cores,
+}
+
+/// How one connection is served.
+#[derive(Clone)]
+struct Manner {
+    http: http1::Builder,
     router: Router,
-    limits: &Limits,
-    cores: &Cores,
+    tls: Option<Arc<ServerTls>>,
+    /// How long a client may take to say what it wants, its TLS handshake included.
+    header_timeout: Duration,
+    write_stall: Duration,
     stop: watch::Receiver<bool>,
-) {
+}
+
+/// Serves until `stop`, then lets running requests end.
+pub(crate) async fn serve(server: Server, limits: &Limits, stop: watch::Receiver<bool>) {
+    let Server { what, listener, router, tls, cores } = server;
     let most = limits.max_connections as usize;
-    let write_stall = Duration::from_secs(limits.write_stall_s);
+    let header_timeout = Duration::from_secs(limits.header_timeout_s);
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(limits.header_timeout_s));
+    http.timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .max_headers(limits.max_headers as usize)
+        .max_buf_size(limits.max_header_bytes as usize);
+    let write_stall = Duration::from_secs(limits.write_stall_s);
+    let manner = Manner { http, router, tls, header_timeout, write_stall, stop: stop.clone() };
+    let seats = Seats::new(limits.max_connections_per_client);
     let gauge = metrics::gauge!("dynamo_host_connections", "listener" => what);
-    let mut stopped = pin!(stopped(stop.clone()));
+    let refused = metrics::counter!("dynamo_host_connections_refused_total", "listener" => what);
+    let mut stopped = pin!(stopped(stop));
     let mut connections = JoinSet::new();
     let mut was_full = false;
     loop {
         tokio::select! {
             () = &mut stopped => break,
             accepted = listener.accept(), if connections.len() < most => match accepted {
-                Ok((stream, _)) => {
-                    let seat = cores.seat();
-                    let core = seat.runtime().clone();
-                    connections.spawn_on(converse(seat, http.clone(), stream, router.clone(), write_stall, stop.clone()), &core);
+                Ok((stream, address)) => {
+                    match seats.take(address.ip()) {
+                        Some(seat) => {
+                            let core = cores.next();
+                            let runtime = core.runtime().clone();
+                            connections.spawn_on(converse(manner.clone(), stream, seat, core), &runtime);
+                        }
+                        None => {
+                            refused.increment(1);
+                            let tells = manner.tls.is_none();
+                            connections.spawn(async move { if tells { tell(stream, TOO_MANY, header_timeout).await } });
+                        }
+                    }
                     if connections.len() == most && !was_full {
                         was_full = true;
                         tracing::warn!(listener = what, "all {most} connections are in use, more must wait; raise limits.max_connections");
@@ -82,24 +138,38 @@ pub(crate) async fn serve(
 }
 
 /// Serves one connection to its end.
-async fn converse(
-    _seat: Seat,
-    http: http1::Builder,
-    stream: TcpStream,
-    router: Router,
-    write_stall: Duration,
-    stop: watch::Receiver<bool>,
-) {
+async fn converse(manner: Manner, stream: TcpStream, _seat: Seat, _core: Core) {
     // It was accepted on another runtime, whose events this one does not wait for.
     let Ok(stream) = stream.into_std().and_then(TcpStream::from_std) else { return };
     // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
     let _ = stream.set_nodelay(true);
-    let io = TokioIo::new(Impatient::new(stream, write_stall));
-    let mut connection = pin!(http.serve_connection(io, TowerToHyperService::new(router)));
+    let Some(tls) = manner.tls.clone() else {
+        let stream = Impatient::new(stream, manner.write_stall);
+        return exchange(manner, stream).await;
+    };
+    let (patience, write_stall) = (manner.header_timeout, manner.write_stall);
+    let handshake = async {
+        let mut first = [0];
+        if stream.peek(&mut first).await? == 1 && first[0] != TLS_HANDSHAKE {
+            tell(stream, SPEAK_TLS, patience).await;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no TLS"));
+        }
+        TlsAcceptor::from(tls.current()).accept(Impatient::new(stream, write_stall)).await
+    };
+    match tokio::time::timeout(patience, handshake).await {
+        Ok(Ok(stream)) => exchange(manner, stream).await,
+        Ok(Err(error)) => tracing::debug!("a TLS handshake failed: {error}"),
+        Err(_) => tracing::debug!("a TLS handshake was not done within {} s", patience.as_secs()),
+    }
+}
+
+/// Serves what is said on a connection.
+async fn exchange<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(manner: Manner, stream: S) {
+    let mut connection = pin!(manner.http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(manner.router)));
     let ended = tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
-        () = stopped(stop) => {
+        () = stopped(manner.stop) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -108,6 +178,18 @@ async fn converse(
         let cause = std::error::Error::source(&error).map_or_else(String::new, |source| format!(": {source}"));
         tracing::debug!("a connection broke: {error}{cause}");
     }
+}
+
+/// Answers a connection that is not served, and closes it. What the client has sent is read first, for a while: a
+/// connection closed over unread bytes is reset, and the answer with it.
+async fn tell(mut stream: TcpStream, answer: &'static str, patience: Duration) {
+    let told = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        let mut rest = tokio::io::AsyncReadExt::take(&mut stream, MAX_UNREAD_BYTES);
+        tokio::io::copy(&mut rest, &mut tokio::io::sink()).await
+    };
+    drop(tokio::time::timeout(patience.min(MAX_TELLING), told).await);
 }
 
 async fn stopped(mut stop: watch::Receiver<bool>) {
@@ -189,7 +271,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::io::AsyncReadExt as _;
 
     use super::*;
 

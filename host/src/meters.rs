@@ -38,6 +38,13 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
+    ("dynamo_host_connections_refused_total", Kind::Counter, "Connections that were one client's too many"),
+    ("dynamo_host_reload_failures_total", Kind::Counter, "Changed files that could not be read again, by what they hold"),
+    (
+        "dynamo_host_trace_spans_dropped_total",
+        Kind::Counter,
+        "Spans of traces that were not exported: queue full, or export failed",
+    ),
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
     ("dynamo_host_worker_requests_total", Kind::Counter, "Requests that a worker was given"),
     ("dynamo_host_policy_calls_total", Kind::Counter, "Decisions asked of a policy"),

@@ -152,7 +152,7 @@ impl Relay {
         self.chunks = None;
         self.account.fail();
         self.account.span.in_scope(|| error.record());
-        Bytes::from(format!("data: {}\n\n", error.body(self.audience)))
+        error.event(self.account.endpoint(), self.audience)
     }
 
     /// Ready when the stream has been silent for too long, or its time is over.

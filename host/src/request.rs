@@ -16,8 +16,10 @@ use axum::{body::Body, response::Response};
 use dynamo_engine_api::{Endpoint, GenerateRequest};
 use dynamo_host_core::{Candidates, RequestFacts, answer::Verdict};
 use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, PolicyVersion, RouteCall, RoutingSlot};
+use http::HeaderMap;
 
 use crate::{
+    auth::Caller,
     body,
     clock::{Clock, unix_ms},
     config::Limits,
@@ -28,6 +30,7 @@ use crate::{
     observe::Observer,
     relay::Patience,
     roster::{Roster, Snapshot},
+    trace,
 };
 
 /// How often a policy may hold one request, and for how long at a time.
@@ -60,6 +63,9 @@ pub(crate) struct Arrival {
     /// The client's `x-request-id`, or one of ours.
     pub(crate) id: String,
     pub(crate) session_key: Option<u64>,
+    pub(crate) caller: Caller,
+    /// What goes with it to the engine.
+    pub(crate) headers: HeaderMap,
     pub(crate) body: Body,
     pub(crate) at: Instant,
 }
@@ -75,22 +81,26 @@ pub(crate) struct Notes {
 
 /// Serves one request.
 pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
-    let Arrival { endpoint, id, session_key, body, at } = arrival;
+    let Arrival { endpoint, id, session_key, caller, headers, body, at } = arrival;
     let body = body::read(body, &lane.limits).await?;
 
     let begun = Instant::now();
     let bounds = Bounds { max_output_tokens: lane.limits.max_output_tokens, max_choices: lane.limits.max_choices };
     let Decoded { mut facts, body, stream } = decode(endpoint, id, body, bounds)?;
+    caller.vouch(&mut facts)?;
     let patience = Patience::since(at, &lane.limits);
     facts.accepted_ms = lane.clock.at_ms(at);
     facts.deadline_ms = Some(lane.clock.at_ms(patience.deadline));
     facts.session_key = session_key;
     let request_id: Arc<str> = facts.id.as_str().into();
     lane.meters.decode.record(begun.elapsed());
+    trace::stage("decode", begun);
 
     notes.model = lane.roster.snapshot().fleet().models().get(&facts.model).cloned();
     let pinned = lane.routing.pin();
-    let mut dispatch = Dispatch::new(lane, GenerateRequest::new(endpoint, body, stream, request_id), at);
+    let priority = facts.priority;
+    let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };
+    let mut dispatch = Dispatch::new(lane, ask, at);
     loop {
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
         let placing = match place(lane, &pinned, &mut facts, &patience, notes).await {
@@ -102,7 +112,10 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
         if facts.attempt == 0 {
             lane.meters.dispatch.record(begun.elapsed().saturating_sub(placing.held));
         }
-        if let Some(response) = dispatch.carry_out(&placing, &mut facts).await? {
+        let dispatched = Instant::now();
+        let answered = dispatch.carry_out(&placing, &mut facts).await;
+        trace::stage("dispatch", dispatched);
+        if let Some(response) = answered? {
             return Ok(response);
         }
         facts.attempt += 1;
@@ -162,6 +175,7 @@ async fn place(
             lane.routing.decide_instead_of(pinned, &call, &PolicyFault { cause: FaultCause::HoldExhausted, detail })
         };
         lane.meters.route.record(begun.elapsed());
+        trace::stage("route", begun);
         let Decision { verdict, by, .. } = decision;
         let policy = decided_by(&by, pinned);
         notes.policy = Some(policy.clone());

@@ -13,16 +13,20 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     admin::{self, Admin},
+    auth::{Gate, Keys, KeysError},
     clock::{Clock, unix_ms},
-    config::Config,
+    config::{Config, DoorConfig},
     cores::Cores,
-    door, listener, meters,
-    meters::RequestMeters,
+    door::{self, Door},
+    listener::{self, Server},
+    meters::{self, RequestMeters},
     observe::Observer,
     policies::Policies,
     request::Lane,
     roster::{Roster, RosterError},
     tasks, telemetry,
+    tls::{ServerTls, TlsError, TlsFiles},
+    trace::{OtlpError, Traces},
 };
 
 /// How long the first probes may delay the start.
@@ -39,14 +43,23 @@ pub(crate) enum ServeError {
     Sandbox(#[from] RuntimeError),
     #[error(transparent)]
     State(#[from] StoreError),
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    #[error("{section} of the configuration: {error}")]
+    Tls { section: &'static str, error: TlsError },
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
     #[error("the {what} failed: {reason}")]
     Failed { what: &'static str, reason: String },
 }
 
 /// Runs a host until a stop signal.
 pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
-    telemetry::install(config.log, &config.log_level);
     let prometheus = meters::install();
+    let traces = config.door.otlp.as_ref().map(Traces::start).transpose()?.map(Arc::new);
+    telemetry::install(config.log, &config.log_level, traces.as_deref());
+    let gate = gate(&config.door)?;
+    let (door_tls, admin_tls) = (tls("[tls]", &config.door.tls)?, tls("[admin_tls]", &config.door.admin_tls)?);
     let clock = Clock::start();
 
     let door_listener = listen("front door", config.http, "--http").await?;
@@ -99,15 +112,17 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         prometheus: prometheus.clone(),
     };
 
-    announce("front door", &door_listener);
-    announce("admin", &admin_listener);
+    announce("front door", &door_listener, door_tls.is_some());
+    announce("admin", &admin_listener, admin_tls.is_some());
     let (stop, stopping) = watch::channel(false);
     let limits = &config.limits;
+    let door = door::router(Door { lane, gate, prometheus, traces: traces.clone() }, config.door.cors.as_ref());
     let cores =
         Cores::start().map_err(|error| ServeError::Failed { what: "start of a thread per core", reason: error.to_string() })?;
-    let door = listener::serve("front door", door_listener, door::router(lane, prometheus), limits, &cores, stopping.clone());
-    let here = Cores::here();
-    let admin = listener::serve("admin API", admin_listener, admin::router(admin), limits, &here, stopping);
+    let door = Server { what: "front door", listener: door_listener, router: door, tls: door_tls, cores };
+    let admin = Server { what: "admin API", listener: admin_listener, router: admin::router(admin), tls: admin_tls, cores: Cores::here() };
+    let door = listener::serve(door, limits, stopping.clone());
+    let admin = listener::serve(admin, limits, stopping);
     let servers = async { tokio::join!(door, admin) };
     tokio::pin!(servers);
     tokio::select! {
@@ -126,7 +141,25 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         _ = servers => {}
         () = patience => tracing::warn!("stopped with requests still running"),
     }
+    if let Some(traces) = traces {
+        traces.stop().await;
+    }
     Ok(())
+}
+
+/// How requests are let in; keys are read again when they change.
+fn gate(config: &DoorConfig) -> Result<Gate, KeysError> {
+    let keys = config.keys_file.as_deref().map(Keys::load).transpose()?.map(Arc::new);
+    keys.iter().for_each(Keys::watch);
+    Ok(Gate { keys, tenant_header: config.tenant_header.clone() })
+}
+
+/// A listener's certificates, read again when they change.
+fn tls(section: &'static str, files: &Option<TlsFiles>) -> Result<Option<Arc<ServerTls>>, ServeError> {
+    let tls = files.clone().map(ServerTls::load).transpose();
+    let tls = tls.map_err(|error| ServeError::Tls { section, error })?.map(Arc::new);
+    tls.iter().for_each(ServerTls::watch);
+    Ok(tls)
 }
 
 /// Binds an address.
@@ -143,9 +176,10 @@ pub(crate) async fn listen(what: &'static str, address: SocketAddr, flag: &'stat
 
 /// Tells people and scripts where a listener is: one line that ends in its URL.
 #[expect(clippy::print_stdout, reason = "the listeners' lines are what stdout is for")]
-pub(crate) fn announce(what: &str, listener: &TcpListener) {
+pub(crate) fn announce(what: &str, listener: &TcpListener, is_tls: bool) {
     if let Ok(address) = listener.local_addr() {
-        println!("{what} listening on http://{address}");
+        let scheme = if is_tls { "https" } else { "http" };
+        println!("{what} listening on {scheme}://{address}");
     }
 }
 

@@ -3,10 +3,15 @@
 //! Nothing here knows the host's code. Programs take free ports and say which; every wait is bounded and looks at a level;
 //! a test that fails shows the logs of what it started. Speed is measured in benches, not here.
 
+mod abuse;
+mod anthropic_client;
 mod bad_input;
 mod cli;
+mod cors;
+mod endpoints;
 mod failures;
 mod harness;
+mod keys;
 mod limits;
 mod metrics;
 mod openai_client;
@@ -16,3 +21,5 @@ mod refusals;
 mod requests;
 mod retries;
 mod swap;
+mod tls;
+mod traces;

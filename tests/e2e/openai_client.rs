@@ -5,7 +5,7 @@ use std::{path::Path, process::Command};
 use crate::harness::{
     components,
     host::{Host, MockProcess},
-    process::Process,
+    process::{Process, run},
 };
 
 #[tokio::test]
@@ -18,9 +18,18 @@ async fn the_official_python_client_finds_nothing_amiss() {
     let routing = components::policy("least-loaded");
     let host = Host::start(&["--worker", &worker, "--routing", &routing, "--expose-worker"]).await;
 
+    let in_process = ["--worker", "mock://a?model=m&speedup=50"];
+    let streams = Host::start(&in_process).await;
+    let directory = tempfile::tempdir().unwrap();
+    let keys = directory.path().join("keys.toml");
+    let made = run(&["key", "new", "a-tenant"]).await;
+    std::fs::write(&keys, made.succeeded()).unwrap();
+    let guarded = Host::start(&[&["--keys", keys.to_str().unwrap()], &in_process[..]].concat()).await;
+
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/openai_client/test_client.py");
     let mut command = Command::new(python);
     command.arg(script).args(["--verbose"]).env("HOST_URL", host.http.base()).env("ENGINE_URL", engine.url());
+    command.env("STREAMS_URL", streams.http.base()).env("KEYS_URL", guarded.http.base()).env("HOST_KEY", made.stderr.trim());
     // What users set for the real service must not reach the client here.
     for name in [
         "OPENAI_API_KEY",

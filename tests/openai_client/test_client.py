@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The official OpenAI client against a running host, as its users meet it.
 
-    HOST_URL=http://127.0.0.1:8080 ENGINE_URL=http://127.0.0.1:8000 test_client.py
+    HOST_URL=http://127.0.0.1:8080 ENGINE_URL=http://127.0.0.1:8000 STREAMS_URL=... KEYS_URL=... HOST_KEY=... test_client.py
 
 HOST_URL is the front door of a host with --expose-worker and the policy least-loaded, over one mock engine of model `m`
-whose own address is ENGINE_URL. The end-to-end tests start all three. Needs the package `openai` 3.
+whose own address is ENGINE_URL. STREAMS_URL is that of a host over a mock engine in its process, KEYS_URL that of a host
+that demands the API key HOST_KEY. The end-to-end tests start all of them. Needs the package `openai` 3.
 """
 
 import asyncio
@@ -17,15 +18,18 @@ import openai
 
 HOST_URL = os.environ["HOST_URL"]
 ENGINE_URL = os.environ["ENGINE_URL"]
+STREAMS_URL = os.environ["STREAMS_URL"]
+KEYS_URL = os.environ["KEYS_URL"]
+HOST_KEY = os.environ["HOST_KEY"]
 MODEL = "m"
 MESSAGES = [{"role": "user", "content": "count"}]
 # Longer than anything here takes; a wait that reaches it has failed.
 PATIENCE_S = 30
 
 
-def client(**options):
+def client(url=HOST_URL, api_key="unused"):
     # Retries would hide an error.
-    return openai.OpenAI(base_url=f"{HOST_URL}/v1", api_key="unused", max_retries=0, timeout=PATIENCE_S, **options)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_S)
 
 
 def numbered(count):
@@ -126,6 +130,81 @@ class Models(ClientTest):
         self.assertEqual([model.id for model in models], [MODEL])
         self.assertEqual(models[0].object, "model")
 
+    def test_one_is_found_by_its_name(self):
+        self.assertEqual(self.client.models.retrieve(MODEL).id, MODEL)
+        with self.assertRaises(openai.NotFoundError) as caught:
+            self.client.models.retrieve("org/gpt-17")
+        self.assertEqual(caught.exception.code, "model_not_found")
+
+
+class Embeddings(ClientTest):
+    def test_a_text_and_a_batch(self):
+        # The client asks for base64 and decodes it.
+        one = self.client.embeddings.create(model=MODEL, input="count")
+        batch = self.client.embeddings.create(model=MODEL, input=["count", "sheep"])
+        self.assertEqual([len(item.embedding) for item in batch.data], [64, 64])
+        self.assertEqual(one.data[0].embedding, batch.data[0].embedding)
+        self.assertNotEqual(batch.data[0].embedding, batch.data[1].embedding)
+        self.assertAlmostEqual(sum(number * number for number in one.data[0].embedding), 1, places=4)
+        self.assertGreater(batch.usage.prompt_tokens, 0)
+
+    def test_token_ids_and_numbers_as_they_are(self):
+        answer = self.client.embeddings.create(model=MODEL, input=[[1, 2], [3]], dimensions=8, encoding_format="float")
+        self.assertEqual([len(item.embedding) for item in answer.data], [8, 8])
+        self.assertEqual(answer.usage.total_tokens, 3)
+
+
+class Responses(ClientTest):
+    def test_a_response_is_answered_whole(self):
+        answer = self.client.responses.create(model=MODEL, input="count", instructions="be brief", max_output_tokens=12)
+        self.assertEqual(answer.output_text, numbered(12))
+        self.assertEqual((answer.status, answer.incomplete_details.reason), ("incomplete", "max_output_tokens"))
+        self.assertEqual(answer.usage.output_tokens, 12)
+
+    def test_a_response_is_streamed_complete_and_in_order(self):
+        with client(STREAMS_URL) as streams:
+            stream = streams.responses.create(model=MODEL, input=MESSAGES, max_output_tokens=30, stream=True)
+            events = list(stream)
+        self.assertEqual("".join(event.delta for event in events if event.type == "response.output_text.delta"), numbered(30))
+        self.assertEqual((events[0].type, events[-1].type), ("response.created", "response.completed"))
+        self.assertEqual(events[-1].response.output_text, numbered(30))
+        self.assertEqual([event.sequence_number for event in events], list(range(len(events))))
+
+    def test_the_streaming_helper_collects_the_same(self):
+        with client(STREAMS_URL) as streams:
+            with streams.responses.stream(model=MODEL, input="count", max_output_tokens=9) as stream:
+                for _ in stream:
+                    pass
+                self.assertEqual(stream.get_final_response().output_text, numbered(9))
+
+    def test_what_one_engine_would_have_to_remember_is_refused(self):
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.client.responses.create(model=MODEL, input="more", previous_response_id="resp_1")
+        self.assertEqual((caught.exception.code, caught.exception.param), ("stateful_responses", "previous_response_id"))
+        with self.assertRaises(openai.NotFoundError) as caught:
+            self.client.responses.retrieve("resp_1")
+        self.assertEqual(caught.exception.code, "stateful_responses")
+
+
+class Keys(ClientTest):
+    def test_the_right_key_is_let_in(self):
+        with client(KEYS_URL, HOST_KEY) as friend:
+            answer = friend.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=3)
+            self.assertEqual(answer.choices[0].message.content, numbered(3))
+
+    def test_a_wrong_key_is_an_authentication_error_everywhere(self):
+        with client(KEYS_URL, "dh-wrong") as stranger:
+            for ask in [
+                lambda: stranger.chat.completions.create(model=MODEL, messages=MESSAGES),
+                lambda: stranger.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True),
+                lambda: stranger.embeddings.create(model=MODEL, input="x"),
+                lambda: stranger.responses.create(model=MODEL, input="x"),
+                lambda: stranger.models.list(),
+            ]:
+                with self.assertRaises(openai.AuthenticationError) as caught:
+                    ask()
+                self.assertEqual(caught.exception.code, "invalid_api_key")
+
 
 class Extras(ClientTest):
     def test_fields_that_only_the_engine_knows_pass(self):
@@ -174,7 +253,7 @@ class Errors(ClientTest):
 
     def test_a_path_that_is_not_there(self):
         with self.assertRaises(openai.NotFoundError) as caught:
-            self.client.embeddings.create(model=MODEL, input="x")
+            self.client.fine_tuning.jobs.list()
         self.assertEqual(caught.exception.code, "not_found")
 
     def test_a_host_that_is_not_there(self):

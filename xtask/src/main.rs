@@ -72,7 +72,7 @@ fn main() -> Result<()> {
 
 fn test(arguments: &[String]) -> Result<()> {
     policies::build()?;
-    let python = python::with_openai_client()?;
+    let python = python::with_clients()?;
     run::check(cargo().args(["test", "--workspace"]).args(arguments).env("DYNAMO_HOST_TEST_PYTHON", python))
 }
 

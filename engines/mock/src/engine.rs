@@ -11,9 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{Chunk, Engine, EngineError, GenerateRequest, ModelCard, Reply, WholeReply};
+use dynamo_engine_api::{Chunk, Endpoint, Engine, EngineError, GenerateRequest, ModelCard, Reply, WholeReply};
 use futures_core::{Stream, future::BoxFuture, ready};
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
+use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 pub use crate::driver::Stopped;
@@ -94,9 +95,13 @@ impl MockEngine {
     }
 
     async fn serve(&self, request: GenerateRequest) -> Result<Reply, EngineError> {
+        let endpoint = request.endpoint;
+        if endpoint == Endpoint::CountTokens {
+            return Ok(Reply::Whole(self.count_tokens(&request.body)));
+        }
         let order = match service::decode(request.endpoint, &request.body, &self.options) {
             Ok(order) => order,
-            Err(error) => return Ok(Reply::Whole(error_reply(&error))),
+            Err(error) => return Ok(Reply::Whole(json_reply(error.status, error.body_at(endpoint).into()))),
         };
         let outputs = self.driver.submit(order.sequences()).await.map_err(|stopped| broken(&self.options.name, stopped))?;
         if order.stream {
@@ -104,6 +109,16 @@ impl MockEngine {
             return Ok(Reply::Stream(Box::pin(Chunks { outputs, rendering, engine: self.options.name.clone(), ended: false })));
         }
         self.collect(outputs, Whole::new(self.rendering(order, &request.request_id))).await
+    }
+
+    fn count_tokens(&self, body: &[u8]) -> WholeReply {
+        match service::count_tokens(body, &self.options) {
+            Ok(count) => {
+                let counted = json!({ "input_tokens": count, "context_management": { "original_input_tokens": count } });
+                json_reply(StatusCode::OK, counted.to_string().into())
+            }
+            Err(error) => json_reply(error.status, error.body_at(Endpoint::CountTokens).into()),
+        }
     }
 
     async fn collect(&self, mut outputs: Outputs, mut whole: Whole) -> Result<Reply, EngineError> {

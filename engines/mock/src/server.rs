@@ -3,7 +3,7 @@
 //! Contract: a client that hangs up cancels its request at once, streamed or not: its connection's task drops the
 //! reply. Every error has vLLM's JSON body. Connections are HTTP/1.1 with keep-alive and without Nagle's delay.
 //!
-//! Deliberately absent: TLS, API keys, embeddings, and every path of vLLM that the host does not use.
+//! Deliberately absent: TLS, API keys, stored responses, and every path of vLLM that the host does not use.
 
 mod metrics;
 
@@ -35,7 +35,13 @@ const REQUEST_ID: &str = "x-request-id";
 
 /// vLLM's paths, served by `engine`.
 pub fn router(engine: Arc<MockEngine>) -> Router {
-    Router::new()
+    let mut router = Router::new();
+    for endpoint in Endpoint::ALL {
+        let handler =
+            async move |State(engine): State<Arc<MockEngine>>, request: Request| generate(&engine, endpoint, request).await;
+        router = router.route(endpoint.path(), post(handler));
+    }
+    router
         .route("/health", get(health))
         .route("/version", get(version))
         .route("/load", get(load))
@@ -43,8 +49,6 @@ pub fn router(engine: Arc<MockEngine>) -> Router {
         .route("/v1/models", get(models))
         .route("/tokenize", post(tokenize))
         .route("/reset_prefix_cache", post(reset_prefix_cache))
-        .route(Endpoint::ChatCompletions.path(), post(chat_completions))
-        .route(Endpoint::Completions.path(), post(completions))
         .layer(DefaultBodyLimit::disable())
         .with_state(engine)
 }
@@ -134,14 +138,6 @@ async fn reset_prefix_cache(State(engine): State<Arc<MockEngine>>) -> Result<(),
         return Ok(());
     }
     Err(Failure(ApiError::unavailable("The prefix cache is in use; wait until no request runs.")))
-}
-
-async fn chat_completions(State(engine): State<Arc<MockEngine>>, request: Request) -> Result<Response, Failure> {
-    generate(&engine, Endpoint::ChatCompletions, request).await
-}
-
-async fn completions(State(engine): State<Arc<MockEngine>>, request: Request) -> Result<Response, Failure> {
-    generate(&engine, Endpoint::Completions, request).await
 }
 
 async fn generate(engine: &MockEngine, endpoint: Endpoint, request: Request) -> Result<Response, Failure> {

@@ -4,16 +4,20 @@
 //! model would decide is fixed instead: the output is numbered ([`crate::tokens`]) and exactly as long as the
 //! request allows, ending with `length`; a chat without a limit has a length of its own and ends with `stop`.
 
+mod anthropic;
+mod embeddings;
 mod error;
 mod fields;
 mod order;
+mod prompt;
 mod reply;
+mod responses;
 mod shapes;
 mod whole;
 
 pub(crate) use self::{
     error::ApiError,
-    order::{Order, decode, decode_tokenize},
+    order::{Order, count_tokens, decode, decode_tokenize},
     reply::Rendering,
     whole::Whole,
 };

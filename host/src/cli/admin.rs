@@ -6,12 +6,10 @@ use std::{fs, time::Duration};
 use bytes::Bytes;
 use dynamo_host_core::{SlotName, slot::SlotNameError};
 use http::{Method, Request, Uri, header::AUTHORIZATION};
-use http_body_util::{BodyExt, Full};
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::Value;
 
 use super::{AdminFlags, Output};
-use crate::{config::read_settings, text::plain};
+use crate::{config::read_settings, exchange::exchange, text::plain, tls::client_config};
 
 /// Compiling a large policy takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -150,24 +148,25 @@ fn list_of(value: &Value) -> &[Value] {
 async fn call(admin: &AdminFlags, method: Method, path: &str, body: Bytes) -> Result<Value, String> {
     let base = admin.admin.trim_end_matches('/');
     let uri: Uri = format!("{base}{path}").parse().map_err(|error| format!("--admin {base:?} is not a URL: {error}"))?;
-    if uri.scheme_str() != Some("http") {
-        return Err(format!("--admin {base:?} is not a URL such as http://127.0.0.1:8081"));
-    }
+    let tls = match uri.scheme_str() {
+        Some("http") => None,
+        Some("https") => {
+            let identity = admin.admin_cert.as_deref().zip(admin.admin_key.as_deref());
+            Some(client_config(admin.admin_ca.as_deref(), identity).map_err(|error| error.to_string())?)
+        }
+        _ => return Err(format!("--admin {base:?} is not a URL such as http://127.0.0.1:8081")),
+    };
     let mut request = Request::builder().method(method).uri(uri);
     if let Some(token) = &admin.token {
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
-    let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
-    let client = Client::builder(TokioExecutor::new()).build_http();
+    let request = request.body(body).map_err(|error| error.to_string())?;
     let exchange = async {
-        let answer = client.request(request).await.map_err(|error| {
-            let source = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            format!("cannot reach the admin API at {base}: {source}; is the host running, and is this its --admin address?")
+        let answer = exchange(request, tls.as_ref()).await.map_err(|error| {
+            format!("cannot reach the admin API at {base}: {error}; is the host running, and is this its --admin address?")
         })?;
         let status = answer.status();
-        let body =
-            answer.into_body().collect().await.map_err(|error| format!("the admin API's answer broke off: {error}"))?.to_bytes();
-        let value: Value = serde_json::from_slice(&body).map_err(|_| {
+        let value: Value = serde_json::from_slice(answer.body()).map_err(|_| {
             format!("{base} answered {status} with what is not its JSON; is this the --admin address, not the front door?")
         })?;
         if status.is_success() {

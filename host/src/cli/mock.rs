@@ -17,6 +17,6 @@ pub(super) async fn run(flags: MockFlags) -> Result<(), String> {
     }
     let engine = MockEngine::start(options).map_err(|error| error.to_string())?;
     let listener = listen("mock engine", flags.http, "--http").await.map_err(|error| error.to_string())?;
-    announce("mock engine", &listener);
+    announce("mock engine", &listener, false);
     server::serve(listener, Arc::new(engine), stop_signal()).await.map_err(|error| error.to_string())
 }

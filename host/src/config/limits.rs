@@ -15,6 +15,12 @@ const MAX_SECONDS: u64 = 365 * 24 * 3600;
 pub(crate) struct Limits {
     /// Connections at once, of each listener.
     pub(crate) max_connections: u32,
+    /// Connections at once of one client's address; 0 for no bound of its own.
+    pub(crate) max_connections_per_client: u32,
+    /// Headers of a request.
+    pub(crate) max_headers: u32,
+    /// Bytes of a request's head.
+    pub(crate) max_header_bytes: u32,
     /// How long a connection may take to say what it wants, and be idle between two requests.
     pub(crate) header_timeout_s: u64,
     /// Largest request body.
@@ -41,6 +47,9 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 10_000,
+            max_connections_per_client: 0,
+            max_headers: 100,
+            max_header_bytes: 64 << 10,
             header_timeout_s: 30,
             max_body_bytes: 32 << 20,
             body_timeout_s: 60,
@@ -68,6 +77,10 @@ impl Limits {
         let seconds = 1..=MAX_SECONDS;
         let bounds = [
             ("max_connections", u64::from(self.max_connections), 1..=1_000_000),
+            ("max_connections_per_client", u64::from(self.max_connections_per_client), 0..=1_000_000),
+            ("max_headers", u64::from(self.max_headers), 10..=10_000),
+            // hyper reads into a buffer of this size.
+            ("max_header_bytes", u64::from(self.max_header_bytes), 8192..=16 << 20),
             ("header_timeout_s", self.header_timeout_s, seconds.clone()),
             ("max_body_bytes", self.max_body_bytes as u64, 1..=1 << 40),
             ("body_timeout_s", self.body_timeout_s, seconds.clone()),

@@ -67,7 +67,8 @@ impl<'a> Fields<'a> {
         let has = |name: &str| self.get(name).is_some_and(|value| !matches!(value.get(), "[]" | "false" | "{}"));
         let guided =
             ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"].into_iter().any(has)
-                || self.get("response_format").is_some_and(is_constrained);
+                || self.get("response_format").is_some_and(is_constrained)
+                || self.get("text").is_some_and(|text| format_of(text).is_some_and(is_constrained));
         [(stream, flags::STREAM), (has("tools"), flags::TOOLS), (guided, flags::GUIDED), (has("logprobs"), flags::LOGPROBS)]
             .into_iter()
             .filter_map(|(set, flag)| set.then_some(flag))
@@ -114,6 +115,16 @@ impl<'a> Fields<'a> {
 
 fn is_hosts(key: &str) -> bool {
     HOST_FIELDS.contains(&key) || HOST_PREFIXES.iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// The format within a response's `text`.
+fn format_of(text: &RawValue) -> Option<&RawValue> {
+    #[derive(Deserialize)]
+    struct Text<'a> {
+        #[serde(borrow, default)]
+        format: Option<&'a RawValue>,
+    }
+    serde_json::from_str::<Text<'_>>(text.get()).ok()?.format
 }
 
 /// Whether a `response_format` constrains the output.

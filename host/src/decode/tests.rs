@@ -113,6 +113,69 @@ fn a_batch_is_all_texts_or_all_token_ids() {
 }
 
 #[test]
+fn choices_are_counted_over_all_prompts() {
+    let choices = |prompt: &str, n: u32| {
+        decode_text(Endpoint::Completions, &format!(r#"{{"model":"m","n":{n},"prompt":{prompt}}}"#)).unwrap().facts.choices
+    };
+    assert_eq!((choices(r#"["a","b","c"]"#, 2), choices("[1,2,3]", 2), choices(r#""a""#, 1)), (6, 2, 1));
+}
+
+#[test]
+fn embeddings_are_of_texts_or_token_ids_and_never_streamed() {
+    let facts = |input: &str| {
+        let body = format!(r#"{{"model":"m","stream":true,"input":{input}}}"#);
+        let decoded = decode_text(Endpoint::Embeddings, &body).unwrap();
+        assert!(!decoded.stream);
+        decoded.facts
+    };
+    assert_eq!(facts("[1,2,3]").prompt, TokenCount { tokens: 3, exact: true });
+    assert_eq!(facts(r#"["1234","12345678"]"#).prompt.tokens, 3);
+    assert_eq!((facts("[[1],[2,3]]").prompt.tokens, facts(r#"["a","b"]"#).choices), (3, 1));
+    check_error(Endpoint::Embeddings, r#"{"model":"m"}"#, &["`input` is missing"]);
+    check_error(Endpoint::Embeddings, r#"{"model":"m","input":7}"#, &["`input` is 7", "token ids"]);
+}
+
+#[test]
+fn a_response_is_of_a_text_or_items_after_its_instructions() {
+    let facts = |rest: &str| decode_text(Endpoint::Responses, &format!(r#"{{"model":"m",{rest}}}"#)).unwrap().facts;
+    let text =
+        facts(r#""input":"12345678","instructions":"1234","max_output_tokens":9,"text":{"format":{"type":"json_schema"}}"#);
+    assert_eq!((text.prompt.tokens, text.max_output_tokens, text.flags), (3, Some(9), flags::GUIDED));
+    let items = facts(
+        r#""store":true,"background":false,"previous_response_id":null,"input":[{"role":"user","content":"1234"},
+        {"role":"user","content":[{"type":"input_text","text":"1234"},{"type":"input_image","image_url":"data:xxxxxxxxxxxxx"}]},
+        {"type":"function_call_output","call_id":"c","output":"1234"}]"#,
+    );
+    assert_eq!((items.prompt.tokens, items.multimodal_items), (3, 1));
+    assert_ne!(facts(r#""input":"a","instructions":"b""#).prefix_key, facts(r#""input":"a""#).prefix_key);
+    check_error(Endpoint::Responses, r#"{"model":"m","input":[]}"#, &["`input` is an empty array"]);
+}
+
+#[test]
+fn what_only_one_engine_has_stored_is_refused() {
+    for (field, value) in [("previous_response_id", "\"resp_1\""), ("background", "true"), ("conversation", "{\"id\":\"c\"}")] {
+        let body = format!(r#"{{"model":"m","input":"x","{field}":{value}}}"#);
+        check_error(Endpoint::Responses, &body, &[field, "one engine has stored"]);
+    }
+    let body = r#"{"model":"m","input":[{"type":"item_reference","id":"msg_1"}]}"#;
+    check_error(Endpoint::Responses, body, &["`input`", "item_reference"]);
+}
+
+#[test]
+fn a_message_has_a_system_and_blocks() {
+    let body = r#"{"model":"m","max_tokens":5,"stream":true,"system":[{"type":"text","text":"12345678"}],"tools":[{}],"messages":[
+        {"role":"user","content":[{"type":"text","text":"1234"},{"type":"image","source":{"data":"AAAAAAAAAAAAAAAAAAAAAA"}}]},
+        {"role":"user","content":[{"type":"tool_result","tool_use_id":"t","content":[{"type":"text","text":"1234"}]}]}]}"#;
+    let decoded = decode_text(Endpoint::Messages, body).unwrap();
+    let facts = decoded.facts;
+    assert_eq!((facts.prompt.tokens, facts.multimodal_items, facts.max_output_tokens), (4, 1, Some(5)));
+    assert!(decoded.stream && facts.flags == flags::STREAM | flags::TOOLS);
+    assert!(!decode_text(Endpoint::CountTokens, body).unwrap().stream);
+    let deep = format!("{}1{}", r#"[{"content":"#.repeat(50_000), "}]".repeat(50_000));
+    let _ = decode_text(Endpoint::Messages, &format!(r#"{{"model":"m","messages":[{{"role":"user","content":{deep}}}]}}"#));
+}
+
+#[test]
 fn there_is_a_bound_on_names_and_on_their_number() {
     let many: String = (0..600).map(|i| format!(r#","f{i}":{i}"#)).collect();
     check_error(Endpoint::ChatCompletions, &chat(&many), &["more than 512 fields", "send fewer"]);

@@ -15,6 +15,8 @@ pub mod endpoint {
     pub const RESPONSE: u32 = 3;
     /// A message, in the sense of the Messages API.
     pub const MESSAGE: u32 = 4;
+    /// A count of the tokens that a message would have. Hosts of release 0.1.0 have no such requests.
+    pub const TOKEN_COUNT: u32 = 5;
 }
 
 /// Which part of the work is being placed: values of [`Request::stage`](crate::Request::stage).

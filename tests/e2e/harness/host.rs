@@ -34,6 +34,14 @@ impl Host {
         Self { process, http, admin }
     }
 
+    /// Starts a host with a configuration file of this text.
+    pub(crate) async fn configured(text: &str, arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("host.toml");
+        std::fs::write(&file, text).unwrap();
+        Self::start(&[&["--config", file.to_str().unwrap()], arguments].concat()).await
+    }
+
     /// A host over mock engines in its process: `mock://a?PARAMETERS`, `mock://b?…`, all of model `m`.
     pub(crate) async fn over_mocks(names: &[&str], parameters: &str, arguments: &[&str]) -> Self {
         let workers: Vec<_> = names.iter().map(|name| format!("mock://{name}?model=m&{parameters}")).collect();

@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod dialects;
+
 fn engine(parameters: &str) -> MockEngine {
     MockEngine::from_url(&format!("mock://test?model=m&speedup=100&{parameters}")).unwrap()
 }

@@ -1,7 +1,11 @@
 //! Errors as vLLM words them.
 
+use dynamo_engine_api::Endpoint;
 use http::StatusCode;
 use serde_json::json;
+
+/// What a request is that is not well-formed.
+const INVALID: &str = "Bad Request";
 
 /// A request that is answered with an error body.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,19 +36,13 @@ impl ApiError {
     pub(crate) fn invalid(param: String, errors: &[String]) -> Self {
         let plural = if errors.len() == 1 { "" } else { "s" };
         let message = format!("{} validation error{plural}:\n  {}", errors.len(), errors.join("\n  "));
-        Self { status: StatusCode::BAD_REQUEST, kind: "Bad Request", param: Some(param), message }
+        Self { status: StatusCode::BAD_REQUEST, kind: INVALID, param: Some(param), message }
     }
 
     /// There is no such model.
     pub(crate) fn unknown_model(asked: &str, served: &str) -> Self {
         let message = format!("The model `{asked}` does not exist. Valid aliases: {served}.");
         Self { status: StatusCode::NOT_FOUND, kind: "NotFoundError", param: Some("model".to_owned()), message }
-    }
-
-    /// There is no such path.
-    pub(crate) fn not_found(path: &str) -> Self {
-        let message = format!("There is no {path} here.");
-        Self { status: StatusCode::NOT_FOUND, kind: "NotFoundError", param: None, message }
     }
 
     /// The body is over the limit.
@@ -56,6 +54,16 @@ impl ApiError {
     /// The engine cannot do it now.
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self { status: StatusCode::SERVICE_UNAVAILABLE, kind: "Service Unavailable", param: None, message: message.into() }
+    }
+
+    /// The JSON body at an endpoint: Anthropic's have their own shape, unless the request is not even well-formed.
+    pub(crate) fn body_at(&self, endpoint: Endpoint) -> Vec<u8> {
+        let is_anthropic = matches!(endpoint, Endpoint::Messages | Endpoint::CountTokens);
+        if !is_anthropic || self.kind == INVALID {
+            return self.body();
+        }
+        let [message, kind] = [json!(self.message), json!(self.kind)];
+        format!(r#"{{"type":"error","error":{{"type":{kind},"message":{message}}}}}"#).into_bytes()
     }
 
     /// The JSON body.

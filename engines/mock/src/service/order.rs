@@ -6,7 +6,12 @@ use dynamo_engine_api::Endpoint;
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{error::ApiError, fields::Fields};
+use super::{
+    embeddings::Embedding,
+    error::ApiError,
+    fields::Fields,
+    prompt::{messages, prompts},
+};
 use crate::{
     model::{FinishReason, Sequence},
     options::MockOptions,
@@ -33,6 +38,8 @@ pub(crate) struct Order {
     pub(crate) n: usize,
     /// All choices, prompt by prompt.
     pub(crate) choices: Vec<Choice>,
+    /// How embeddings are written.
+    pub(super) embedding: Embedding,
     salt: u64,
 }
 
@@ -69,17 +76,18 @@ impl Order {
 pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> Result<Order, ApiError> {
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model");
-    let is_chat = match endpoint {
-        Endpoint::ChatCompletions => true,
-        Endpoint::Completions => false,
-        _ => return Err(ApiError::not_found(endpoint.path())),
+    let is_chat = !matches!(endpoint, Endpoint::Completions | Endpoint::Embeddings);
+    let prompts = match endpoint {
+        Endpoint::ChatCompletions | Endpoint::Messages | Endpoint::CountTokens => one_chat(&mut fields, "messages"),
+        Endpoint::Responses => one_chat(&mut fields, "input"),
+        Endpoint::Completions => prompts(&mut fields, "prompt")?,
+        Endpoint::Embeddings => prompts(&mut fields, "input")?,
     };
-    let prompts = if is_chat { messages(&mut fields).map(|ids| vec![ids]).unwrap_or_default() } else { prompts(&mut fields)? };
-    let limit = fields.integer("max_tokens");
-    let limit = if is_chat { fields.integer("max_completion_tokens").or(limit) } else { limit };
+    let limit = limit(&mut fields, endpoint);
+    let embedding = Embedding::decode(&mut fields);
     let n = fields.integer("n").unwrap_or(1);
     let temperature = fields.number("temperature");
-    let stops = stops(&mut fields);
+    let stops = stops(&mut fields, if endpoint == Endpoint::Messages { "stop_sequences" } else { "stop" });
     let stream = fields.boolean("stream");
     let stream_options = fields.take("stream_options");
     let stream_option =
@@ -90,6 +98,9 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
 
     check_model(model, options)?;
     let n = check_sampling(n, temperature, prompts.len())?;
+    if endpoint == Endpoint::Embeddings && stream {
+        return Err(ApiError::bad_value("stream", stream, "Embeddings are not streamed."));
+    }
     let default = if is_chat { (options.chat_tokens, FinishReason::Stop) } else { (COMPLETION_TOKENS, FinishReason::Length) };
     let mut choices = Vec::with_capacity(n * prompts.len());
     for prompt in prompts {
@@ -97,7 +108,7 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
         choices.extend(std::iter::repeat_n(choice, n));
     }
     let (include_usage, continuous_usage) = (stream_option("include_usage"), stream_option("continuous_usage_stats"));
-    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, salt })
+    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, embedding, salt })
 }
 
 /// Reads a body of `/tokenize`: the ids of its `prompt` or `messages`.
@@ -114,11 +125,50 @@ pub(crate) fn decode_tokenize(body: &[u8], options: &MockOptions) -> Result<Vec<
             tokens::tokenize(&text, &mut ids);
             ids
         }
-        None => messages(&mut fields).unwrap_or_default(),
+        None => messages(&mut fields, "messages").unwrap_or_default(),
     };
     fields.finish()?;
     check_model(model, options)?;
     Ok(ids)
+}
+
+/// Reads a body of `/v1/messages/count_tokens`: how many tokens its prompt has.
+///
+/// # Errors
+/// As a vLLM server answers it.
+pub(crate) fn count_tokens(body: &[u8], options: &MockOptions) -> Result<usize, ApiError> {
+    let mut fields = Fields::parse(body)?;
+    let model = fields.string("model");
+    let ids = messages(&mut fields, "messages").unwrap_or_default();
+    fields.finish()?;
+    check_model(model, options)?;
+    Ok(ids.len())
+}
+
+fn one_chat(fields: &mut Fields, name: &str) -> Vec<Vec<u32>> {
+    messages(fields, name).map(|ids| vec![ids]).unwrap_or_default()
+}
+
+/// The limit on output tokens, under its names.
+fn limit(fields: &mut Fields, endpoint: Endpoint) -> Option<i64> {
+    match endpoint {
+        Endpoint::ChatCompletions => {
+            let limit = fields.integer("max_tokens");
+            fields.integer("max_completion_tokens").or(limit)
+        }
+        Endpoint::Responses => fields.integer("max_output_tokens"),
+        Endpoint::Completions => fields.integer("max_tokens"),
+        Endpoint::Messages => {
+            let limit = fields.integer("max_tokens");
+            if limit.is_none() {
+                fields.missing("max_tokens");
+            }
+            limit
+        }
+        // What is embedded is prefilled, which ends with a token.
+        Endpoint::Embeddings => Some(1),
+        Endpoint::CountTokens => None,
+    }
 }
 
 /// A request without a model gets the one that there is.
@@ -227,8 +277,8 @@ fn first_stop(limit: u32, stops: &[String]) -> Option<(usize, &str, u32)> {
 }
 
 /// `stop`: a string or a list of strings.
-fn stops(fields: &mut Fields) -> Vec<String> {
-    let stops = match fields.take("stop") {
+fn stops(fields: &mut Fields, name: &str) -> Vec<String> {
+    let stops = match fields.take(name) {
         None => return Vec::new(),
         Some(Value::String(stop)) => vec![stop],
         Some(Value::Array(items)) if items.iter().all(Value::is_string) => {
@@ -236,87 +286,11 @@ fn stops(fields: &mut Fields) -> Vec<String> {
         }
         Some(other) => {
             return fields
-                .wrong("stop", "string_type", "Input should be a valid string or list of strings", &other)
+                .wrong(name, "string_type", "Input should be a valid string or list of strings", &other)
                 .unwrap_or_default();
         }
     };
     stops.into_iter().filter(|stop| !stop.is_empty()).collect()
-}
-
-/// `prompt`: a text, token ids, or a list of either.
-fn prompts(fields: &mut Fields) -> Result<Vec<Vec<u32>>, ApiError> {
-    let empty = || ApiError::bad_request(None, "Either prompt or prompt_embeds must be provided and non-empty.");
-    let prompt = fields.take("prompt").ok_or_else(empty)?;
-    let read = match &prompt {
-        Value::String(text) if text.is_empty() => return Err(empty()),
-        Value::Array(items) if items.is_empty() => return Err(empty()),
-        Value::Array(items) if !items[0].is_number() => items.iter().map(one_prompt).collect(),
-        one => one_prompt(one).map(|ids| vec![ids]),
-    };
-    Ok(match read {
-        Some(prompts) => prompts,
-        None => {
-            let message = "Input should be a valid string, list of strings, list of token ids or list of lists of token ids";
-            fields.wrong("prompt", "string_type", message, &prompt).unwrap_or_default()
-        }
-    })
-}
-
-fn one_prompt(prompt: &Value) -> Option<Vec<u32>> {
-    match prompt {
-        Value::String(text) => {
-            let mut ids = Vec::new();
-            tokens::tokenize(text, &mut ids);
-            Some(ids)
-        }
-        Value::Array(items) => items.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect(),
-        _ => None,
-    }
-}
-
-/// `messages` and `tools` through a chat template: a mark for the role, the content, a mark for its end; at last the mark
-/// of the answer's role. So a chat's next turn begins with this turn's prompt and output.
-fn messages(fields: &mut Fields) -> Option<Vec<u32>> {
-    let Some(messages) = fields.take("messages") else {
-        fields.missing("messages");
-        return None;
-    };
-    let Value::Array(messages) = messages else {
-        return fields.wrong("messages", "list_type", "Input should be a valid list", &messages);
-    };
-    let mut ids = Vec::new();
-    if let Some(tools) = fields.list("tools").filter(|tools| !tools.is_empty()) {
-        ids.push(tokens::mark("tools"));
-        tokens::tokenize(&Value::Array(tools).to_string(), &mut ids);
-    }
-    for (at, message) in messages.iter().enumerate() {
-        let Some(role) = message.get("role").and_then(Value::as_str) else {
-            return fields.wrong(&format!("messages.{at}.role"), "missing", "Field required", message);
-        };
-        ids.push(tokens::mark(role));
-        match message.get("content") {
-            None | Some(Value::Null) => {}
-            Some(Value::String(text)) => tokens::tokenize(text, &mut ids),
-            Some(Value::Array(parts)) => parts.iter().for_each(|part| tokenize_part(part, &mut ids)),
-            Some(other) => {
-                return fields.wrong(&format!("messages.{at}.content"), "string_type", "Input should be a valid string", other);
-            }
-        }
-        if let Some(calls) = message.get("tool_calls").filter(|calls| !calls.is_null()) {
-            tokens::tokenize(&calls.to_string(), &mut ids);
-        }
-        ids.push(tokens::mark("end"));
-    }
-    ids.push(tokens::mark("assistant"));
-    Some(ids)
-}
-
-/// A part of a message's content: text, or one token for an image or the like.
-fn tokenize_part(part: &Value, ids: &mut Vec<u32>) {
-    match part.get("text").and_then(Value::as_str) {
-        Some(text) => tokens::tokenize(text, ids),
-        None => ids.push(tokens::mark(&part.to_string())),
-    }
 }
 
 #[cfg(test)]

@@ -8,9 +8,12 @@ use dynamo_engine_api::{
     sse::{self, DONE_FRAME},
 };
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{
+    anthropic,
     order::Order,
+    responses,
     shapes::{ChatDelta, Delta, Frame, PromptTokensDetails, TextDelta, Usage},
 };
 use crate::{driver::Output, model::FinishReason, tokens};
@@ -30,6 +33,11 @@ pub(crate) struct Rendering {
     text_bytes: Vec<usize>,
     /// Text of the latest token.
     pub(super) text: String,
+    /// All that was shown and how it ended, where the end tells it again.
+    said: String,
+    finish: Option<FinishReason>,
+    /// Events so far, where they are numbered.
+    events: u64,
 }
 
 /// Tokens of a reply so far.
@@ -43,7 +51,12 @@ pub(super) struct Counted {
 impl Rendering {
     /// `request_id` becomes part of the reply's id; `created` is in seconds since 1970.
     pub(crate) fn new(order: Order, request_id: &str, model: &str, created: u64) -> Self {
-        let prefix = if order.endpoint == Endpoint::ChatCompletions { "chatcmpl-" } else { "cmpl-" };
+        let prefix = match order.endpoint {
+            Endpoint::ChatCompletions | Endpoint::Messages | Endpoint::CountTokens => "chatcmpl-",
+            Endpoint::Completions => "cmpl-",
+            Endpoint::Embeddings => "embd-",
+            Endpoint::Responses => "resp_",
+        };
         let prompt = order.choices.iter().step_by(order.n).map(|choice| choice.prompt.len() as u32).sum();
         Self {
             id: format!("{prefix}{request_id}"),
@@ -52,6 +65,9 @@ impl Rendering {
             counted: Counted { prompt, ..Counted::default() },
             text_bytes: vec![0; order.choices.len()],
             text: String::new(),
+            said: String::new(),
+            finish: None,
+            events: 0,
             order,
         }
     }
@@ -61,10 +77,10 @@ impl Rendering {
         self.count(output);
         let mut bytes = BytesMut::with_capacity(320);
         let shown = self.show(output);
-        if self.is_chat() {
-            self.chat_token(output, shown, &mut bytes)
-        } else {
-            self.completion_token(output, shown, &mut bytes)
+        match self.order.endpoint {
+            Endpoint::ChatCompletions => self.chat_token(output, shown, &mut bytes),
+            Endpoint::Messages | Endpoint::Responses => return self.named_token(output, shown, bytes),
+            _ => self.completion_token(output, shown, &mut bytes),
         }
         let summary = Summary {
             tokens: u32::from(shown > 0 || self.order.return_token_ids),
@@ -76,8 +92,19 @@ impl Rendering {
     }
 
     /// The frames after the last token.
-    pub(crate) fn end(&self) -> Chunk {
+    pub(crate) fn end(&mut self) -> Chunk {
         let mut bytes = BytesMut::with_capacity(320);
+        let last = match self.order.endpoint {
+            Endpoint::Messages => Some(anthropic::end()),
+            Endpoint::Responses => Some(responses::end(self, &self.said, self.finish)),
+            _ => None,
+        };
+        if let Some(last) = last {
+            let details = sse::PromptTokensDetails { cached_tokens: Some(self.counted.cached) };
+            let usage = (self.order.endpoint == Endpoint::Responses).then(|| self.api_usage(Some(details)));
+            self.push_named(last, &mut bytes);
+            return Chunk { bytes: bytes.freeze(), summary: Summary { done: true, usage, ..Summary::default() } };
+        }
         if self.order.include_usage {
             let created_cache_tokens = self.is_chat().then_some(Some(0));
             let details =
@@ -107,6 +134,34 @@ impl Rendering {
         let shown = self.order.choices[at].shown_bytes.saturating_sub(self.text_bytes[at]).min(self.text.len());
         self.text_bytes[at] += self.text.len();
         shown
+    }
+
+    /// The token's events where events have names, as those of messages and responses do.
+    fn named_token(&mut self, output: Output, shown: usize, mut bytes: BytesMut) -> Chunk {
+        self.said.push_str(&self.text[..shown]);
+        self.finish = output.finish.or(self.finish);
+        let is_message = self.order.endpoint == Endpoint::Messages;
+        let events =
+            if is_message { anthropic::token(self, output, shown) } else { responses::token(self, output, shown, &self.said) };
+        events.into_iter().for_each(|event| self.push_named(event, &mut bytes));
+        let details = sse::PromptTokensDetails { cached_tokens: Some(self.counted.cached) };
+        let summary = Summary {
+            tokens: u32::from(shown > 0),
+            finishes: u32::from(output.finish.is_some()),
+            usage: (is_message && output.finish.is_some()).then(|| self.api_usage(Some(details))),
+            ..Summary::default()
+        };
+        Chunk { bytes: bytes.freeze(), summary }
+    }
+
+    fn push_named(&mut self, mut event: Value, bytes: &mut BytesMut) {
+        if self.order.endpoint == Endpoint::Responses {
+            event["sequence_number"] = self.events.into();
+            self.events += 1;
+        }
+        let name = event["type"].as_str().unwrap_or_default();
+        bytes.put_slice(format!("event: {name}\n").as_bytes());
+        push_frame(bytes, &event);
     }
 
     fn chat_token(&self, output: Output, shown: usize, bytes: &mut BytesMut) {

@@ -1,10 +1,14 @@
 //! Whole: an order's tokens collected into one body.
 
 use bytes::Bytes;
+use dynamo_engine_api::Endpoint;
+use serde_json::{Value, json};
 
 use super::{
+    anthropic,
     order::Choice,
     reply::{FINGERPRINT, Rendering},
+    responses,
     shapes::{Chat, ChatChoice, Completion, Message, PromptTokensDetails, TextChoice, Usage},
 };
 use crate::{driver::Output, model::FinishReason};
@@ -20,7 +24,7 @@ pub(crate) struct Whole {
 struct Collected {
     text: String,
     token_ids: Vec<u32>,
-    finish_reason: Option<&'static str>,
+    finish: Option<FinishReason>,
 }
 
 impl Whole {
@@ -35,13 +39,19 @@ impl Whole {
         let collected = &mut self.collected[output.sequence as usize];
         collected.text.push_str(&self.rendering.text[..shown]);
         collected.token_ids.push(output.token);
-        collected.finish_reason = output.finish.map(FinishReason::as_str);
+        collected.finish = output.finish;
     }
 
     /// The body, after the last token.
     pub(crate) fn body(&self) -> Bytes {
-        let body =
-            if self.rendering.is_chat() { serde_json::to_vec(&self.chat()) } else { serde_json::to_vec(&self.completion()) };
+        let first = &self.collected[0];
+        let body = match self.rendering.order.endpoint {
+            Endpoint::ChatCompletions => serde_json::to_vec(&self.chat()),
+            Endpoint::Messages => serde_json::to_vec(&anthropic::message(&self.rendering, &first.text, first.finish)),
+            Endpoint::Responses => serde_json::to_vec(&responses::response(&self.rendering, Some(&first.text), first.finish)),
+            Endpoint::Embeddings => serde_json::to_vec(&self.embeddings()),
+            Endpoint::Completions | Endpoint::CountTokens => serde_json::to_vec(&self.completion()),
+        };
         body.expect("numbers and strings serialize").into()
     }
 
@@ -64,6 +74,18 @@ impl Whole {
             ec_transfer_params: (),
             metrics: (),
         }
+    }
+
+    fn embeddings(&self) -> Value {
+        let Rendering { order, id, model, created, counted, .. } = &self.rendering;
+        let items = order.choices.iter().enumerate().map(|(at, choice)| order.embedding.item(at, &choice.prompt));
+        let usage = json!({
+            "prompt_tokens": counted.prompt, "total_tokens": counted.prompt, "completion_tokens": 0,
+            "prompt_tokens_details": null,
+        });
+        json!({
+            "id": id, "object": "list", "created": created, "model": model, "data": items.collect::<Vec<_>>(), "usage": usage,
+        })
     }
 
     fn completion(&self) -> Completion<'_> {
@@ -114,7 +136,7 @@ fn chat_choice<'a>(index: u32, collected: &'a Collected, choice: &'a Choice, ret
         index,
         message,
         logprobs: (),
-        finish_reason: collected.finish_reason,
+        finish_reason: collected.finish.map(FinishReason::as_str),
         stop_reason: choice.stop_reason.as_deref(),
         token_ids: return_token_ids.then_some(&*collected.token_ids),
         routed_experts: (),
@@ -126,7 +148,7 @@ fn text_choice<'a>(index: u32, collected: &'a Collected, choice: &'a Choice, ret
         index,
         text: &collected.text,
         logprobs: (),
-        finish_reason: collected.finish_reason,
+        finish_reason: collected.finish.map(FinishReason::as_str),
         stop_reason: choice.stop_reason.as_deref(),
         token_ids: return_token_ids.then_some(&*collected.token_ids),
         prompt_logprobs: (),

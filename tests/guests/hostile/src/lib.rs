@@ -46,6 +46,8 @@ pub enum Mode {
     BadStatus,
     /// A rejection.
     Reject,
+    /// A rejection that tells whose request it is.
+    Gossip,
     /// Never anything but hold.
     Hold,
     /// A flood of log lines and metrics.
@@ -86,7 +88,11 @@ impl Router for Hostile {
 
     fn route(&self, request: &Request, candidates: &Candidates) -> Decision {
         let due = request.max_output_tokens() == self.0.at_max_output_tokens || self.0.mode == Mode::TrapAlways;
-        if due { misbehave(self.0.mode, candidates) } else { good(candidates) }
+        match self.0.mode {
+            Mode::Gossip if due => gossip(request),
+            mode if due => misbehave(mode, candidates),
+            _ => good(candidates),
+        }
     }
 }
 
@@ -94,9 +100,15 @@ fn good(candidates: &Candidates) -> Decision {
     rank::lowest(candidates.active_requests().iter().map(|&requests| requests as f32))
 }
 
+fn gossip(request: &Request) -> Decision {
+    let tenant = request.tenant().unwrap_or("nobody");
+    let reason = format!("{tenant} asks {} with priority {}", request.endpoint(), request.priority());
+    Decision::Reject { status: 403, retry_after: None, reason }
+}
+
 fn misbehave(mode: Mode, candidates: &Candidates) -> Decision {
     match mode {
-        Mode::Good | Mode::TrapInConfigure => {}
+        Mode::Good | Mode::Gossip | Mode::TrapInConfigure => {}
         Mode::Trap | Mode::TrapAlways => panic!("configured to panic"),
         Mode::Loop => loop {
             black_box(());

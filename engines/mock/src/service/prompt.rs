@@ -1,0 +1,101 @@
+//! Prompts: what of a request's text becomes token ids, through a chat template where there is a chat.
+
+use serde_json::{Value, json};
+
+use super::{error::ApiError, fields::Fields};
+use crate::tokens;
+
+/// `prompt` or `input`: a text, token ids, or a list of either.
+pub(super) fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Vec<u32>>, ApiError> {
+    let empty = || ApiError::bad_request(None, "Either prompt or prompt_embeds must be provided and non-empty.");
+    let prompt = fields.take(name).ok_or_else(empty)?;
+    let read = match &prompt {
+        Value::String(text) if text.is_empty() => return Err(empty()),
+        Value::Array(items) if items.is_empty() => return Err(empty()),
+        Value::Array(items) if !items[0].is_number() => items.iter().map(one_prompt).collect(),
+        one => one_prompt(one).map(|ids| vec![ids]),
+    };
+    Ok(match read {
+        Some(prompts) => prompts,
+        None => {
+            let message = "Input should be a valid string, list of strings, list of token ids or list of lists of token ids";
+            fields.wrong(name, "string_type", message, &prompt).unwrap_or_default()
+        }
+    })
+}
+
+fn one_prompt(prompt: &Value) -> Option<Vec<u32>> {
+    match prompt {
+        Value::String(text) => {
+            let mut ids = Vec::new();
+            tokens::tokenize(text, &mut ids);
+            Some(ids)
+        }
+        Value::Array(items) => items.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect(),
+        _ => None,
+    }
+}
+
+/// The messages under `name`, `tools` and what comes before them through a chat template: a mark for the role, the
+/// content, a mark for its end; at last the mark of the answer's role. So a chat's next turn begins with this turn's
+/// prompt and output.
+pub(super) fn messages(fields: &mut Fields, name: &str) -> Option<Vec<u32>> {
+    let Some(messages) = fields.take(name) else {
+        fields.missing(name);
+        return None;
+    };
+    let messages = match messages {
+        Value::Array(messages) => messages,
+        Value::String(text) if name == "input" => vec![json!({ "role": "user", "content": text })],
+        other => return fields.wrong(name, "list_type", "Input should be a valid list", &other),
+    };
+    let mut ids = Vec::new();
+    if let Some(tools) = fields.list("tools").filter(|tools| !tools.is_empty()) {
+        ids.push(tokens::mark("tools"));
+        tokens::tokenize(&Value::Array(tools).to_string(), &mut ids);
+    }
+    for before in ["system", "instructions"].into_iter().filter_map(|name| fields.take(name)) {
+        ids.push(tokens::mark("system"));
+        tokenize_content(&before, &mut ids);
+        ids.push(tokens::mark("end"));
+    }
+    for (at, message) in messages.iter().enumerate() {
+        // Items of a response's input that are no messages have a type only.
+        let role = message.get("role").or_else(|| message.get("type")).and_then(Value::as_str);
+        let Some(role) = role else {
+            return fields.wrong(&format!("{name}.{at}.role"), "missing", "Field required", message);
+        };
+        ids.push(tokens::mark(role));
+        if message.get("content").is_some_and(|content| !tokenize_content(content, &mut ids)) {
+            let content = &message["content"];
+            return fields.wrong(&format!("{name}.{at}.content"), "string_type", "Input should be a valid string", content);
+        }
+        for said in ["tool_calls", "arguments", "output"].into_iter().filter_map(|name| message.get(name)) {
+            if !said.is_null() {
+                tokens::tokenize(&said.to_string(), &mut ids);
+            }
+        }
+        ids.push(tokens::mark("end"));
+    }
+    ids.push(tokens::mark("assistant"));
+    Some(ids)
+}
+
+/// A text, or parts; false if it is neither.
+fn tokenize_content(content: &Value, ids: &mut Vec<u32>) -> bool {
+    match content {
+        Value::Null => {}
+        Value::String(text) => tokens::tokenize(text, ids),
+        Value::Array(parts) => parts.iter().for_each(|part| tokenize_part(part, ids)),
+        _ => return false,
+    }
+    true
+}
+
+/// A part of a message's content: text, or one token for an image or the like.
+fn tokenize_part(part: &Value, ids: &mut Vec<u32>) {
+    match part.get("text").and_then(Value::as_str) {
+        Some(text) => tokens::tokenize(text, ids),
+        None => ids.push(tokens::mark(&part.to_string())),
+    }
+}
