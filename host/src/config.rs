@@ -14,7 +14,7 @@ use std::{
 };
 
 use clap::Args;
-use dynamo_host_core::Role;
+use dynamo_host_core::{OnError, Role};
 use serde::Deserialize;
 
 pub(crate) use self::limits::Limits;
@@ -71,6 +71,9 @@ pub(crate) struct ServeFlags {
     /// Its settings: JSON, or @FILE
     #[arg(long, value_name = "JSON|@FILE")]
     routing_settings: Option<String>,
+    /// What happens to requests that the routing policy fails to decide: fallback, last-good or closed [default: fallback]
+    #[arg(long, value_name = "MODE")]
+    routing_on_error: Option<OnError>,
     /// Directory that keeps active policies over restarts; without it nothing is kept
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -109,6 +112,7 @@ struct File {
 struct Routing {
     policy: Option<String>,
     settings: Option<toml::Table>,
+    on_error: Option<OnError>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,6 +148,8 @@ pub(crate) struct Config {
     pub(crate) admin_token: Option<String>,
     pub(crate) workers: Vec<WorkerConfig>,
     pub(crate) routing: Option<Seed>,
+    /// Wanted of the slot that routes, if anything is said.
+    pub(crate) routing_on_error: Option<OnError>,
     pub(crate) state_dir: Option<PathBuf>,
     pub(crate) expose_worker: bool,
     pub(crate) log: LogFormat,
@@ -190,6 +196,7 @@ impl Config {
             admin_token: flags.admin_token.or(file.admin_token).filter(|token| !token.is_empty()),
             workers,
             routing,
+            routing_on_error: flags.routing_on_error.or(file.routing.on_error),
             state_dir: flags.state_dir.or(file.state_dir),
             expose_worker: flags.expose_worker || file.expose_worker,
             log: flags.log.or(file.log).unwrap_or_default(),

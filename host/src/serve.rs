@@ -18,7 +18,7 @@ use crate::{
     door, listener, meters,
     meters::RequestMeters,
     observe::Observer,
-    policies::Policies,
+    policies::{Policies, Wishes},
     request::Lane,
     roster::{Roster, RosterError},
     tasks, telemetry,
@@ -62,8 +62,8 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         other => other?,
     };
     let policies = {
-        let (state_dir, seed) = (config.state_dir.clone(), config.routing.clone());
-        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), seed.as_ref());
+        let (state_dir, seed, on_error) = (config.state_dir.clone(), config.routing.clone(), config.routing_on_error);
+        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), Wishes { seed: seed.as_ref(), on_error });
         let opened = tokio::task::spawn_blocking(open).await;
         Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };
