@@ -4,14 +4,19 @@
 //! a test that fails shows the logs of what it started. Speed is measured in benches, not here.
 
 mod bad_input;
+mod bypass;
 mod cli;
 mod failures;
 mod harness;
+mod hostile_load;
 mod limits;
 mod metrics;
+mod on_error;
 mod openai_client;
+mod outcomes;
 mod persistence;
 mod policies;
+mod quarantine;
 mod refusals;
 mod requests;
 mod retries;

@@ -187,7 +187,8 @@ fn print_quarantine(version: &Value) {
             quarantine["failed_trials"],
         );
     } else if version["quarantines"].as_u64().is_some_and(|count| count > 0) {
-        println!("{:<20}was quarantined {} times", "", version["quarantines"]);
+        let times = version["quarantines"].as_u64().unwrap_or_default();
+        println!("{:<20}was quarantined {times} time{}", "", if times == 1 { "" } else { "s" });
     }
 }
 

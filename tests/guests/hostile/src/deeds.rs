@@ -4,7 +4,7 @@ use std::{hint::black_box, time::Duration};
 
 use dynamo_policy_sdk::{Candidates, Decision, explain, state, telemetry};
 
-use crate::{Hostile, Mode, good};
+use crate::{Hostile, Mode};
 
 /// What one call of [`Mode::Leak`] keeps.
 const LEAK_BYTES: usize = 1 << 20;
@@ -86,13 +86,17 @@ pub(crate) fn in_route(hostile: &Hostile, candidates: &Candidates) -> Decision {
         Mode::StateFlood => {
             let value = vec![0; 4096];
             for i in 0..500 {
-                let _ = state::set(&format!("flood.{}.{i}", hostile.calls.get()), &value, Duration::ZERO);
+                let key = format!("flood.{}.{i}", hostile.calls.get());
+                // The smallest that there are fill what is left.
+                if state::set(&key, &value, Duration::ZERO).is_err() {
+                    let _ = state::set(&i.to_string(), &[], Duration::ZERO);
+                }
             }
         }
         Mode::NotFinite => not_finite(candidates),
         Mode::Remember => return Decision::Place(vec![hostile.calls.get() % candidates.count()]),
     }
-    good(candidates)
+    hostile.good(candidates)
 }
 
 fn not_finite(candidates: &Candidates) {

@@ -8,7 +8,7 @@ mod deeds;
 use std::cell::{Cell, RefCell};
 
 use dynamo_policy_sdk::{
-    Candidates, Decision, Outcomes, Request, Router, clock, end, rank,
+    Candidates, Decision, Outcomes, Request, Router, clock, end, entropy, rank,
     schemars::{self, JsonSchema},
     serde::{self, Deserialize},
     telemetry,
@@ -91,6 +91,8 @@ pub struct Settings {
     pub from_attempt: u32,
     /// It is the n-th of those that this instance is given, or a multiple of that.
     pub every: u32,
+    /// Rows that a good decision ranks at most.
+    pub rows: usize,
     /// It comes before this moment of `clock.unix-ms`; settings are read well until then, too.
     pub until_unix_ms: u64,
     /// It comes from this moment on.
@@ -100,7 +102,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let (until_unix_ms, from_unix_ms) = (u64::MAX, 0);
-        Self { mode: Mode::Good, at_max_output_tokens: 13, from_attempt: 0, every: 1, until_unix_ms, from_unix_ms }
+        Self { mode: Mode::Good, at_max_output_tokens: 13, from_attempt: 0, every: 1, rows: 16, until_unix_ms, from_unix_ms }
     }
 }
 
@@ -123,7 +125,7 @@ impl Router for Hostile {
     }
 
     fn route(&self, request: &Request, candidates: &Candidates) -> Decision {
-        if self.is_due(request) { deeds::in_route(self, candidates) } else { good(candidates) }
+        if self.is_due(request) { deeds::in_route(self, candidates) } else { self.good(candidates) }
     }
 
     /// Counts how what it placed has ended, when it does not misbehave here.
@@ -158,10 +160,13 @@ impl Hostile {
         self.calls.set(self.calls.get() + 1);
         self.calls.get().is_multiple_of(every.max(1))
     }
-}
 
-fn good(candidates: &Candidates) -> Decision {
-    rank::lowest(candidates.active_requests().iter().map(|&requests| requests as f32))
+    fn good(&self, candidates: &Candidates) -> Decision {
+        let costs = candidates.active_requests().iter().map(|&requests| requests as f32);
+        let mut rows = rank::lowest_rows(costs, entropy::next());
+        rows.truncate(self.settings.rows);
+        Decision::Place(rows)
+    }
 }
 
 dynamo_policy_sdk::register!(Hostile);
