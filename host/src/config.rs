@@ -335,6 +335,11 @@ mod tests {
         let config = with(ServeFlags { http: "127.0.0.1:3".parse().ok(), ..flags(&["http://h:2"]) }).unwrap();
         assert_eq!((config.http.port(), config.admin.port(), config.workers.len()), (3, 2, 2));
         assert_eq!(config.routing, Some(Seed::File { path: "x.wasm".into(), settings: "{\"a\":1}".to_owned() }));
+        assert_eq!(config.routing_on_error, None);
+        fs::write(&path, "[routing]\non_error = 'closed'\n[[worker]]\nurl='http://h:1'\n").unwrap();
+        assert_eq!(with(flags(&[])).unwrap().routing_on_error, Some(OnError::Closed));
+        let flagged = ServeFlags { routing_on_error: Some(OnError::LastGood), ..flags(&[]) };
+        assert_eq!(with(flagged).unwrap().routing_on_error, Some(OnError::LastGood));
         fs::write(&path, "[limits]\nmax_body = 3\n").unwrap();
         let error = with(flags(&[])).unwrap_err().to_string();
         assert!(error.contains("max_body") && error.contains("max_body_bytes") && error.contains("line 2"), "{error}");

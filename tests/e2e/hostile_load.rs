@@ -94,7 +94,8 @@ async fn no_request_fails_whatever_a_policy_does() {
             let active = &slot["active"];
             let is_counted = cause.is_none_or(|cause| active["fallbacks"][cause].as_u64() > Some(0));
             let is_judged = !is_quarantined || active["quarantines"].as_u64() > Some(0);
-            (is_counted && is_judged && active["calls"].as_u64() > Some(0)).then_some(slot)
+            let learns = !mode.ends_with("-in-observe") || !active["observe_failures"].as_object().unwrap().is_empty();
+            (is_counted && is_judged && learns && active["calls"].as_u64() > Some(0)).then_some(slot)
         })
         .await;
         let active = &slot["active"];
