@@ -240,3 +240,39 @@ fn change(slot: &SlotName, version: Option<&Arc<PolicyVersion>>, [loaded, stored
         swap_us: swapped.as_secs_f64() * 1e6,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Poll;
+
+    use dynamo_host_policy::{Limits, Now};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_kill_switch_takes_hold_while_a_change_is_under_way_and_what_holds_last_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
+        let wishes = Wishes { seed: None, on_error: None };
+        let policies = Policies::open(runtime, Some(directory.path()), wishes).unwrap();
+        let change = Arc::clone(&policies.keeper).lock_owned().await;
+        for is_on in [true, false] {
+            let mut switch = std::pin::pin!(policies.set_bypass(&SlotName::ROUTING, is_on));
+            let is_pending = std::future::poll_fn(|context| Poll::Ready(switch.as_mut().poll(context).is_pending())).await;
+            assert!(is_pending, "it is not kept yet");
+            assert_eq!(policies.routing().is_bypassed(), is_on, "and holds");
+            // Whoever waited is gone.
+        }
+        let off = policies.set_bypass(&SlotName::ROUTING, false);
+        let overtaken = async {
+            policies.routing().set_bypass(true);
+            drop(change);
+        };
+        let (off, ()) = tokio::join!(off, overtaken);
+        assert_eq!(off.unwrap().not_kept, None);
+        drop(policies);
+        let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
+        let reopened = Policies::open(runtime, Some(directory.path()), wishes).unwrap();
+        assert!(reopened.routing().is_bypassed(), "what it was turned to meanwhile is what was kept");
+    }
+}

@@ -71,17 +71,3 @@ async fn it_beats_a_closed_slot_and_a_request_that_keeps_its_version() {
     assert_eq!((reply.status.as_u16(), reply.header("x-dynamo-policy")), (200, "native; bypass"), "{}", reply.text());
     assert_eq!(host.slot().await["active"]["calls"], 1, "it was asked for the first placing only");
 }
-
-#[tokio::test]
-async fn it_takes_hold_while_a_change_is_under_way() {
-    let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
-    host.activate(&components::policy("round-robin"), &json!({})).await;
-    let bytes = std::fs::read(components::guest("hostile")).unwrap();
-    // Compiling and configuring it takes a while; the switch's answer waits for its turn on the disk, its effect does not.
-    let change = host.put_policy(bytes, r#"{"mode":"slow-configure"}"#);
-    let switch = host.cli(&["policy", "bypass", "routing"]);
-    let (change, switch) = tokio::join!(change, switch);
-    assert!(change.status.is_success(), "{}", change.text());
-    switch.succeeded();
-    assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native; bypass");
-}
