@@ -10,16 +10,18 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{
-        DefaultBodyLimit, Path, Query, Request, State,
-        rejection::{BytesRejection, QueryRejection},
-    },
+    body::Body,
+    extract::{DefaultBodyLimit, Path, Query, Request, State, rejection::QueryRejection},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post, put},
 };
-use bytes::Bytes;
-use dynamo_host_core::{SlotName, slot::SlotNameError};
+use dynamo_host_core::{
+    OnError, SlotName,
+    slot::{OnErrorError, SlotNameError},
+};
+use dynamo_host_policy::LoadError;
+use futures_util::StreamExt;
 use http::{
     StatusCode,
     header::{AUTHORIZATION, ORIGIN},
@@ -34,8 +36,11 @@ use crate::{
     text::plain,
 };
 
-/// Bytes that a component may have here; the policy host's own bound, which is lower, has the better words.
+/// Bytes of a body, except a component's, which has a bound of its own.
 const MAX_BODY_BYTES: usize = 64 << 20;
+/// Bytes of a component that is too large that are read, and not kept: a client that is cut off while it sends may never
+/// see the answer.
+const MAX_DRAINED_BYTES: usize = 1 << 30;
 /// How long a request may take, its body's arrival included. Compiling a large policy takes seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -55,6 +60,8 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/v1/slots", get(slots))
         .route("/v1/slots/{slot}/policy", put(activate).delete(activate_native))
         .route("/v1/slots/{slot}/rollback", post(rollback))
+        .route("/v1/slots/{slot}/bypass", put(bypass).delete(end_bypass))
+        .route("/v1/slots/{slot}/on-error", put(set_on_error))
         .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
         .fallback(nothing_here)
         .method_not_allowed_fallback(nothing_here)
@@ -120,13 +127,38 @@ async fn activate(
     State(admin): State<Admin>,
     Path(slot): Path<String>,
     query: Result<Query<ActivateQuery>, QueryRejection>,
-    body: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Result<Response, AdminError> {
     let Query(query) = query?;
-    let body = body?;
+    let slot = slot.parse()?;
+    let bytes = component(body, admin.policies.max_component_bytes()).await?;
     let settings = query.settings.unwrap_or_else(|| "{}".to_owned());
-    let change = admin.policies.activate(&slot.parse()?, Some((body.to_vec(), settings))).await?;
+    let change = admin.policies.activate(&slot, Some((bytes, settings))).await?;
     Ok(Json(change).into_response())
+}
+
+/// Reads a component, and no more of it into memory than one may have.
+async fn component(body: Body, max_bytes: usize) -> Result<Vec<u8>, AdminError> {
+    let mut chunks = body.into_data_stream();
+    let (mut bytes, mut read) = (Vec::new(), 0);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|error| AdminError::Body(error.to_string()))?;
+        read += chunk.len();
+        if read <= max_bytes {
+            bytes.extend_from_slice(&chunk);
+        } else {
+            bytes = Vec::new();
+        }
+        if read > MAX_DRAINED_BYTES {
+            break;
+        }
+    }
+    if read <= max_bytes {
+        return Ok(bytes);
+    }
+    let error = LoadError::TooLarge { bytes: read, max_bytes };
+    metrics::counter!("dynamo_host_policy_load_failures_total", "cause" => error.cause()).increment(1);
+    Err(ChangeError::from(error).into())
 }
 
 async fn activate_native(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
@@ -138,6 +170,30 @@ async fn rollback(State(admin): State<Admin>, Path(slot): Path<String>) -> Resul
     Ok(Json(admin.policies.rollback(&slot).await?).into_response())
 }
 
+async fn bypass(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
+    Ok(Json(admin.policies.set_bypass(&slot.parse()?, true).await?).into_response())
+}
+
+async fn end_bypass(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
+    Ok(Json(admin.policies.set_bypass(&slot.parse()?, false).await?).into_response())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OnErrorQuery {
+    mode: String,
+}
+
+async fn set_on_error(
+    State(admin): State<Admin>,
+    Path(slot): Path<String>,
+    query: Result<Query<OnErrorQuery>, QueryRejection>,
+) -> Result<Response, AdminError> {
+    let slot: SlotName = slot.parse()?;
+    let mode: OnError = query.map_err(AdminError::OnErrorQuery)?.0.mode.parse()?;
+    Ok(Json(admin.policies.set_on_error(&slot, mode).await?).into_response())
+}
+
 /// What the admin API refuses.
 #[derive(Debug, thiserror::Error)]
 enum AdminError {
@@ -147,8 +203,12 @@ enum AdminError {
     Change(#[from] ChangeError),
     #[error("{}; the query takes settings=JSON", .0.body_text())]
     Query(#[from] QueryRejection),
-    #[error("the component did not arrive: {}; it may have {MAX_BODY_BYTES} bytes here", .0.body_text())]
-    Body(#[from] BytesRejection),
+    #[error("{}; the query takes mode=fallback, mode=last-good or mode=closed", .0.body_text())]
+    OnErrorQuery(QueryRejection),
+    #[error(transparent)]
+    OnError(#[from] OnErrorError),
+    #[error("the component did not arrive: {0}; send it again")]
+    Body(String),
 }
 
 impl IntoResponse for AdminError {
@@ -158,8 +218,8 @@ impl IntoResponse for AdminError {
             Self::Change(ChangeError::Load(error)) => (StatusCode::UNPROCESSABLE_ENTITY, error.cause()),
             Self::Change(ChangeError::NoHistory(_)) => (StatusCode::CONFLICT, "no-history"),
             Self::Change(ChangeError::Store(_) | ChangeError::StateBroken { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "state"),
-            Self::Query(_) => (StatusCode::BAD_REQUEST, "query"),
-            Self::Body(rejection) => (rejection.status(), "body"),
+            Self::Query(_) | Self::OnErrorQuery(_) | Self::OnError(_) => (StatusCode::BAD_REQUEST, "query"),
+            Self::Body(_) => (StatusCode::BAD_REQUEST, "body"),
             Self::Change(ChangeError::Panicked(_)) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         // A policy's words may be among these.

@@ -10,6 +10,7 @@ mod policy;
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand, ValueEnum};
+use dynamo_host_core::OnError;
 
 use crate::{
     config::{Config, ServeFlags},
@@ -65,6 +66,29 @@ enum PolicyCommand {
     Rollback {
         /// Where: routing
         slot: String,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// The kill switch: the native fallback decides, from the next decision on, whatever is active
+    Bypass {
+        /// Where: routing
+        slot: String,
+        /// Let the policy decide again
+        #[arg(long)]
+        off: bool,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// What happens to requests that the policy fails to decide
+    OnError {
+        /// Where: routing
+        slot: String,
+        /// fallback: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
+        mode: OnError,
         #[command(flatten)]
         admin: AdminFlags,
         #[command(flatten)]
@@ -187,6 +211,12 @@ pub fn main() -> ExitCode {
                 exit(1, run(false, admin::activate(&slot, &file, settings.as_deref(), &admin, output.output)))
             }
             PolicyCommand::Rollback { slot, admin, output } => exit(1, run(false, admin::rollback(&slot, &admin, output.output))),
+            PolicyCommand::Bypass { slot, off, admin, output } => {
+                exit(1, run(false, admin::bypass(&slot, !off, &admin, output.output)))
+            }
+            PolicyCommand::OnError { slot, mode, admin, output } => {
+                exit(1, run(false, admin::on_error(&slot, mode, &admin, output.output)))
+            }
             PolicyCommand::List { admin, output } => exit(1, run(false, admin::list(&admin, output.output))),
             PolicyCommand::Check { file, settings, output } => exit(1, policy::check(&file, settings.as_deref(), output.output)),
             PolicyCommand::Bench { file, settings, candidates, output } => {

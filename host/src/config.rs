@@ -15,7 +15,7 @@ use std::{
 };
 
 use clap::Args;
-use dynamo_host_core::Role;
+use dynamo_host_core::{OnError, Role};
 use serde::Deserialize;
 
 use self::door::DoorSections;
@@ -84,6 +84,9 @@ pub(crate) struct ServeFlags {
     /// Its settings: JSON, or @FILE
     #[arg(long, value_name = "JSON|@FILE")]
     routing_settings: Option<String>,
+    /// What happens to requests that the routing policy fails to decide: fallback, last-good or closed [default: fallback]
+    #[arg(long, value_name = "MODE")]
+    routing_on_error: Option<OnError>,
     /// Directory that keeps active policies over restarts; without it nothing is kept
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -130,6 +133,7 @@ struct File {
 struct Routing {
     policy: Option<String>,
     settings: Option<toml::Table>,
+    on_error: Option<OnError>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -165,6 +169,8 @@ pub(crate) struct Config {
     pub(crate) admin_token: Option<String>,
     pub(crate) workers: Vec<WorkerConfig>,
     pub(crate) routing: Option<Seed>,
+    /// Wanted of the slot that routes, if anything is said.
+    pub(crate) routing_on_error: Option<OnError>,
     pub(crate) state_dir: Option<PathBuf>,
     pub(crate) expose_worker: bool,
     pub(crate) log: LogFormat,
@@ -212,6 +218,7 @@ impl Config {
             admin_token: flags.admin_token.or(file.admin_token).filter(|token| !token.is_empty()),
             workers,
             routing,
+            routing_on_error: flags.routing_on_error.or(file.routing.on_error),
             state_dir: flags.state_dir.or(file.state_dir),
             expose_worker: flags.expose_worker || file.expose_worker,
             log: flags.log.or(file.log).unwrap_or_default(),
@@ -355,6 +362,11 @@ mod tests {
         let config = with(ServeFlags { http: "127.0.0.1:3".parse().ok(), ..flags(&["http://h:2"]) }).unwrap();
         assert_eq!((config.http.port(), config.admin.port(), config.workers.len()), (3, 2, 2));
         assert_eq!(config.routing, Some(Seed::File { path: "x.wasm".into(), settings: "{\"a\":1}".to_owned() }));
+        assert_eq!(config.routing_on_error, None);
+        fs::write(&path, "[routing]\non_error = 'closed'\n[[worker]]\nurl='http://h:1'\n").unwrap();
+        assert_eq!(with(flags(&[])).unwrap().routing_on_error, Some(OnError::Closed));
+        let flagged = ServeFlags { routing_on_error: Some(OnError::LastGood), ..flags(&[]) };
+        assert_eq!(with(flagged).unwrap().routing_on_error, Some(OnError::LastGood));
         fs::write(&path, "[limits]\nmax_body = 3\n").unwrap();
         let error = with(flags(&[])).unwrap_err().to_string();
         assert!(error.contains("max_body") && error.contains("max_body_bytes") && error.contains("line 2"), "{error}");

@@ -67,6 +67,9 @@ pub(crate) enum RequestError {
     NothingStored { path: String },
     #[error("{}", .0.reason)]
     Rejected(Rejection),
+    /// The slot's `on-error` is `closed`.
+    #[error("{}", .0.reason)]
+    PolicyFailed(Rejection),
     #[error(transparent)]
     Engine(#[from] EngineError),
 }
@@ -149,6 +152,7 @@ impl RequestError {
                 };
                 row(status, kind, "policy_rejected")
             }
+            Self::PolicyFailed(_) => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "policy_failed"),
             Self::Engine(error @ EngineError::Timeout { .. }) => row(StatusCode::GATEWAY_TIMEOUT, SERVER, error.label()),
             Self::Engine(error) => row(StatusCode::BAD_GATEWAY, SERVER, error.label()),
         }
@@ -202,7 +206,7 @@ impl RequestError {
     pub(crate) fn response(&self, dialect: Dialect, to: Audience) -> Response {
         let mut response = (self.status(), Json(self.body(dialect, to))).into_response();
         let retry_after_ms = match self {
-            Self::Rejected(rejection) => rejection.retry_after_ms,
+            Self::Rejected(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } => Some(1000),
             _ => None,
         };

@@ -53,7 +53,16 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_policy_fallbacks_total",
         Kind::Counter,
-        "Decisions that the native fallback made instead of a policy, by cause",
+        "Decisions that a policy failed to make, by cause and by who decided instead",
+    ),
+    ("dynamo_host_policy_quarantined", Kind::Gauge, "Policies in service that are quarantined"),
+    ("dynamo_host_policy_quarantines_total", Kind::Counter, "Quarantines that began, by the cause of the last fault"),
+    ("dynamo_host_policy_bypass", Kind::Gauge, "Whether a slot's kill switch is on: the native fallback decides"),
+    ("dynamo_host_policy_bypassed_total", Kind::Counter, "Decisions that the native fallback made since the kill switch was on"),
+    (
+        "dynamo_host_policy_observe_failures_total",
+        Kind::Counter,
+        "Batches of outcomes that a policy failed to learn from, by cause",
     ),
     ("dynamo_host_policy_load_failures_total", Kind::Counter, "Components that were refused, by cause"),
     (

@@ -7,7 +7,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use tokio::sync::mpsc;
 
-use crate::{tasks, text::plain};
+use crate::tasks;
 
 const QUEUE: usize = 8192;
 const BATCH: usize = 1024;
@@ -41,10 +41,8 @@ async fn deliver(mut receiver: mpsc::Receiver<(Arc<PolicyVersion>, OutcomeRow)>)
             by_version.entry(Arc::as_ptr(&version).addr()).or_insert_with(|| (version, Vec::new())).1.push(outcome);
         }
         for (_, (version, outcomes)) in by_version {
-            let learned = tokio::task::spawn_blocking(move || version.observe(outcomes.into()).map_err(|fault| (version, fault)));
-            if let Ok(Err((version, fault))) = learned.await {
-                tracing::warn!(policy = %version.label(), cause = %fault.cause, "policy failed to learn from outcomes: {}", plain(&fault.detail));
-            }
+            // What it fails with, the version counts and says itself.
+            let _ = tokio::task::spawn_blocking(move || version.observe(outcomes.into())).await;
         }
         // More is waiting behind a full batch.
         if !is_full {

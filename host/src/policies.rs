@@ -12,7 +12,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use dynamo_host_core::{SlotKind, SlotName};
+use dynamo_host_core::{OnError, SlotKind, SlotName};
 use dynamo_host_policy::{LoadError, NoHistory, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport};
 use dynamo_host_store::StoreError;
 use serde::Serialize;
@@ -27,6 +27,13 @@ pub(crate) enum Seed {
     Native,
     /// A component with its settings.
     File { path: PathBuf, settings: String },
+}
+
+/// What the configuration says of a slot, where it says anything.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wishes<'a> {
+    pub(crate) seed: Option<&'a Seed>,
+    pub(crate) on_error: Option<OnError>,
 }
 
 /// Why a slot's policy was not changed.
@@ -59,6 +66,22 @@ pub(crate) struct Change {
     pub(crate) swap_us: f64,
 }
 
+/// Where a slot's kill switch stands.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Bypass {
+    pub(crate) slot: String,
+    pub(crate) bypass: bool,
+    /// Why a restart forgets it, if it does.
+    pub(crate) not_kept: Option<String>,
+}
+
+/// What happens in a slot when its policy fails.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct OnErrorChange {
+    pub(crate) slot: String,
+    pub(crate) on_error: OnError,
+}
+
 /// A slot, for people and tools: what it says of itself, and what the host knows.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct SlotStatus {
@@ -82,9 +105,9 @@ impl Policies {
     ///
     /// # Errors
     /// If another process has the state directory. Whatever else is wrong is said, and the native fallback serves.
-    pub(crate) fn open(runtime: Arc<PolicyRuntime>, state_dir: Option<&Path>, seed: Option<&Seed>) -> Result<Self, StoreError> {
+    pub(crate) fn open(runtime: Arc<PolicyRuntime>, state_dir: Option<&Path>, wishes: Wishes<'_>) -> Result<Self, StoreError> {
         let routing = Arc::new(RoutingSlot::new(SlotName::ROUTING));
-        let keeper = Keeper::open(&runtime, &routing, state_dir, seed)?;
+        let keeper = Keeper::open(&runtime, &routing, state_dir, wishes)?;
         let trouble = Arc::new(ArcSwapOption::from_pointee(keeper.troubles()));
         Ok(Self { runtime, routing, trouble, keeper: Arc::new(Mutex::new(keeper)) })
     }
@@ -92,6 +115,11 @@ impl Policies {
     /// The slot that routes.
     pub(crate) fn routing(&self) -> &Arc<RoutingSlot> {
         &self.routing
+    }
+
+    /// Bytes that a component may have.
+    pub(crate) fn max_component_bytes(&self) -> usize {
+        self.runtime.limits().component_bytes
     }
 
     /// What is in the slots.
@@ -106,6 +134,7 @@ impl Policies {
     /// A change that has begun is made, whoever waits for it.
     pub(crate) async fn activate(&self, slot: &SlotName, policy: Option<(Vec<u8>, String)>) -> Result<Change, ChangeError> {
         let (routing, runtime, slot) = (Arc::clone(self.slot(slot)?), Arc::clone(&self.runtime), slot.clone());
+        let trouble = Arc::clone(&self.trouble);
         self.change(move |keeper| {
             let begun = Instant::now();
             let (version, bytes) = match policy {
@@ -115,6 +144,7 @@ impl Policies {
             let loaded = begun.elapsed();
             let stored = keeper.keep_next(version.as_ref(), &bytes)?;
             let swapped = timed_swap(|| routing.activate(version.clone()));
+            trouble.store(None);
             Ok(change(&slot, version.as_ref(), [loaded, stored, swapped]))
         })
         .await
@@ -126,27 +156,59 @@ impl Policies {
     /// A change that has begun is made, whoever waits for it.
     pub(crate) async fn rollback(&self, slot: &SlotName) -> Result<Change, ChangeError> {
         let (routing, slot) = (Arc::clone(self.slot(slot)?), slot.clone());
+        let trouble = Arc::clone(&self.trouble);
         self.change(move |keeper| {
             let last = routing.prepare_rollback()?;
             let stored = keeper.keep_previous()?;
             let swapped = timed_swap(|| drop(routing.rollback()));
+            trouble.store(None);
             Ok(change(&slot, last.0.as_ref(), [Duration::ZERO, stored, swapped]))
         })
         .await
     }
 
+    /// Says what happens from now on when the policy fails.
+    ///
+    /// # Cancel safety
+    /// A change that has begun is made, whoever waits for it.
+    pub(crate) async fn set_on_error(&self, slot: &SlotName, mode: OnError) -> Result<OnErrorChange, ChangeError> {
+        let (routing, slot) = (Arc::clone(self.slot(slot)?), slot.clone());
+        self.change(move |keeper| {
+            keeper.keep_on_error(mode)?;
+            routing.set_on_error(mode);
+            tracing::info!(%slot, on_error = %mode, "what happens on errors has changed");
+            Ok(OnErrorChange { slot: slot.to_string(), on_error: mode })
+        })
+        .await
+    }
+
+    /// Turns the kill switch. It is in force at once, before it is kept and though it may not be: whoever needs it cannot
+    /// wait for a change under way, or for a disk.
+    ///
+    /// # Cancel safety
+    /// It is turned, and kept if that can be, whoever waits for it.
+    pub(crate) async fn set_bypass(&self, slot: &SlotName, is_on: bool) -> Result<Bypass, ChangeError> {
+        let routing = Arc::clone(self.slot(slot)?);
+        routing.set_bypass(is_on);
+        let slot = slot.to_string();
+        tracing::warn!(slot, "{}", if is_on { "bypassed: the native fallback decides" } else { "not bypassed any more" });
+        let keeper = Arc::clone(&self.keeper);
+        // What is kept is what holds by then: switches may overtake one another.
+        let kept = tokio::task::spawn_blocking(move || keeper.blocking_lock().keep_bypass(routing.is_bypassed()));
+        let not_kept = kept.await.map_err(|error| ChangeError::Panicked(error.to_string()))?.err();
+        if let Some(reason) = &not_kept {
+            tracing::warn!(slot, "the kill switch is not kept over a restart: {reason}");
+        }
+        Ok(Bypass { slot, bypass: is_on, not_kept })
+    }
+
     /// Makes one change after the other, on a thread that may block: they compile, and wait for the disk.
-    async fn change(
+    async fn change<T: Send + 'static>(
         &self,
-        make: impl FnOnce(&mut Keeper) -> Result<Change, ChangeError> + Send + 'static,
-    ) -> Result<Change, ChangeError> {
+        make: impl FnOnce(&mut Keeper) -> Result<T, ChangeError> + Send + 'static,
+    ) -> Result<T, ChangeError> {
         let mut keeper = Arc::clone(&self.keeper).lock_owned().await;
-        let trouble = Arc::clone(&self.trouble);
-        let made = tokio::task::spawn_blocking(move || {
-            let made = make(&mut keeper)?;
-            trouble.store(None);
-            Ok(made)
-        });
+        let made = tokio::task::spawn_blocking(move || make(&mut keeper));
         made.await.map_err(|error| ChangeError::Panicked(error.to_string()))?
     }
 
@@ -176,5 +238,41 @@ fn change(slot: &SlotName, version: Option<&Arc<PolicyVersion>>, [loaded, stored
         load_ms: loaded.as_secs_f64() * 1e3,
         store_ms: stored.as_secs_f64() * 1e3,
         swap_us: swapped.as_secs_f64() * 1e6,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Poll;
+
+    use dynamo_host_policy::{Limits, Now};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_kill_switch_takes_hold_while_a_change_is_under_way_and_what_holds_last_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
+        let wishes = Wishes { seed: None, on_error: None };
+        let policies = Policies::open(runtime, Some(directory.path()), wishes).unwrap();
+        let change = Arc::clone(&policies.keeper).lock_owned().await;
+        for is_on in [true, false] {
+            let mut switch = std::pin::pin!(policies.set_bypass(&SlotName::ROUTING, is_on));
+            let is_pending = std::future::poll_fn(|context| Poll::Ready(switch.as_mut().poll(context).is_pending())).await;
+            assert!(is_pending, "it is not kept yet");
+            assert_eq!(policies.routing().is_bypassed(), is_on, "and holds");
+            // Whoever waited is gone.
+        }
+        let off = policies.set_bypass(&SlotName::ROUTING, false);
+        let overtaken = async {
+            policies.routing().set_bypass(true);
+            drop(change);
+        };
+        let (off, ()) = tokio::join!(off, overtaken);
+        assert_eq!(off.unwrap().not_kept, None);
+        drop(policies);
+        let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
+        let reopened = Policies::open(runtime, Some(directory.path()), wishes).unwrap();
+        assert!(reopened.routing().is_bypassed(), "what it was turned to meanwhile is what was kept");
     }
 }

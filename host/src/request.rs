@@ -137,10 +137,7 @@ pub(crate) struct Placing {
 impl Placing {
     /// The version that learns what becomes of the request.
     pub(crate) fn observed_version(&self) -> Option<Arc<PolicyVersion>> {
-        match &self.by {
-            DecidedBy::Policy(version) if version.observes() => Some(Arc::clone(version)),
-            _ => None,
-        }
+        self.by.version().filter(|version| version.observes()).map(Arc::clone)
     }
 }
 
@@ -172,17 +169,20 @@ async fn place(
             lane.routing.decide(pinned, call)
         } else {
             let detail = format!("it held the request {MAX_HOLDS} times");
-            lane.routing.decide_instead_of(pinned, &call, &PolicyFault { cause: FaultCause::HoldExhausted, detail })
+            lane.routing.decide_instead_of(pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail })
         };
         lane.meters.route.record(begun.elapsed());
         trace::stage("route", begun);
         let Decision { verdict, by, .. } = decision;
-        let policy = decided_by(&by, pinned);
+        let policy = by.to_string();
         notes.policy = Some(policy.clone());
         match verdict {
             Verdict::Place(ranking) => {
                 let rows = ranking.rows().to_vec();
                 return Ok(Placing { snapshot, candidates, rows, policy, by, held });
+            }
+            Verdict::Reject(rejection) if matches!(by, DecidedBy::Nobody(_)) => {
+                return Err(RequestError::PolicyFailed(rejection));
             }
             Verdict::Reject(rejection) => return Err(RequestError::Rejected(rejection)),
             Verdict::Hold { at_most_ms } => {
@@ -197,14 +197,5 @@ async fn place(
             }
         }
     }
-    unreachable!("the native fallback never holds")
-}
-
-/// `x-dynamo-policy`.
-fn decided_by(by: &DecidedBy, pinned: &Pinned) -> String {
-    match (by, &pinned.0) {
-        (DecidedBy::Policy(version), _) => version.label().to_string(),
-        (DecidedBy::Native(Some(cause)), Some(version)) => format!("native; fallback={cause}; policy={}", version.label()),
-        (DecidedBy::Native(_), _) => dynamo_host_core::native::NAME.to_owned(),
-    }
+    unreachable!("a policy that had its turns is not asked, and nobody who decides instead holds")
 }

@@ -21,7 +21,7 @@ use crate::{
     listener::{self, Server},
     meters::{self, RequestMeters},
     observe::Observer,
-    policies::Policies,
+    policies::{Policies, Wishes},
     request::Lane,
     roster::{Roster, RosterError},
     tasks, telemetry,
@@ -76,8 +76,8 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         other => other?,
     };
     let policies = {
-        let (state_dir, seed) = (config.state_dir.clone(), config.routing.clone());
-        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), seed.as_ref());
+        let (state_dir, seed, on_error) = (config.state_dir.clone(), config.routing.clone(), config.routing_on_error);
+        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), Wishes { seed: seed.as_ref(), on_error });
         let opened = tokio::task::spawn_blocking(open).await;
         Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };
@@ -120,7 +120,13 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let cores =
         Cores::start().map_err(|error| ServeError::Failed { what: "start of a thread per core", reason: error.to_string() })?;
     let door = Server { what: "front door", listener: door_listener, router: door, tls: door_tls, cores };
-    let admin = Server { what: "admin API", listener: admin_listener, router: admin::router(admin), tls: admin_tls, cores: Cores::here() };
+    let admin = Server {
+        what: "admin API",
+        listener: admin_listener,
+        router: admin::router(admin),
+        tls: admin_tls,
+        cores: Cores::here(),
+    };
     let door = listener::serve(door, limits, stopping.clone());
     let admin = listener::serve(admin, limits, stopping);
     let servers = async { tokio::join!(door, admin) };

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::harness::{
     components,
-    host::Host,
+    host::{Host, completion},
     process::{Process, dynamo_host, run, serve},
 };
 
@@ -126,6 +126,72 @@ async fn an_earlier_policy_that_is_damaged_is_passed_over_by_rollbacks() {
     host.process.kill();
     // What was active when it was killed, not what was active long ago.
     is_active(&host_in(directory.path(), &[]).await, &format!("least-loaded@{VERSION}")).await;
+}
+
+#[tokio::test]
+async fn the_kill_switch_and_what_happens_on_errors_survive_kill_9() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut host = host_in(directory.path(), &["--routing-on-error", "last-good"]).await;
+    host.activate(&components::policy("round-robin"), &json!({})).await;
+    assert_eq!(host.slot().await["on_error"], "last-good");
+    host.cli(&["policy", "on-error", "routing", "closed"]).await.succeeded();
+    let bypassed = host.cli(&["policy", "bypass", "routing"]).await;
+    assert!(!bypassed.succeeded().contains("forget"), "{}", bypassed.stdout);
+    host.process.kill();
+
+    // What was said last wins, and the flag has not changed.
+    let mut host = host_in(directory.path(), &["--routing-on-error", "last-good"]).await;
+    assert_eq!((&host.slot().await["on_error"], &host.slot().await["bypass"]), (&json!("closed"), &json!(true)));
+    assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native; bypass");
+    assert!(host.process.log().contains("policy bypass routing --off"), "{}", host.process.log());
+    host.cli(&["policy", "bypass", "routing", "--off"]).await.succeeded();
+    is_active(&host, &format!("round-robin@{VERSION}")).await;
+    host.process.kill();
+
+    // Now it has.
+    let mut host = host_in(directory.path(), &["--routing-on-error", "fallback"]).await;
+    assert_eq!((&host.slot().await["on_error"], &host.slot().await["bypass"]), (&json!("fallback"), &json!(false)));
+    host.cli(&["policy", "on-error", "routing", "last-good"]).await.succeeded();
+    host.process.kill();
+    assert_eq!(host_in(directory.path(), &[]).await.slot().await["on_error"], "last-good");
+}
+
+#[tokio::test]
+async fn a_policy_that_is_lost_is_not_replaced_where_the_slot_is_closed() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut host = host_in(directory.path(), &["--routing-on-error", "closed"]).await;
+    host.activate(&components::policy("round-robin"), &json!({})).await;
+    host.process.kill();
+    policy_files(directory.path()).iter().for_each(|file| fs::remove_file(file).unwrap());
+    let host = host_in(directory.path(), &[]).await;
+    let refused = async || {
+        let reply = host.http.post("/v1/completions", completion(2).to_string()).await;
+        reply.is_error(503, "policy_failed");
+        assert_eq!(reply.header("x-dynamo-policy"), format!("closed; fallback=missing; policy=round-robin@{VERSION}"));
+    };
+    refused().await;
+    host.cli(&["policy", "bypass", "routing"]).await.succeeded();
+    assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native; bypass");
+    host.cli(&["policy", "bypass", "routing", "--off"]).await.succeeded();
+    refused().await;
+    host.activate(&components::policy("least-loaded"), &json!({})).await;
+    is_active(&host, &format!("least-loaded@{VERSION}")).await;
+}
+
+#[tokio::test]
+async fn the_kill_switch_works_on_broken_state_and_says_that_it_is_not_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("a-file");
+    fs::write(&file, "x").unwrap();
+    let host = host_in(&file, &["--routing-on-error", "closed"]).await;
+    host.http.post("/v1/completions", completion(2).to_string()).await.is_error(503, "policy_failed");
+    let bypassed = host.cli(&["policy", "bypass", "routing"]).await;
+    assert!(bypassed.succeeded().contains("a restart will forget that"), "{}", bypassed.stdout);
+    assert!(bypassed.stdout.contains(file.to_str().unwrap()), "{}", bypassed.stdout);
+    assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native; bypass");
+    // Another change is not made where it cannot be kept.
+    host.cli(&["policy", "on-error", "routing", "fallback"]).await.failed(1, &["cannot be kept"]);
+    assert_eq!(host.slot().await["on_error"], "closed");
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ async fn each_misbehaviour_is_served_natively_and_counted_under_its_own_name() {
         ("too-many", "answer-too-many"),
         ("no-answer", "no-answer"),
         ("bad-status", "answer-status"),
+        ("huge-answer", "argument-bytes"),
         ("hold", "hold-exhausted"),
     ] {
         host.activate(&components::guest("hostile"), &json!({ "mode": mode })).await;
@@ -80,6 +81,72 @@ async fn a_flood_of_telemetry_is_cut_and_the_decision_stands() {
     }
     let page = host.http.get("/metrics").await.text();
     assert!(page.lines().filter(|line| line.contains("flood_")).count() < 200, "{page}");
+}
+
+#[tokio::test]
+async fn floods_of_names_and_state_and_what_is_no_number_harm_nobody() {
+    let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
+    for mode in ["metric-flood", "state-flood", "not-finite"] {
+        host.activate(&components::guest("hostile"), &json!({ "mode": mode })).await;
+        for _ in 0..20 {
+            assert_eq!(host.serves(PROVOCATION).await.header("x-dynamo-policy"), format!("hostile@{VERSION}"), "{mode}");
+        }
+    }
+    let page = host.http.get("/metrics").await.text();
+    // 64 names for the slot, a counter and a gauge of each.
+    assert!((60..=128).contains(&page.lines().filter(|line| line.contains("flood_")).count()), "{page}");
+    let of_policies = |line: &&str| line.starts_with("dynamo_host_policy_gauge{");
+    assert!(page.lines().filter(of_policies).all(|line| !line.ends_with("NaN") && !line.ends_with("Inf")), "{page}");
+    assert!(host.http.metric("dynamo_host_policy_telemetry_dropped_total", &[("what", "gauge")]).await >= 60.0);
+    host.is_well().await;
+}
+
+#[tokio::test]
+async fn a_start_that_takes_too_long_is_refused_and_a_slow_one_delays_nobody() {
+    let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
+    let bytes = std::fs::read(components::guest("hostile")).unwrap();
+    let message = host.put_policy(bytes, r#"{"mode":"loop-in-configure"}"#).await.is_error(422, "start");
+    assert!(message.contains("fuel"), "{message}");
+    let file = components::guest("hostile");
+    let settings = json!({ "mode": "slow-configure" });
+    let activated = host.activate(&file, &settings);
+    tokio::pin!(activated);
+    let mut served = 0;
+    loop {
+        tokio::select! {
+            () = &mut activated => break,
+            reply = host.serves(2) => {
+                assert_eq!(reply.status, StatusCode::OK);
+                served += 1;
+            }
+        }
+    }
+    assert!(served > 0, "requests are served while it starts");
+    assert_eq!(host.active().await, format!("hostile@{VERSION}"));
+}
+
+#[tokio::test]
+async fn a_component_of_200_mb_is_refused_by_api_and_command_in_bounded_memory() {
+    let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
+    let mut bytes = std::fs::read(components::policy("round-robin")).unwrap();
+    bytes.resize(200 << 20, 0);
+    let before = host.process.peak_memory();
+    let message = host.put_policy(bytes, "{}").await.is_error(422, "too-large");
+    assert!(message.contains("209715200 bytes") && message.contains("16777216"), "{message}");
+    let grown = host.process.peak_memory() - before;
+    assert!(grown < 64 << 20, "it took {} MB", grown >> 20);
+    assert_eq!(host.http.metric("dynamo_host_policy_load_failures_total", &[("cause", "too-large")]).await, 1.0);
+
+    // Sparse, and more than this machine's memory: whoever reads it does not come back.
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("huge.wasm");
+    std::fs::File::create(&file).unwrap().set_len(200 << 30).unwrap();
+    let path = file.to_str().unwrap();
+    crate::harness::process::run(&["policy", "check", path]).await.failed(1, &["214748364800 bytes", "strip it"]);
+    host.cli(&["policy", "activate", "routing", path]).await.failed(1, &["214748364800 bytes"]);
+    let seeded = Host::over_mocks(&["a"], "speedup=50", &["--routing", path]).await;
+    assert!(seeded.process.log().contains("214748364800 bytes"), "{}", seeded.process.log());
+    host.is_well().await;
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ pub use fleet::{Candidates, Fleet, FleetError};
 pub use id::WorkerId;
 pub use load::{Load, LoadBoard, LoadSlot};
 pub use request::{Endpoint, RequestFacts, Stage, TokenCount};
-pub use slot::{SlotKind, SlotName};
+pub use slot::{OnError, SlotKind, SlotName};
 pub use worker::{Role, Worker, WorkerSpec, WorkerState};
 
 /// What columns hold where an amount is not known.

@@ -1,6 +1,8 @@
-//! Slots: the places where a policy decides.
+//! Slots: the places where a policy decides, and what happens there when it does not.
 
 use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
 
 /// What is decided in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,9 +75,66 @@ impl FromStr for SlotName {
     }
 }
 
+/// What happens to a request that a slot's policy failed to decide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The native fallback decides.
+    #[default]
+    Fallback,
+    /// The newest earlier version of the slot that is sound decides; the native fallback if there is none, or if that
+    /// fails too.
+    LastGood,
+    /// Nobody decides: the request is refused.
+    Closed,
+}
+
+impl OnError {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Fallback, Self::LastGood, Self::Closed];
+
+    /// Its name in commands, configuration and reports.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fallback => "fallback",
+            Self::LastGood => "last-good",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+impl fmt::Display for OnError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A text that names no [`OnError`].
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("on-error {0:?} is not known; use fallback, last-good or closed")]
+pub struct OnErrorError(String);
+
+impl FromStr for OnError {
+    type Err = OnErrorError;
+
+    fn from_str(text: &str) -> Result<Self, OnErrorError> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == text).ok_or_else(|| OnErrorError(text.to_owned()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_happens_on_errors_is_named_alike_everywhere() {
+        for mode in OnError::ALL {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        let error = "open".parse::<OnError>().unwrap_err().to_string();
+        assert!(error.contains("\"open\"") && error.contains("fallback, last-good or closed"), "{error}");
+    }
 
     #[test]
     fn names_round_trip() {

@@ -94,6 +94,11 @@ impl Blueprint {
         Ok(Self { inspection, settings, label, shared, pre, exports, state })
     }
 
+    /// Name of the slot that it decides in, for logs and metrics.
+    pub(crate) fn slot(&self) -> &Arc<str> {
+        self.state.slot()
+    }
+
     /// Makes an instance. Blocks for as long as the policy needs to read its settings.
     pub(crate) fn instantiate(&self, purpose: Purpose) -> Result<Instance, SetupError> {
         let max = self.shared.limits.instances;

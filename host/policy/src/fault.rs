@@ -30,6 +30,10 @@ pub enum FaultCause {
     Answer(&'static str),
     /// It held the request as often as it may.
     HoldExhausted,
+    /// It failed too often lately and is not asked for a while.
+    Quarantined,
+    /// The slot should hold a policy, and it could not be brought back at the start.
+    Missing,
 }
 
 impl FaultCause {
@@ -48,6 +52,19 @@ impl FaultCause {
             Self::Revoked => "revoked",
             Self::Answer(cause) => cause,
             Self::HoldExhausted => "hold-exhausted",
+            Self::Quarantined => "quarantined",
+            Self::Missing => "missing",
+        }
+    }
+
+    /// Whether the policy is to blame, so that it counts towards its quarantine.
+    #[must_use]
+    pub fn is_the_policys_own(self) -> bool {
+        match self {
+            Self::Trap | Self::Fuel | Self::Memory | Self::Stack | Self::ArgumentBytes | Self::HoldExhausted => true,
+            // To abstain is a policy's right.
+            Self::Answer(cause) => cause != AnswerFault::NoAnswer.cause(),
+            Self::HostStall | Self::Busy | Self::Instantiate | Self::Revoked | Self::Quarantined | Self::Missing => false,
         }
     }
 }

@@ -19,8 +19,10 @@ mod inspect;
 mod limits;
 mod load;
 mod pool;
+mod record;
 mod runtime;
 mod slot;
+mod standing;
 mod state;
 pub mod synthetic;
 mod trial;
@@ -31,10 +33,12 @@ pub use call::{Explanation, OutcomeBatch, OutcomeRow, RouteCall};
 pub use fault::{FaultCause, PolicyFault};
 pub use identity::{Digest, PolicyName};
 pub use inspect::{Inspection, inspect};
-pub use limits::Limits;
-pub use load::LoadError;
+pub use limits::{Limits, QuarantineLimits};
+pub use load::{LoadError, read_component};
 pub use runtime::{Clock, Now, PolicyRuntime, RuntimeError};
-pub use slot::{DecidedBy, Decision, NoHistory, Pinned, RoutingSlot, SlotReport, VersionReport};
+pub use slot::{
+    DecidedBy, Decision, Failed, NoHistory, Pinned, QuarantineReport, RoutingSlot, SlotReport, VersionReport, VersionState,
+};
 pub use state::SlotState;
-pub use trial::Trial;
+pub use trial::{MemoryDependence, Trial};
 pub use version::PolicyVersion;

@@ -34,6 +34,43 @@ pub struct Limits {
     pub log_lines_per_second: f64,
     /// Instances that exist at once, of all versions together. Where cores are many it is raised to what four versions need.
     pub instances: u32,
+    /// How long a version whose instances cannot be made is left alone: making one may take `setup_fuel`, and all
+    /// versions share the thread that does it.
+    pub mending_pause: Duration,
+    /// When a version is not asked any more.
+    pub quarantine: QuarantineLimits,
+}
+
+/// When a version is quarantined, and when it is tried again.
+#[derive(Clone, Debug)]
+pub struct QuarantineLimits {
+    /// Faults of its own, within `window`, that it takes: one request sent a few times over must not do.
+    pub faults: u32,
+    /// Least share of its calls within `window` that failed: what one request in ten thousand provokes is not worth
+    /// losing the policy for.
+    pub share: f64,
+    /// What is looked at: long enough to hold `faults` on a quiet host, short enough to forget what is over.
+    pub window: Duration,
+    /// From the first quarantine to its trial. Short: what is wrong may be gone with the request that provoked it.
+    pub first_backoff: Duration,
+    /// The longest back-off; each failed trial, and each quarantine soon after another, doubles it up to here. A trial a
+    /// minute costs nothing.
+    pub max_backoff: Duration,
+    /// A stretch out of quarantine that halves the next back-off.
+    pub healthy: Duration,
+}
+
+impl Default for QuarantineLimits {
+    fn default() -> Self {
+        Self {
+            faults: 8,
+            share: 0.1,
+            window: Duration::from_secs(10),
+            first_backoff: Duration::from_secs(1),
+            max_backoff: Duration::from_secs(60),
+            healthy: Duration::from_secs(60),
+        }
+    }
 }
 
 impl Limits {
@@ -67,6 +104,8 @@ impl Default for Limits {
             metric_updates: 32,
             log_lines_per_second: 20.0,
             instances: 256,
+            mending_pause: Duration::from_secs(1),
+            quarantine: QuarantineLimits::default(),
         }
     }
 }

@@ -1,6 +1,11 @@
 //! Loading: bytes → inspected → compiled → linked → configured → probed → warm. All off the request path.
 
-use std::sync::Arc;
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::Path,
+    sync::Arc,
+};
 
 use wasmtime::component::Component;
 
@@ -18,6 +23,12 @@ use crate::{
 /// Why bytes cannot be activated as a policy. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// No file, or none that can be read.
+    #[error("it cannot be read: {reason}")]
+    Unreadable {
+        /// What the system said.
+        reason: String,
+    },
     /// No bytes.
     #[error("the file is empty; build the policy again (cargo xtask policies, or cargo build for wasm32-unknown-unknown)")]
     Empty,
@@ -158,6 +169,7 @@ impl LoadError {
     #[must_use]
     pub fn cause(&self) -> &'static str {
         match self {
+            Self::Unreadable { .. } => "unreadable",
             Self::Empty => "empty",
             Self::TooLarge { .. } => "too-large",
             Self::NotWasm => "not-wasm",
@@ -176,6 +188,26 @@ impl LoadError {
             Self::Probe { .. } => "probe",
         }
     }
+}
+
+/// Reads a component's file, and no more of it into memory than `max_bytes`.
+///
+/// # Errors
+/// If it cannot be read, or is larger than that.
+pub fn read_component(path: &Path, max_bytes: usize) -> Result<Vec<u8>, LoadError> {
+    let unreadable = |error: io::Error| LoadError::Unreadable { reason: error.to_string() };
+    let file = File::open(path).map_err(unreadable)?;
+    let size = usize::try_from(file.metadata().map_err(unreadable)?.len()).unwrap_or(usize::MAX);
+    if size > max_bytes {
+        return Err(LoadError::TooLarge { bytes: size, max_bytes });
+    }
+    // A device has no size, and a file may grow.
+    let mut bytes = Vec::with_capacity(size);
+    file.take(max_bytes as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() > max_bytes {
+        return Err(LoadError::TooLarge { bytes: bytes.len(), max_bytes });
+    }
+    Ok(bytes)
 }
 
 /// Sizes of the made-up fleets that a policy must decide for before it is activated.

@@ -60,9 +60,10 @@ impl Pool {
         self.lock(own).pop().or_else(|| others.into_iter().find_map(|shard| self.lock(shard).pop()))
     }
 
-    /// Shards with room, once for each place.
-    pub(crate) fn vacancies(&self) -> Vec<usize> {
-        (0..self.shards.len()).flat_map(|shard| std::iter::repeat_n(shard, KEPT_PER_SHARD - self.lock(shard).len())).collect()
+    /// Shards with fewer than `kept` instances, once for each that is missing.
+    pub(crate) fn vacancies(&self, kept: usize) -> Vec<usize> {
+        let missing = |shard| kept.min(KEPT_PER_SHARD).saturating_sub(self.lock(shard).len());
+        (0..self.shards.len()).flat_map(|shard| std::iter::repeat_n(shard, missing(shard))).collect()
     }
 
     /// Lets go of what a shard has beyond `kept` instances.

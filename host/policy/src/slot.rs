@@ -1,24 +1,24 @@
 //! A slot: which policy decides now, which one did before, and what decides when it cannot.
 //!
 //! A change is one atomic pointer swap. A request pins the version that it began with and keeps it to its end, unless
-//! that version is rolled back: then the native fallback decides the rest of it.
+//! that version is rolled back, quarantined or bypassed: then something else decides the rest of it.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+mod decide;
+mod report;
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
 };
 
 use arc_swap::ArcSwapOption;
-use dynamo_host_core::{SlotName, answer::Verdict, native};
-use serde::Serialize;
+use dynamo_host_core::{OnError, SlotName};
 
-use crate::{
-    call::{Explanation, RouteCall},
-    fault::{FaultCause, PolicyFault},
-    state::SlotState,
-    version::PolicyVersion,
+pub use self::{
+    decide::{DecidedBy, Decision, Failed},
+    report::{QuarantineReport, SlotReport, VersionReport, VersionState},
 };
+use crate::{state::SlotState, version::PolicyVersion};
 
 /// Versions that can be rolled back to.
 const MAX_HISTORY: usize = 8;
@@ -30,35 +30,22 @@ pub struct RoutingSlot {
     active: ArcSwapOption<PolicyVersion>,
     /// What was active before, oldest first; `None` is the native fallback. The lock also serializes changes.
     history: Mutex<Vec<Option<Arc<PolicyVersion>>>>,
+    /// The kill switch.
+    bypass: AtomicBool,
+    on_error: AtomicU8,
+    /// Name of the policy that should be active and could not be brought back.
+    missing: ArcSwapOption<String>,
+    meters: Meters,
+}
+
+struct Meters {
+    bypass: metrics::Gauge,
+    bypassed: metrics::Counter,
 }
 
 /// The version that a request keeps to its end; the native fallback if `None`.
 #[derive(Clone, Debug)]
 pub struct Pinned(pub Option<Arc<PolicyVersion>>);
-
-/// Who decided.
-#[derive(Clone, Debug)]
-pub enum DecidedBy {
-    /// The policy.
-    Policy(Arc<PolicyVersion>),
-    /// The native fallback, because no policy is active or because it failed.
-    Native(Option<FaultCause>),
-}
-
-/// A decision that can be carried out.
-#[derive(Debug)]
-pub struct Decision {
-    /// What to do.
-    pub verdict: Verdict,
-    /// Who decided.
-    pub by: DecidedBy,
-    /// The policy's reasons, if they were asked for.
-    pub explanations: Vec<Explanation>,
-    /// How long it took.
-    pub elapsed: Duration,
-    /// Fuel that it took.
-    pub fuel: u64,
-}
 
 /// A rollback without anything to go back to.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +58,20 @@ impl RoutingSlot {
     /// A slot that decides natively until a policy is activated.
     #[must_use]
     pub fn new(name: SlotName) -> Self {
-        Self { name, state: Arc::default(), active: ArcSwapOption::empty(), history: Mutex::default() }
+        let meters = Meters {
+            bypass: metrics::gauge!("dynamo_host_policy_bypass", "slot" => name.to_string()),
+            bypassed: metrics::counter!("dynamo_host_policy_bypassed_total", "slot" => name.to_string()),
+        };
+        Self {
+            state: Arc::new(SlotState::of(&name)),
+            name,
+            active: ArcSwapOption::empty(),
+            history: Mutex::default(),
+            bypass: AtomicBool::new(false),
+            on_error: AtomicU8::new(OnError::default() as u8),
+            missing: ArcSwapOption::empty(),
+            meters,
+        }
     }
 
     /// Its name.
@@ -92,10 +92,43 @@ impl RoutingSlot {
         Pinned(self.active.load_full())
     }
 
+    /// The kill switch: while it is on, the native fallback makes every decision from the next one on, those of requests
+    /// that keep a version too. Off, all is as it was.
+    pub fn set_bypass(&self, is_on: bool) {
+        self.bypass.store(is_on, Relaxed);
+        self.meters.bypass.set(f64::from(u8::from(is_on)));
+    }
+
+    /// Whether the kill switch is on.
+    #[must_use]
+    pub fn is_bypassed(&self) -> bool {
+        self.bypass.load(Relaxed)
+    }
+
+    /// Says what happens from now on when the policy fails.
+    pub fn set_on_error(&self, mode: OnError) {
+        let history = self.history();
+        self.on_error.store(mode as u8, Relaxed);
+        self.arrange(&history);
+    }
+
+    /// What happens when the policy fails.
+    #[must_use]
+    pub fn on_error(&self) -> OnError {
+        let mode = self.on_error.load(Relaxed);
+        OnError::ALL.into_iter().find(|known| *known as u8 == mode).unwrap_or_default()
+    }
+
+    /// Says that the policy of this name should be active and is not, until something is activated.
+    pub fn set_missing(&self, policy: &str) {
+        self.missing.store(Some(Arc::new(policy.to_owned())));
+    }
+
     /// Swaps in a version, or the native fallback. Requests under way keep what they have.
     pub fn activate(&self, version: Option<Arc<PolicyVersion>>) {
         let mut history = self.history();
         let before = self.active.swap(version);
+        self.missing.store(None);
         if let Some(older) = history.last().into_iter().flatten().next() {
             older.retire();
         }
@@ -106,6 +139,7 @@ impl RoutingSlot {
         if history.len() > MAX_HISTORY {
             history.remove(0);
         }
+        self.arrange(&history);
     }
 
     /// Makes ready what a rollback would put back, and names it. Blocks while instances are made, so that the swap itself
@@ -128,10 +162,15 @@ impl RoutingSlot {
     pub fn rollback(&self) -> Result<Pinned, NoHistory> {
         let mut history = self.history();
         let last = history.pop().ok_or_else(|| NoHistory { slot: self.name.clone() })?;
+        self.missing.store(None);
         if let Some(bad) = self.active.swap(last.clone()) {
             bad.revoke();
             bad.retire();
+            if self.state.clear_if_full() {
+                tracing::warn!(slot = %self.name, "the policies' state was full and is empty now, since {} was rolled back", bad.label());
+            }
         }
+        self.arrange(&history);
         Ok(Pinned(last))
     }
 
@@ -150,130 +189,35 @@ impl RoutingSlot {
             earlier.retire();
         }
         *history = versions;
+        self.arrange(&history);
     }
 
-    /// Decides: the pinned policy, or natively if it cannot.
-    #[must_use]
-    pub fn decide(&self, pinned: &Pinned, call: RouteCall) -> Decision {
-        let start = Instant::now();
-        let cause = match &pinned.0 {
-            Some(version) => match version.route(call.clone()) {
-                Ok(routed) => {
-                    return Decision {
-                        verdict: routed.verdict,
-                        by: DecidedBy::Policy(Arc::clone(version)),
-                        explanations: routed.explanations,
-                        elapsed: start.elapsed(),
-                        fuel: routed.fuel,
-                    };
-                }
-                Err(fault) => Some(self.fall_back(version, &fault)),
-            },
-            None => None,
-        };
-        Self::decide_natively(&call, cause, start)
-    }
-
-    /// Decides natively, though a policy is pinned: it had its turns.
-    #[must_use]
-    pub fn decide_instead_of(&self, pinned: &Pinned, call: &RouteCall, fault: &PolicyFault) -> Decision {
-        let cause = pinned.0.as_ref().map(|version| self.fall_back(version, fault));
-        Self::decide_natively(call, cause, Instant::now())
-    }
-
-    fn decide_natively(call: &RouteCall, cause: Option<FaultCause>, start: Instant) -> Decision {
-        Decision {
-            verdict: Verdict::Place(native::least_loaded(&call.candidates, call.seed)),
-            by: DecidedBy::Native(cause),
-            explanations: Vec::new(),
-            elapsed: start.elapsed(),
-            fuel: 0,
+    /// Has the version that would decide if the active one failed make ready for it, if it may have to.
+    fn arrange(&self, history: &[Option<Arc<PolicyVersion>>]) {
+        if self.on_error() == OnError::LastGood
+            && let Some(stand_in) = sound(history, self.active.load().as_deref())
+        {
+            stand_in.stand_by();
         }
     }
 
-    /// Counts a fault, and logs the first of its kind: a policy that fails at every request must not flood the log.
-    fn fall_back(&self, version: &Arc<PolicyVersion>, fault: &PolicyFault) -> FaultCause {
-        metrics::counter!(
-            "dynamo_host_policy_fallbacks_total",
-            "slot" => self.name.to_string(), "policy" => version.label().to_string(), "cause" => fault.cause.as_str()
-        )
-        .increment(1);
-        if version.record(fault) {
-            tracing::warn!(
-                slot = %self.name, policy = %version.label(), cause = %fault.cause,
-                "policy failed, the native fallback decides: {}; further failures of this cause are only counted", fault.detail
-            );
-        }
-        fault.cause
+    /// The newest earlier version that is sound. `None`: the native fallback is.
+    fn last_good(&self, failed: Option<&PolicyVersion>) -> Option<Arc<PolicyVersion>> {
+        let version = sound(&self.history(), failed)?;
+        version.stand_by();
+        Some(version)
     }
 
     fn history(&self) -> std::sync::MutexGuard<'_, Vec<Option<Arc<PolicyVersion>>>> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// What is in the slot, for people and tools.
-    #[must_use]
-    pub fn report(&self) -> SlotReport {
-        let mut versions = self.versions();
-        let active = versions.pop().flatten();
-        SlotReport {
-            slot: self.name.to_string(),
-            active: VersionReport::of(active.as_ref()),
-            previous: versions.iter().rev().map(|version| VersionReport::of(version.as_ref())).collect(),
-        }
-    }
 }
 
-/// A slot, for people and tools.
-#[derive(Clone, Debug, Serialize)]
-pub struct SlotReport {
-    /// Its name.
-    pub slot: String,
-    /// What decides now.
-    pub active: VersionReport,
-    /// What did before, latest first.
-    pub previous: Vec<VersionReport>,
-}
-
-/// A policy version, for people and tools.
-#[derive(Clone, Debug, Serialize)]
-pub struct VersionReport {
-    /// `name@version`, or `native`.
-    pub policy: String,
-    /// Digest of its bytes.
-    pub digest: Option<String>,
-    /// Its settings.
-    pub settings: Option<serde_json::Value>,
-    /// Decisions asked of it since it was loaded.
-    pub calls: u64,
-    /// How often the native fallback decided instead, by cause.
-    pub fallbacks: BTreeMap<String, u64>,
-    /// What the last failure said.
-    pub last_fault: Option<String>,
-}
-
-impl VersionReport {
-    /// Describes a version; the native fallback if `None`.
-    #[must_use]
-    pub fn of(version: Option<&Arc<PolicyVersion>>) -> Self {
-        let Some(version) = version else {
-            return Self {
-                policy: native::NAME.to_owned(),
-                digest: None,
-                settings: None,
-                calls: 0,
-                fallbacks: BTreeMap::new(),
-                last_fault: None,
-            };
-        };
-        let faults = version.faults();
-        Self {
-            policy: version.label().to_string(),
-            digest: Some(version.digest().to_string()),
-            settings: serde_json::from_str(version.settings()).ok(),
-            calls: version.calls(),
-            fallbacks: faults.by_cause.iter().map(|(cause, count)| (cause.to_string(), *count)).collect(),
-            last_fault: faults.last.map(|fault| fault.to_string()),
-        }
-    }
+/// The newest of these that is neither quarantined nor revoked, and not the same component with the same settings as the
+/// one that failed. If the native fallback was active after that, it is the last that was good.
+fn sound(history: &[Option<Arc<PolicyVersion>>], failed: Option<&PolicyVersion>) -> Option<Arc<PolicyVersion>> {
+    let same = |one: &PolicyVersion, other: &PolicyVersion| one.digest() == other.digest() && one.settings() == other.settings();
+    let differs = |version: &PolicyVersion| failed.is_none_or(|failed| !same(version, failed));
+    let newest_first = history.iter().rev().map_while(Option::as_ref);
+    newest_first.into_iter().find(|version| version.is_open() && differs(version)).cloned()
 }

@@ -4,8 +4,10 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
+
+use dynamo_host_core::SlotName;
 
 const MAX_KEY_BYTES: usize = 128;
 const MAX_VALUE_BYTES: usize = 4096;
@@ -61,6 +63,8 @@ struct Entries {
 /// State of one slot.
 #[derive(Debug, Default)]
 pub struct SlotState {
+    /// The slot's name; empty for scratch state.
+    slot: Arc<str>,
     entries: Mutex<Entries>,
     metrics: Mutex<BTreeSet<String>>,
     /// Log lines that may be written now, and when that was.
@@ -68,6 +72,17 @@ pub struct SlotState {
 }
 
 impl SlotState {
+    /// Empty state of a slot.
+    #[must_use]
+    pub fn of(slot: &SlotName) -> Self {
+        Self { slot: slot.to_string().into(), ..Self::default() }
+    }
+
+    /// The slot's name.
+    pub(crate) fn slot(&self) -> &Arc<str> {
+        &self.slot
+    }
+
     pub(crate) fn get(&self, key: &str, now_ms: u64) -> Option<Vec<u8>> {
         if key.len() > MAX_KEY_BYTES {
             return None;
@@ -157,6 +172,18 @@ impl SlotState {
         (metrics.len() < MAX_METRICS && !name.is_empty()).then(|| {
             metrics.insert(name.clone());
             name
+        })
+    }
+
+    /// Lets go of everything if nothing more fits; whether it did. What a bad policy has filled must not starve the good
+    /// one that takes its place.
+    pub(crate) fn clear_if_full(&self) -> bool {
+        self.with(|entries| {
+            let is_full = entries.map.len() >= MAX_ENTRIES || entries.bytes + MAX_VALUE_BYTES + ENTRY_BYTES > MAX_BYTES;
+            if is_full {
+                *entries = Entries::default();
+            }
+            is_full
         })
     }
 
@@ -275,6 +302,18 @@ mod tests {
         let value = vec![0; MAX_VALUE_BYTES];
         let kept = (0..).take_while(|i| state.set(&format!("v{i}"), value.clone(), 0, 2000).is_ok()).count();
         assert!((3900..4097).contains(&kept), "{kept} values of 4 KiB fit into 16 MiB");
+    }
+
+    #[test]
+    fn full_state_can_be_cleared_and_other_state_stays() {
+        let state = SlotState::default();
+        state.add("n", 1, 0, 0).unwrap();
+        assert!(!state.clear_if_full());
+        assert_eq!(state.add("n", 1, 0, 0), Ok(2));
+        let value = vec![0; MAX_VALUE_BYTES];
+        let _ = (0..).take_while(|i| state.set(&format!("v{i}"), value.clone(), 0, 0).is_ok()).count();
+        assert!(state.clear_if_full());
+        assert_eq!(state.add("n", 1, 0, 0), Ok(1));
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! A policy version: one component with one set of settings, warm and ready to decide.
 
 use std::{
-    collections::BTreeMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        Arc, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
 };
+
+use dynamo_host_core::answer::Verdict;
 
 use crate::{
     blueprint::{Blueprint, Failure, Purpose, Routed, SetupError, decide, run},
@@ -17,6 +18,9 @@ use crate::{
     identity::{Digest, PolicyName},
     inspect::Inspection,
     pool::{Instance, KEPT_PER_SHARD, Pool},
+    record::{FaultRecord, Instead},
+    runtime::Now,
+    standing::{Admission, Standing},
     trial::Trial,
 };
 
@@ -25,25 +29,50 @@ pub struct PolicyVersion {
     this: Weak<Self>,
     blueprint: Blueprint,
     pool: Pool,
-    revoked: AtomicBool,
+    standing: Standing,
     /// Instances that its pool keeps in each shard: all it can while it decides, none when it has not for a while.
     kept_per_shard: AtomicUsize,
+    /// Its instances could not be made: no use in trying before then.
+    mend_after_ms: AtomicU64,
     meters: Meters,
-    faults: Mutex<Faults>,
+    record: FaultRecord,
 }
 
 struct Meters {
     calls: metrics::Counter,
     seconds: metrics::Histogram,
     fuel: metrics::Histogram,
-    total_calls: AtomicU64,
 }
 
-/// Faults so far: how many of each cause, and what the last one said.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Faults {
-    pub(crate) by_cause: BTreeMap<FaultCause, u64>,
-    pub(crate) last: Option<PolicyFault>,
+/// No decision: it failed, or it was not asked.
+#[derive(Debug)]
+pub(crate) enum Undecided {
+    /// It failed.
+    Fault(PolicyFault),
+    /// It was not asked: [`FaultCause::Quarantined`] or [`FaultCause::Revoked`].
+    NotAsked(FaultCause),
+}
+
+impl Undecided {
+    pub(crate) fn cause(&self) -> FaultCause {
+        match self {
+            Self::Fault(fault) => fault.cause,
+            Self::NotAsked(cause) => *cause,
+        }
+    }
+
+    pub(crate) fn into_fault(self) -> PolicyFault {
+        match self {
+            Self::Fault(fault) => fault,
+            Self::NotAsked(cause) => {
+                let detail = match cause {
+                    FaultCause::Revoked => "it was rolled back while the request was under way",
+                    _ => "it failed too often lately and is not asked for a while",
+                };
+                PolicyFault { cause, detail: detail.to_owned() }
+            }
+        }
+    }
 }
 
 impl PolicyVersion {
@@ -53,16 +82,16 @@ impl PolicyVersion {
             calls: metrics::counter!("dynamo_host_policy_calls_total", "policy" => policy()),
             seconds: metrics::histogram!("dynamo_host_policy_call_seconds", "policy" => policy()),
             fuel: metrics::histogram!("dynamo_host_policy_call_fuel", "policy" => policy()),
-            total_calls: AtomicU64::new(0),
         };
         Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
             pool: Pool::new(blueprint.shared.shards),
-            blueprint,
-            revoked: AtomicBool::new(false),
+            standing: Standing::new(blueprint.shared.limits.quarantine.clone()),
             kept_per_shard: AtomicUsize::new(KEPT_PER_SHARD),
+            mend_after_ms: AtomicU64::new(0),
             meters,
-            faults: Mutex::default(),
+            record: FaultRecord::new(blueprint.slot(), &blueprint.label),
+            blueprint,
         })
     }
 
@@ -105,12 +134,31 @@ impl PolicyVersion {
     /// Decisions asked of it.
     #[must_use]
     pub fn calls(&self) -> u64 {
-        self.meters.total_calls.load(Relaxed)
+        self.standing.calls()
+    }
+
+    /// Whether it may be asked: neither revoked nor in quarantine.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.standing.is_open()
+    }
+
+    pub(crate) fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    pub(crate) fn record(&self) -> &FaultRecord {
+        &self.record
+    }
+
+    /// The time, outside of decisions.
+    pub(crate) fn now(&self) -> Now {
+        (self.blueprint.shared.clock)()
     }
 
     /// Fills its pool. Blocks: each instance reads the settings anew.
     pub(crate) fn warm_up(&self) -> Result<(), SetupError> {
-        for shard in self.pool.vacancies() {
+        for shard in self.pool.vacancies(self.kept_per_shard.load(Relaxed)) {
             self.pool.put_into(shard, self.blueprint.instantiate(Purpose::Decide)?);
         }
         Ok(())
@@ -118,30 +166,46 @@ impl PolicyVersion {
 
     /// Brings its pool to what its standing asks for. Off the request path.
     pub(crate) fn tend(&self) {
-        let kept = if self.revoked.load(Relaxed) { 0 } else { self.kept_per_shard.load(Relaxed) };
+        let kept = if self.standing.is_revoked() { 0 } else { self.kept_per_shard.load(Relaxed) };
         self.pool.trim(kept);
-        if kept == KEPT_PER_SHARD
-            && let Err(error) = self.warm_up()
-        {
-            // It shows again when it is asked to decide and has no instance.
-            self.record(&error.into_fault());
+        if kept == 0 {
+            return;
+        }
+        if let Err(error) = self.warm_up() {
+            let pause = self.blueprint.shared.limits.mending_pause.as_millis() as u64;
+            self.mend_after_ms.store(self.now().monotonic_ms.saturating_add(pause), Relaxed);
+            let fault = error.into_fault();
+            if self.record.note(&fault) {
+                let policy = self.label();
+                tracing::warn!(%policy, cause = %fault.cause, "a failed instance of the policy cannot be replaced: {}", fault.detail);
+            }
         }
     }
 
     /// Makes it ready to decide again. Blocks while instances are made.
     pub(crate) fn wake(&self) {
         self.kept_per_shard.store(KEPT_PER_SHARD, Relaxed);
+        self.record.serve(true);
         self.tend();
     }
 
     /// It was replaced just now: requests may have pinned it and not asked it yet.
     pub(crate) fn step_down(&self) {
+        self.record.serve(false);
         self.keep(1);
     }
 
     /// It was replaced a while ago: all that it needs can be made anew.
     pub(crate) fn retire(&self) {
+        self.record.serve(false);
         self.keep(0);
+    }
+
+    /// It is to decide when a later version fails: a few instances are kept for that.
+    pub(crate) fn stand_by(&self) {
+        if self.kept_per_shard.load(Relaxed) == 0 {
+            self.keep(1);
+        }
     }
 
     fn keep(&self, per_shard: usize) {
@@ -149,23 +213,39 @@ impl PolicyVersion {
         self.ask_for_tending();
     }
 
-    /// Takes it out of use for good: requests that are pinned to it are decided natively from now on.
+    /// Takes it out of use for good: requests that are pinned to it are decided otherwise from now on.
     pub(crate) fn revoke(&self) {
-        self.revoked.store(true, Relaxed);
+        self.standing.revoke();
+        self.record.serve(false);
     }
 
-    pub(crate) fn faults(&self) -> Faults {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Counts a fault; `true` if it is the first of its cause.
-    pub(crate) fn record(&self, fault: &PolicyFault) -> bool {
-        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = faults.by_cause.entry(fault.cause).or_default();
-        *count += 1;
-        let is_first = *count == 1;
-        faults.last = Some(fault.clone());
-        is_first
+    /// Takes note of why it did not decide, and of who did instead; the first of a cause is logged, and what leads to a
+    /// quarantine: a policy that fails at every request must not flood the log.
+    pub(crate) fn did_not_decide(&self, undecided: Undecided, instead: Instead, now_ms: u64) {
+        let fault = match undecided {
+            Undecided::NotAsked(FaultCause::Quarantined) => return self.record.count_quarantined(instead),
+            other => other.into_fault(),
+        };
+        self.record.count(fault.cause, instead);
+        let is_first = self.record.note(&fault);
+        let (slot, policy) = (self.blueprint.slot(), self.label());
+        if is_first {
+            tracing::warn!(
+                %slot, %policy, cause = %fault.cause,
+                "policy failed, {instead}: {}; further failures of this cause are only counted", fault.detail
+            );
+        }
+        if fault.cause == FaultCause::Revoked {
+            return;
+        }
+        if let Some(quarantine) = self.standing.fault(fault.cause, now_ms) {
+            self.record.enter_quarantine(fault.cause);
+            let (faults, calls, backoff_s) = (quarantine.faults, quarantine.calls, quarantine.backoff.as_secs_f64());
+            tracing::warn!(
+                %slot, %policy, cause = %fault.cause,
+                "policy is quarantined: {faults} of its last {calls} calls failed; it is tried again in {backoff_s} s, and {instead} until then"
+            );
+        }
     }
 
     /// Decides one request.
@@ -173,8 +253,40 @@ impl PolicyVersion {
     /// # Errors
     /// Why it did not decide. The fault is not recorded here: the slot does, with what it did instead.
     pub fn route(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
+        self.try_route(call).map_err(Undecided::into_fault)
+    }
+
+    /// Decides one request, if it may be asked.
+    pub(crate) fn try_route(&self, call: RouteCall) -> Result<Routed, Undecided> {
+        match self.standing.admit(call.now_ms) {
+            Admission::Open => self.route_metered(call).map_err(Undecided::Fault),
+            Admission::Shut(cause) => Err(Undecided::NotAsked(cause)),
+            Admission::Trial(trial) => {
+                let now_ms = call.now_ms;
+                let routed = self.route_metered(call);
+                match &routed {
+                    // It asks for more time: nothing is known yet.
+                    Ok(Routed { verdict: Verdict::Hold { .. }, .. }) => {}
+                    Ok(_) => {
+                        if let Some(quarantine) = trial.passed() {
+                            self.record.leave_quarantine();
+                            let seconds = now_ms.saturating_sub(quarantine.since_ms) as f64 / 1000.0;
+                            tracing::info!(
+                                slot = %self.blueprint.slot(), policy = %self.label(), failed_trials = quarantine.failed_trials,
+                                "policy decides again: it was quarantined for {seconds:.1} s, and its trial was good"
+                            );
+                        }
+                    }
+                    Err(fault) if fault.cause.is_the_policys_own() => trial.failed(fault.cause),
+                    Err(_) => {}
+                }
+                routed.map_err(Undecided::Fault)
+            }
+        }
+    }
+
+    fn route_metered(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
         self.meters.calls.increment(1);
-        self.meters.total_calls.fetch_add(1, Relaxed);
         let start = Instant::now();
         let routed = self.route_unmetered(call);
         self.meters.seconds.record(start.elapsed().as_secs_f64());
@@ -185,10 +297,6 @@ impl PolicyVersion {
     }
 
     fn route_unmetered(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
-        if self.revoked.load(Relaxed) {
-            let detail = "it was rolled back while the request was under way".to_owned();
-            return Err(PolicyFault { cause: FaultCause::Revoked, detail });
-        }
         let mut instance = self.take()?;
         let (now, seed) = (call.now(), call.seed);
         let decided = decide(&mut instance, call, now, seed, &self.blueprint.shared.limits);
@@ -203,12 +311,13 @@ impl PolicyVersion {
         Trial::new(Arc::clone(self))
     }
 
-    /// Lets it learn from what has ended.
+    /// Lets it learn from what has ended. Its decisions are not judged by that: failures here are counted apart and lead
+    /// to no quarantine. They cost nobody a request, and one batch at a time what a decision may cost.
     ///
     /// # Errors
     /// Why it did not.
     pub fn observe(&self, outcomes: OutcomeBatch) -> Result<(), PolicyFault> {
-        if self.revoked.load(Relaxed) {
+        if self.standing.is_revoked() {
             return Ok(());
         }
         let mut instance = self.take()?;
@@ -223,15 +332,23 @@ impl PolicyVersion {
             &self.blueprint.shared.limits,
         );
         let result = self.give_back(instance, observed.map_err(Failure::Guest)).map(drop);
-        if let Err(fault) = &result {
-            self.record(fault);
+        if let Err(fault) = &result
+            && self.record.note_observe(fault)
+        {
+            let policy = self.label();
+            tracing::warn!(
+                %policy, cause = %fault.cause,
+                "policy failed to learn from outcomes: {}; further failures of this cause are only counted", fault.detail
+            );
         }
         result
     }
 
     fn take(&self) -> Result<Instance, PolicyFault> {
         self.pool.take().ok_or_else(|| {
-            self.ask_for_tending();
+            if self.now().monotonic_ms >= self.mend_after_ms.load(Relaxed) {
+                self.ask_for_tending();
+            }
             let detail = "all its instances are in use or being replaced".to_owned();
             PolicyFault { cause: FaultCause::Busy, detail }
         })

@@ -1,10 +1,11 @@
 //! Commands that talk to a running host's admin API.
 #![allow(clippy::print_stdout)]
 
-use std::{fs, time::Duration};
+use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
-use dynamo_host_core::{SlotName, slot::SlotNameError};
+use dynamo_host_core::{OnError, SlotName, slot::SlotNameError};
+use dynamo_host_policy::{Limits, read_component};
 use http::{Method, Request, Uri, header::AUTHORIZATION};
 use serde_json::Value;
 
@@ -31,7 +32,8 @@ pub(super) async fn activate(
         }
         call(admin, Method::DELETE, &path, Bytes::new()).await?
     } else {
-        let component = fs::read(file).map_err(|error| format!("{file}: {error}"))?;
+        let max_bytes = Limits::default().component_bytes;
+        let component = read_component(Path::new(file), max_bytes).map_err(|error| format!("{file}: {error}"))?;
         let query: String = form_urlencoded::Serializer::new(String::new())
             .extend_pairs(settings.map(|settings| ("settings", settings)))
             .finish();
@@ -47,6 +49,34 @@ pub(super) async fn rollback(slot: &str, admin: &AdminFlags, output: Output) -> 
     let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
     let change = call(admin, Method::POST, &format!("/v1/slots/{}/rollback", path_segment(&slot)), Bytes::new()).await?;
     print_change(&change, output);
+    Ok(())
+}
+
+pub(super) async fn bypass(slot: &str, is_on: bool, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
+    let method = if is_on { Method::PUT } else { Method::DELETE };
+    let answer = call(admin, method, &format!("/v1/slots/{}/bypass", path_segment(&slot)), Bytes::new()).await?;
+    if output == Output::Json {
+        println!("{answer:#}");
+        return Ok(());
+    }
+    let what = if is_on { "bypassed, the native fallback decides" } else { "not bypassed, its policy decides" };
+    println!("{slot}: {what}");
+    if answer["not_kept"].is_string() {
+        println!("a restart will forget that: {}", text(&answer["not_kept"]));
+    }
+    Ok(())
+}
+
+pub(super) async fn on_error(slot: &str, mode: OnError, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
+    let path = format!("/v1/slots/{}/on-error?mode={mode}", path_segment(&slot));
+    let answer = call(admin, Method::PUT, &path, Bytes::new()).await?;
+    if output == Output::Json {
+        println!("{answer:#}");
+    } else {
+        println!("{slot}: when its policy fails: {}", describe_on_error(&answer["on_error"]));
+    }
     Ok(())
 }
 
@@ -107,6 +137,10 @@ fn print_change(change: &Value, output: Output) {
 fn print_slots(answer: &Value) {
     for slot in list_of(&answer["slots"]) {
         print_version(&text(&slot["slot"]), "active", &slot["active"]);
+        if slot["bypass"] == true {
+            println!("{:<20}bypassed: the native fallback decides, whatever is active", "");
+        }
+        println!("{:<20}when it fails: {}", "", describe_on_error(&slot["on_error"]));
         if slot["trouble"].is_string() {
             println!("{:<20}trouble: {}", "", text(&slot["trouble"]));
         }
@@ -122,11 +156,48 @@ fn print_version(slot: &str, role: &str, version: &Value) {
         println!("{:<20}settings {}", "", Value::Object(settings.clone()));
     }
     for (cause, count) in version["fallbacks"].as_object().into_iter().flatten() {
-        println!("{:<20}native decided instead, {cause}: {count}", "");
+        println!("{:<20}did not decide, {cause}: {count}", "");
     }
+    for (cause, count) in version["observe_failures"].as_object().into_iter().flatten() {
+        println!("{:<20}did not learn, {cause}: {count}", "");
+    }
+    print_quarantine(version);
     if version["last_fault"].is_string() {
         println!("{:<20}last fault: {}", "", text(&version["last_fault"]));
     }
+}
+
+fn print_quarantine(version: &Value) {
+    let seconds = |value: &Value| value.as_f64().unwrap_or_default();
+    let quarantine = &version["quarantine"];
+    if quarantine.is_object() {
+        let trial = match seconds(&quarantine["next_trial_in_s"]) {
+            0.0 => "the next request is its trial".to_owned(),
+            wait => format!("next trial in {wait:.1} s"),
+        };
+        println!(
+            "{:<20}quarantined for {:.1} s, cause {}: {} of {} calls had failed; {} trials failed; {trial}",
+            "",
+            seconds(&quarantine["for_s"]),
+            text(&quarantine["cause"]),
+            quarantine["faults"],
+            quarantine["calls"],
+            quarantine["failed_trials"],
+        );
+    } else if version["quarantines"].as_u64().is_some_and(|count| count > 0) {
+        let times = version["quarantines"].as_u64().unwrap_or_default();
+        println!("{:<20}was quarantined {times} time{}", "", if times == 1 { "" } else { "s" });
+    }
+}
+
+fn describe_on_error(mode: &Value) -> String {
+    let meaning = match mode.as_str() {
+        Some("fallback") => "the native fallback decides",
+        Some("last-good") => "the newest earlier version that is sound decides",
+        Some("closed") => "the request is refused",
+        _ => "unknown",
+    };
+    format!("{} ({meaning})", text(mode))
 }
 
 fn describe(version: &Value) -> String {

@@ -1,10 +1,10 @@
 //! `dynamo-host policy check` and `bench`: a component looked at without a running host.
 #![allow(clippy::print_stdout)]
 
-use std::{fs, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use dynamo_host_core::answer::Verdict;
-use dynamo_host_policy::{Limits, Now, PolicyFault, PolicyRuntime, PolicyVersion, bench, synthetic};
+use dynamo_host_policy::{Limits, Now, PolicyFault, PolicyRuntime, PolicyVersion, bench, read_component, synthetic};
 use serde_json::json;
 
 use super::Output;
@@ -16,7 +16,8 @@ const SIZES: [u32; 4] = [1, 4, 64, 1024];
 fn load(file: &Path, settings: Option<&str>) -> Result<Arc<PolicyVersion>, String> {
     let settings =
         settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
-    let bytes = fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let bytes =
+        read_component(file, Limits::default().component_bytes).map_err(|error| format!("{}: {error}", file.display()))?;
     let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).map_err(|error| error.to_string())?;
     let settings = settings.as_deref().unwrap_or("{}");
     runtime.load(&bytes, settings, Arc::default()).map_err(|error| format!("{}: {}", file.display(), plain(&error.to_string())))

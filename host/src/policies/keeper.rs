@@ -9,11 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_host_core::{SlotName, native};
-use dynamo_host_policy::{Digest, PolicyRuntime, PolicyVersion, RoutingSlot};
+use dynamo_host_core::{OnError, SlotName, native};
+use dynamo_host_policy::{Digest, PolicyRuntime, PolicyVersion, RoutingSlot, read_component};
 use dynamo_host_store::{SlotRecord, Store, StoreError, VersionRecord};
 
-use super::{ChangeError, Seed};
+use super::{ChangeError, Seed, Wishes};
 use crate::text::plain;
 
 /// Versions in a record: the active one and eight to roll back to.
@@ -44,12 +44,12 @@ enum Wanted {
 }
 
 impl Wanted {
-    fn read(seed: &Seed) -> Result<Self, String> {
+    fn read(seed: &Seed, max_bytes: usize) -> Result<Self, String> {
         match seed {
             Seed::Native => Ok(Self::Native),
-            Seed::File { path, settings } => match std::fs::read(path) {
+            Seed::File { path, settings } => match read_component(path, max_bytes) {
                 Ok(bytes) => Ok(Self::Component { bytes, settings: settings.clone() }),
-                Err(error) => Err(format!("{} cannot be read: {error}; name a policy component with --routing", path.display())),
+                Err(error) => Err(format!("{}: {error}; name a policy component with --routing", path.display())),
             },
         }
     }
@@ -73,7 +73,7 @@ impl Keeper {
         runtime: &PolicyRuntime,
         routing: &RoutingSlot,
         state_dir: Option<&Path>,
-        seed: Option<&Seed>,
+        wishes: Wishes<'_>,
     ) -> Result<Self, StoreError> {
         let mut keeper = Self { keeping: Keeping::Memory, record: SlotRecord::default(), troubles: Vec::new() };
         let mut stored = None;
@@ -89,12 +89,14 @@ impl Keeper {
             Some(Err(error @ StoreError::InUse { .. })) => return Err(error),
             // What was active is not known, and whatever took its place could not be kept: native serves.
             Some(Err(error)) => {
+                routing.set_missing("unknown");
+                routing.set_on_error(wishes.on_error.unwrap_or_default());
                 keeper.complain("state", &error.to_string(), routing);
                 keeper.keeping = Keeping::Broken(error.to_string());
                 return Ok(keeper);
             }
         }
-        let wanted = seed.map(Wanted::read);
+        let wanted = wishes.seed.map(|seed| Wanted::read(seed, runtime.limits().component_bytes));
         let is_news = match (&wanted, &stored) {
             (Some(Ok(wanted)), Some(stored)) => stored.seed.as_ref() != Some(&wanted.record()),
             _ => true,
@@ -108,10 +110,34 @@ impl Keeper {
                 policy = routing.report().active.policy,
                 "the slot's policy comes from the state directory; --routing seeded it before"
             ),
-            Some(Err(reason)) => keeper.complain("seed", &reason, routing),
+            Some(Err(reason)) => {
+                keeper.miss("configured", routing);
+                keeper.complain("seed", &reason, routing);
+            }
             None => {}
         }
+        keeper.settle_on_error(routing, wishes.on_error);
         Ok(keeper)
+    }
+
+    /// What was said last of what happens on errors: by a command, or by the configuration if it has changed.
+    fn settle_on_error(&mut self, routing: &RoutingSlot, wanted: Option<OnError>) {
+        if let Some(wanted) = wanted.filter(|wanted| self.record.on_error_seed != Some(*wanted)) {
+            let record = SlotRecord { on_error: Some(wanted), on_error_seed: Some(wanted), ..self.record.clone() };
+            if let Err(error) = self.keep(record, None, &[]) {
+                self.complain("seed", &format!("the configured on_error is in force, and not kept: {error}"), routing);
+            }
+            routing.set_on_error(wanted);
+        } else if let Some(kept) = self.record.on_error {
+            routing.set_on_error(kept);
+        }
+    }
+
+    /// The slot should hold a policy now, and does not.
+    fn miss(&self, policy: &str, routing: &RoutingSlot) {
+        if routing.pin().0.is_none() {
+            routing.set_missing(policy);
+        }
     }
 
     /// What the start could not bring back, in one text.
@@ -147,7 +173,7 @@ impl Keeper {
                 Ok(loaded) => versions.push(loaded),
                 // The record keeps it: it may be repaired, and nothing that was asked for is forgotten.
                 Err(reason) if index == last => {
-                    trouble = Some(format!("the active policy {name:?} cannot be restored: {reason}"));
+                    trouble = Some((name, format!("the active policy {name:?} cannot be restored: {reason}")));
                     versions.push(None);
                 }
                 Err(reason) => {
@@ -160,9 +186,16 @@ impl Keeper {
             kept.push(version.clone());
         }
         routing.restore(versions);
-        self.record = SlotRecord { versions: kept, seed: record.seed };
+        routing.set_bypass(record.bypass);
+        if record.bypass {
+            tracing::warn!(slot = %routing.name(), "the slot is bypassed, as it was: {} decides; end that with: dynamo-host policy bypass {} --off", native::NAME, routing.name());
+        }
+        self.record = SlotRecord { versions: kept, ..record.clone() };
         match trouble {
-            Some(trouble) => self.complain("active", &trouble, routing),
+            Some((name, trouble)) => {
+                self.miss(name, routing);
+                self.complain("active", &trouble, routing);
+            }
             None => tracing::info!(policy = routing.report().active.policy, "restored from the state directory"),
         }
     }
@@ -178,6 +211,7 @@ impl Keeper {
         let (version, bytes) = match loaded {
             Ok(loaded) => loaded,
             Err(error) => {
+                self.miss("configured", routing);
                 return self.complain("seed", &format!("the configured routing policy is not activated: {error}"), routing);
             }
         };
@@ -193,6 +227,7 @@ impl Keeper {
             }
             Ok(()) => {}
             Err(error) => {
+                self.miss("configured", routing);
                 return self.complain("seed", &format!("the configured routing policy is not activated: {error}"), routing);
             }
         }
@@ -213,6 +248,25 @@ impl Keeper {
         record.versions.pop();
         self.keep(record, None, &[])?;
         Ok(begun.elapsed())
+    }
+
+    /// Keeps what happens on errors. Blocks on the disk.
+    pub(super) fn keep_on_error(&mut self, mode: OnError) -> Result<(), ChangeError> {
+        self.keep(SlotRecord { on_error: Some(mode), ..self.record.clone() }, None, &[])
+    }
+
+    /// Keeps whether the kill switch is on. Blocks on the disk.
+    ///
+    /// # Errors
+    /// Why it will be forgotten at a restart; it is in force all the same.
+    pub(super) fn keep_bypass(&mut self, is_on: bool) -> Result<(), String> {
+        // Whatever can be kept next, this is part of it.
+        self.record.bypass = is_on;
+        match &self.keeping {
+            Keeping::Memory => Err("this host has no --state-dir".to_owned()),
+            Keeping::Disk(store) => store.put_slot(&SlotName::ROUTING, &self.record).map_err(|error| error.to_string()),
+            Keeping::Broken(reason) => Err(reason.clone()),
+        }
     }
 
     fn with_next(&self, version: Option<&Arc<PolicyVersion>>) -> SlotRecord {
@@ -258,7 +312,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap();
         let routing = RoutingSlot::new(SlotName::ROUTING);
-        let open = |routing: &RoutingSlot| Keeper::open(&runtime, routing, Some(directory.path()), Some(&Seed::Native)).unwrap();
+        let wishes = Wishes { seed: Some(&Seed::Native), on_error: None };
+        let open = |routing: &RoutingSlot| Keeper::open(&runtime, routing, Some(directory.path()), wishes).unwrap();
         let keeper = open(&routing);
         assert_eq!((keeper.troubles(), routing.versions().len()), (None, 1), "native over native is no change");
         assert!(keeper.record.versions.is_empty() && keeper.record.seed.is_some());

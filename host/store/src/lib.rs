@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dynamo_host_core::SlotName;
+use dynamo_host_core::{OnError, SlotName};
 use serde::{Deserialize, Serialize};
 
 /// Pages that sled keeps in memory: the state is a few kilobytes.
@@ -88,6 +88,15 @@ pub struct SlotRecord {
     pub versions: Vec<Option<VersionRecord>>,
     /// What the start-up configuration asked for when it last decided the slot.
     pub seed: Option<VersionRecord>,
+    /// What happens when the policy fails, if that was ever said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_error: Option<OnError>,
+    /// What the start-up configuration asked for of that, when it last decided it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_error_seed: Option<OnError>,
+    /// Whether the kill switch is on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bypass: bool,
 }
 
 /// A policy with its settings.
@@ -275,7 +284,7 @@ mod tests {
     }
 
     fn record(digests: &[&str]) -> SlotRecord {
-        SlotRecord { versions: digests.iter().map(|digest| version(digest)).collect(), seed: None }
+        SlotRecord { versions: digests.iter().map(|digest| version(digest)).collect(), ..SlotRecord::default() }
     }
 
     #[test]

@@ -56,6 +56,13 @@ impl Process {
         self.child.id()
     }
 
+    /// The most memory that it has had, in bytes.
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
+        peak.unwrap_or_else(|| panic!("no VmHWM in {status}")).trim().parse::<u64>().unwrap() * 1024
+    }
+
     /// What it wrote to stderr so far.
     pub(crate) fn log(&self) -> String {
         self.stderr.text()

@@ -7,6 +7,8 @@ use crate::call::{Explanation, Guest};
 
 /// Terms that one decision may explain.
 const MAX_TERMS: usize = 16;
+/// Values of a term that is not about candidates.
+const MIN_VALUES: usize = 256;
 
 pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     define_void(interface, "place", |guest: &mut Guest, (mut rows,): (Vec<u32>,)| {
@@ -29,10 +31,15 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
         answer(guest, "reject", Answer::Reject(Rejection { status, retry_after_ms, reason }), bytes)
     })?;
     define(interface, "explain-wanted", |guest: &mut Guest, (): ()| Ok((guest.route("explain-wanted")?.explain, 0)))?;
-    define_void(interface, "explain", |guest: &mut Guest, (term, values): (String, Vec<f32>)| {
+    define_void(interface, "explain", |guest: &mut Guest, (term, mut values): (String, Vec<f32>)| {
         let bytes = term.len() + size_of_val(&*values);
-        if guest.route("explain")?.explain && guest.explanations.len() < MAX_TERMS {
+        let call = guest.route("explain")?;
+        let (is_wanted, count) = (call.explain, call.candidates.count());
+        if is_wanted && guest.explanations.len() < MAX_TERMS {
             let term = guest.printable(&term);
+            // NaN and infinity have their meaning in costs, and pass.
+            values.truncate(MIN_VALUES.max(count as usize));
+            values.shrink_to_fit();
             guest.explanations.push(Explanation { term, values });
         }
         Ok(bytes)

@@ -79,7 +79,9 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
         Ok(name.len())
     })?;
     define_void(interface, "gauge-set", |guest: &mut Guest, (name, value): (String, f64)| {
-        let Some(metric) = exported(guest, &name) else { return dropped(guest, "gauge", name.len()) };
+        // What is no number would spoil every sum and rule over the metric.
+        let metric = if value.is_finite() { exported(guest, &name) } else { None };
+        let Some(metric) = metric else { return dropped(guest, "gauge", name.len()) };
         if !guest.is_muted {
             metrics::gauge!("dynamo_host_policy_gauge", "policy" => guest.label.to_string(), "name" => metric).set(value);
         }

@@ -1,0 +1,86 @@
+//! What policies see: every fact and column, as the host knows it, on any host that speaks their contract.
+
+use std::{fs, path::Path, sync::Arc};
+
+use dynamo_host_core::{Load, WorkerId};
+use dynamo_host_policy::{
+    OutcomeRow, RouteCall, SlotState,
+    synthetic::{self, SyntheticFleet},
+};
+
+use crate::{RUNTIME, component};
+
+/// A request of which every fact is known that this host knows.
+fn witnessed_call(fleet: &SyntheticFleet) -> RouteCall {
+    let mut call = synthetic::route_call(fleet, 1);
+    let request = Arc::make_mut(&mut call.request);
+    request.decision_id = 7;
+    request.tenant = Some("acme".to_owned());
+    request.session_key = Some(1);
+    request.max_output_tokens = Some(64);
+    request.choices = 2;
+    request.flags = 5;
+    request.attempt = 1;
+    request.holds = 3;
+    request.failed_workers = vec![WorkerId(1), WorkerId(2)];
+    request.deadline_ms = Some(501);
+    request.attributes.insert("x-test".to_owned(), "abc".to_owned());
+    (call.now_ms, call.unix_ms, call.explain) = (101, 1000, true);
+    call
+}
+
+/// What a witness must say about that request over four made-up workers, on any host that speaks its contract.
+fn check_witness(bytes: &[u8]) {
+    const UNKNOWN: f32 = u32::MAX as f32;
+    let state = Arc::new(SlotState::default());
+    let version = RUNTIME.load(bytes, "{}", Arc::clone(&state)).unwrap();
+    let fleet = synthetic::fleet(4);
+    let routed = version.route(witnessed_call(&fleet)).unwrap();
+    let said = |term: &str| {
+        let found = routed.explanations.iter().find(|explanation| explanation.term == term);
+        found.unwrap_or_else(|| panic!("it said nothing of {term}")).values.clone()
+    };
+    #[track_caller]
+    fn check(said: &[f32], expected: &[f32]) {
+        let same = |(a, b): (&f32, &f32)| a == b || a.is_nan() && b.is_nan();
+        assert!(said.len() == expected.len() && said.iter().zip(expected).all(same), "{said:?}\n{expected:?}");
+    }
+    let nan = f32::NAN;
+    #[rustfmt::skip]
+    check(&said("request"), &[
+        7.0, 9.0, -1.0, 0.0, 0.0, 4.0, 1.0, 1.0, -1.0, 0.0, 1000.0, 0.0, 0.0, 64.0, UNKNOWN, 2.0, 5.0, 0.0, 0.0, 0.0, 0.0, -1.0,
+        101.0, 400.0, nan, nan, 1.0, 3.0, 2.0, -1.0, -1.0, 0.0, 3.0,
+    ]);
+    check(&said("keys"), &[1.0, 4.0, 4.0, 1.0]);
+    let unknown = 4.0 * UNKNOWN;
+    let sum = |load| fleet.candidates.iter().map(|worker| worker.load.get(load) as f32).sum::<f32>();
+    let [prefill, decode, requests] = [Load::ActivePrefillTokens, Load::ActiveDecodeTokens, Load::ActiveRequests].map(sum);
+    #[rustfmt::skip]
+    check(&said("u32"), &[
+        0.0, 0.0, 0.0, 64.0, unknown, unknown, unknown, unknown, prefill, decode, requests, unknown, unknown, unknown, unknown,
+        unknown, unknown, unknown, 0.0, unknown,
+    ]);
+    check(&said("f32"), &[nan, nan, nan, nan, 4.0]);
+    check(&said("named"), &[2.0, 2.0, 0.0, 6.0, -1.0]);
+    check(&said("services"), &[1.0, 5.0, 2.0, 1.0, 101.0, 1000.0, 1.0]);
+    let row = |tokens| OutcomeRow { decision_id: 7, worker_id: 2, ttft_ms: 3.0, itl_ms: nan, output_tokens: tokens, end: 0 };
+    version.observe([row(1), row(2)].into()).unwrap();
+    version.observe(Vec::new().into()).unwrap();
+    assert!(version.observes());
+}
+
+#[test]
+fn a_policy_sees_every_fact_and_column_as_the_host_knows_it() {
+    check_witness(&component("guests", "witness"));
+}
+
+#[test]
+fn every_fossil_still_sees_what_it_saw_when_it_was_released() {
+    let fossils = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fossils");
+    let mut found = 0;
+    for release in fs::read_dir(fossils).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        check_witness(&fs::read(release.join("witness.wasm")).unwrap());
+        found += 1;
+    }
+    assert!(found > 0, "there is a fossil for each release");
+}
