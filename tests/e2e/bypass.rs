@@ -50,10 +50,8 @@ async fn it_beats_a_closed_slot_and_a_request_that_keeps_its_version() {
     let script = move |mut connection: Connection| {
         let (mut switched, number) = (switched.clone(), asked.fetch_add(1, Relaxed));
         async move {
-            // The second is the adapter's, on a new connection.
             match number {
                 0 => drop(switched.wait_for(|&is_on| is_on).await),
-                1 => {}
                 _ => connection.write(whole_answer("200 OK", r#"{"choices":[]}"#)).await,
             }
         }
