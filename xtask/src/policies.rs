@@ -8,7 +8,7 @@ use wit_component::ComponentEncoder;
 use crate::{paths, wasm::Toolchain};
 
 /// Crates under `policies/`.
-pub(crate) const POLICIES: &[&str] = &["least-loaded", "round-robin"];
+pub(crate) const POLICIES: &[&str] = &["composed", "least-loaded", "power-of-two", "round-robin", "session-affinity"];
 /// Crates under `tests/guests/`.
 pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness"];
 

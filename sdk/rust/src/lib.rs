@@ -41,6 +41,7 @@ extern crate self as dynamo_policy_sdk;
 mod candidate;
 mod candidates;
 mod codes;
+pub mod compose;
 mod decision;
 mod outcomes;
 pub mod rank;
