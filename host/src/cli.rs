@@ -27,7 +27,7 @@ struct Arguments {
 enum Command {
     /// Serve: a front door over workers, routed by a policy
     Serve(Box<ServeFlags>),
-    /// Activate, list, roll back, check or measure policies
+    /// Write, build, check, measure, activate, list and roll back policies
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// What a running host is doing
@@ -73,7 +73,39 @@ enum PolicyCommand {
         #[command(flatten)]
         output: OutputFlags,
     },
-    /// Load a component as a host would, without a host, and say what it is
+    /// Write the crate of a new policy: it builds, and passes its own tests
+    New {
+        /// Its name, such as my-policy
+        name: String,
+        /// The folder to make [default: the name, in this folder]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Use the SDK in this folder instead of writing one beside the crate
+        #[arg(long, value_name = "DIR")]
+        sdk: Option<PathBuf>,
+    },
+    /// Build a crate's component with cargo, and check it
+    Build {
+        /// The crate
+        #[arg(value_name = "DIR", default_value = ".")]
+        directory: PathBuf,
+        /// Where to write the component [default: NAME.wasm in the crate's folder]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        output: OutputFlags,
+        /// For cargo
+        #[arg(last = true, value_name = "CARGO ARGUMENTS")]
+        more: Vec<String>,
+    },
+    /// Say what a component is and what it reads, without running it
+    Inspect {
+        /// The component
+        file: PathBuf,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Load a component as a host would, without a host, ask it made-up requests, and say what is or may become wrong
     Check {
         /// The component
         file: PathBuf,
@@ -94,6 +126,9 @@ enum PolicyCommand {
         #[arg(long, value_delimiter = ',', value_name = "N,…", default_values_t = [4, 64, 1024, 10_000],
             value_parser = clap::value_parser!(u32).range(1..=100_000))]
         candidates: Vec<u32>,
+        /// Times to measure each; the median counts
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        rounds: u32,
         #[command(flatten)]
         output: OutputFlags,
     },
@@ -153,9 +188,14 @@ pub fn main() -> ExitCode {
             }
             PolicyCommand::Rollback { slot, admin, output } => exit(1, run(false, admin::rollback(&slot, &admin, output.output))),
             PolicyCommand::List { admin, output } => exit(1, run(false, admin::list(&admin, output.output))),
+            PolicyCommand::New { name, dir, sdk } => exit(1, policy::create(&name, dir.as_deref(), sdk.as_deref())),
+            PolicyCommand::Build { directory, out, output, more } => {
+                exit(1, policy::build(&directory, out.as_deref(), &more, output.output))
+            }
+            PolicyCommand::Inspect { file, output } => exit(1, policy::inspect(&file, output.output)),
             PolicyCommand::Check { file, settings, output } => exit(1, policy::check(&file, settings.as_deref(), output.output)),
-            PolicyCommand::Bench { file, settings, candidates, output } => {
-                exit(1, policy::bench(&file, settings.as_deref(), &candidates, output.output))
+            PolicyCommand::Bench { file, settings, candidates, rounds, output } => {
+                exit(1, policy::bench(&file, settings.as_deref(), &candidates, rounds, output.output))
             }
         },
     }

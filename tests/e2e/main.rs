@@ -3,6 +3,7 @@
 //! Nothing here knows the host's code. Programs take free ports and say which; every wait is bounded and looks at a level;
 //! a test that fails shows the logs of what it started. Speed is measured in benches, not here.
 
+mod authors;
 mod bad_input;
 mod cli;
 mod failures;

@@ -66,9 +66,14 @@ fn main() -> Result<()> {
 }
 
 fn test(arguments: &[String]) -> Result<()> {
-    policies::build()?;
+    let toolchain = policies::build()?;
     let python = python::with_openai_client()?;
-    run::check(cargo().args(["test", "--workspace"]).args(arguments).env("DYNAMO_HOST_TEST_PYTHON", python))
+    let mut command = cargo();
+    command.args(["test", "--workspace"]).args(arguments).env("DYNAMO_HOST_TEST_PYTHON", python);
+    if let Some(toolchain) = toolchain.for_tests()? {
+        command.env("DYNAMO_HOST_TEST_WASM_TOOLCHAIN", toolchain);
+    }
+    run::check(&mut command)
 }
 
 fn ci() -> Result<()> {

@@ -9,16 +9,18 @@
 //! Requests without a key go where the least work is.
 
 use dynamo_policy_sdk::{
-    Candidates, Decision, Request, Router, UNKNOWN, compose::scorers::rendezvous, entropy, rank,
+    Candidates, Decision, Request, Router, UNKNOWN,
+    compose::scorers::rendezvous,
+    entropy, rank,
     schemars::{self, JsonSchema},
-    serde::{self, Deserialize},
+    serde::{self, Deserialize, Serialize},
 };
 
 /// Work of a request as such, in prompt tokens; a token of context that decodes is a tenth of one.
 const REQUEST_WORK: f32 = 64.0;
 
 /// By what requests belong together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(crate = "serde", rename_all = "kebab-case")]
 #[schemars(crate = "schemars")]
 pub enum Key {
@@ -104,8 +106,9 @@ impl SessionAffinity {
     /// somebody is always below it. Of whom nothing is known is not counted.
     fn bound(&self, work: &[f32], new: f32) -> f32 {
         // Integers, since their sums become SIMD; the cast makes 0 of NaN.
-        let (sum, count) =
-            work.iter().fold((0u64, 0u32), |(sum, count), &work| (sum + u64::from(work as u32), count + u32::from(!work.is_nan())));
+        let (sum, count) = work
+            .iter()
+            .fold((0u64, 0u32), |(sum, count), &work| (sum + u64::from(work as u32), count + u32::from(!work.is_nan())));
         let mean = (sum as f32 + new) / count.max(1) as f32;
         ((1.0 + self.settings.slack) * mean).max(self.settings.free_work)
     }

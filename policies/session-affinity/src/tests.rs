@@ -62,7 +62,10 @@ fn the_setting_says_what_belongs_together() {
     let by = |key| policy(Settings { key, ..Settings::default() });
     let request = |session, prefix| Request::test().with_session_key(session).with_prefix_key(prefix);
     for session in 0..20 {
-        assert_eq!(rows(&by(Key::Prefix), &request(session, 3), &candidates), rows(&by(Key::Prefix), &request(0, 3), &candidates));
+        assert_eq!(
+            rows(&by(Key::Prefix), &request(session, 3), &candidates),
+            rows(&by(Key::Prefix), &request(0, 3), &candidates)
+        );
     }
     // Without a key of that kind, the least work.
     let busy = fleet(&IDS, &[9, 9, 9, 0, 9]);

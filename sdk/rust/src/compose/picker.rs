@@ -1,12 +1,12 @@
 //! Pickers: from totals to a ranking.
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{entropy, rank};
 
 /// How candidates are ranked by their totals.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Picker {
     /// The best first; equals in random order.
@@ -44,9 +44,7 @@ impl Picker {
         let best = || rank::lowest_rows(totals.iter().map(|total| -total), entropy::next());
         match *self {
             Self::Best => best(),
-            Self::Softmax { temperature } => {
-                rank::lowest_rows(perturbed(totals, temperature, entropy::next()), entropy::next())
-            }
+            Self::Softmax { temperature } => rank::lowest_rows(perturbed(totals, temperature, entropy::next()), entropy::next()),
             Self::TopK { k } => {
                 let mut rows = best();
                 let within = rows.len().min(k as usize);

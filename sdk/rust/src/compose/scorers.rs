@@ -29,11 +29,16 @@ fn only(worker: u64, candidates: &Candidates, scores: &mut [f32]) {
     write(scores, candidates.worker_id().iter().map(|&other| if other == worker { 1.0 } else { 0.0 }));
 }
 
+/// The largest value that is known; `None` if none is.
+fn largest(values: &[u32]) -> Option<u32> {
+    // One more than each, so that the unknown wrap to 0.
+    values.iter().map(|&value| value.wrapping_add(1)).max().unwrap_or(0).checked_sub(1)
+}
+
 /// `1 - load / largest`; all 1 where all are idle.
 fn less_is_better(loads: &[u32], scores: &mut [f32]) {
-    // One more than each, so that the unknown wrap to 0.
-    let largest = loads.iter().map(|&load| load.wrapping_add(1)).max().unwrap_or(0);
-    let scale = if largest <= 1 { 0.0 } else { 1.0 / (largest - 1) as f32 };
+    let Some(largest) = largest(loads) else { return };
+    let scale = if largest == 0 { 0.0 } else { 1.0 / largest as f32 };
     write(scores, loads.iter().map(|&load| 1.0 - known(load) * scale));
 }
 
@@ -42,8 +47,8 @@ fn quicker_is_better(times: &[f32], scores: &mut [f32]) {
     // As integers, whose minimum becomes SIMD: floats above 0 are ordered as their bits, and less one, all else is larger.
     let below = |time: f32| time.to_bits().wrapping_sub(1);
     let infinite = below(f32::INFINITY);
-    let least = times.iter().map(|&time| below(time)).min().filter(|&least| least < infinite);
-    let least = least.map_or(f32::NAN, |least| f32::from_bits(least + 1));
+    let least = times.iter().map(|&time| below(time)).min();
+    let Some(least) = least.filter(|&least| least < infinite).map(|least| f32::from_bits(least + 1)) else { return };
     write(scores, times.iter().map(|&time| if below(time) < infinite { least / time } else { f32::NAN }));
 }
 
@@ -79,9 +84,12 @@ scorers! {
     Queue, "queue", |_, candidates, scores| less_is_better(candidates.queued_requests(), scores);
     /// A large part of the KV capacity free, as the engine reports.
     KvFree, "kv_free", |_, candidates, scores| {
-        let columns = candidates.kv_tokens_free().iter().zip(candidates.kv_tokens_total());
-        // A capacity of nothing is none that is known.
-        write(scores, columns.map(|(&free, &total)| if total == 0 { f32::NAN } else { at_most_one(known(free) / known(total)) }));
+        let (free, total) = (candidates.kv_tokens_free(), candidates.kv_tokens_total());
+        if largest(free).is_some() {
+            // A capacity of nothing is none that is known.
+            let capacity = |total: u32| if total == 0 { f32::NAN } else { known(total) };
+            write(scores, free.iter().zip(total).map(|(&free, &total)| at_most_one(known(free) / capacity(total))));
+        }
     };
     /// Few of the recent requests failed.
     ErrorRate, "error_rate", |_, candidates, scores| write(scores, candidates.error_rate().iter().map(|rate| 1.0 - rate));
@@ -137,7 +145,7 @@ impl Scorer for CachedPrefix {
 
     fn score(&self, request: &Request, candidates: &Candidates, scores: &mut [f32]) {
         let prompt = request.prompt_tokens();
-        if prompt == UNKNOWN || prompt == 0 {
+        if prompt == UNKNOWN || prompt == 0 || largest(candidates.cached_device_tokens()).is_none() {
             return;
         }
         // What is unknown of the further tiers is not there for all that anybody can tell; of the device it is unknown.
@@ -149,11 +157,13 @@ impl Scorer for CachedPrefix {
             .zip(candidates.cached_host_tokens())
             .zip(candidates.cached_disk_tokens())
             .zip(candidates.cached_remote_tokens());
-        write(scores, tiers.map(|(((&device, &host), &disk), &remote)| {
-            let worth =
-                known(device) + self.host * further(host) + self.disk * further(disk) + self.remote * further(remote);
-            at_most_one(worth * share)
-        }));
+        write(
+            scores,
+            tiers.map(|(((&device, &host), &disk), &remote)| {
+                let worth = known(device) + self.host * further(host) + self.disk * further(disk) + self.remote * further(remote);
+                at_most_one(worth * share)
+            }),
+        );
     }
 }
 
@@ -195,13 +205,17 @@ impl Scorer for Signal {
     fn score(&self, _: &Request, candidates: &Candidates, scores: &mut [f32]) {
         let Some(values) = candidates.signal(&self.name) else { return };
         let finite = || values.iter().filter(|value| value.is_finite());
-        let (low, high) = finite().fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &value| (low.min(value), high.max(value)));
+        let (low, high) =
+            finite().fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &value| (low.min(value), high.max(value)));
         let scale = if high > low { 1.0 / (high - low) } else { 0.0 };
-        write(scores, values.iter().map(|&value| match (value.is_finite(), self.more_is_better) {
-            (false, _) => f32::NAN,
-            (true, true) => 1.0 - (high - value) * scale,
-            (true, false) => 1.0 - (value - low) * scale,
-        }));
+        write(
+            scores,
+            values.iter().map(|&value| match (value.is_finite(), self.more_is_better) {
+                (false, _) => f32::NAN,
+                (true, true) => 1.0 - (high - value) * scale,
+                (true, false) => 1.0 - (value - low) * scale,
+            }),
+        );
     }
 }
 

@@ -1,12 +1,12 @@
 //! A composition of the whole library, by its settings.
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Composition, Picker, scorers};
 
 /// Weights of all scorers of the library, and the picker: what the policy `composed` takes.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// Weight of each scorer; 0 leaves it out. Only their proportions matter.
@@ -20,7 +20,7 @@ pub struct Settings {
 }
 
 /// Weights of the scorers without parameters.
-#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Weights {
     /// Few prompt tokens that are still to be computed.
@@ -73,7 +73,7 @@ impl Default for Weights {
 }
 
 /// Weight of a [`scorers::LabelMatch`].
-#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LabelWeight {
     /// Name of the label.
@@ -85,7 +85,7 @@ pub struct LabelWeight {
 }
 
 /// Weight of a [`scorers::Signal`].
-#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SignalWeight {
     /// Name of the column.
@@ -97,7 +97,7 @@ pub struct SignalWeight {
 }
 
 /// Which end of a numeric column is better.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Preferred {
     /// The low one: a price, a latency.
