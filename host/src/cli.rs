@@ -3,6 +3,8 @@
 //! 0: done. 1: the command failed, with one message on stderr. 2: it could not begin: flags, configuration, addresses.
 
 mod admin;
+mod assets;
+mod dashboard;
 mod mock;
 mod policy;
 
@@ -39,6 +41,12 @@ enum Command {
     },
     /// An engine without a GPU: vLLM's endpoints over a model of an engine
     MockEngine(MockFlags),
+    /// Write what a release carries: man pages, completions, a dashboard
+    #[command(hide = true)]
+    Assets {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -181,6 +189,7 @@ pub fn main() -> ExitCode {
             Err(error) => exit(2, Err(error)),
         },
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
+        Command::Assets { directory } => exit(1, assets::write(&directory)),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {

@@ -1,8 +1,10 @@
-//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `real-engine`.
+//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `dist`, `dashboard`,
+//! `real-engine`.
 #![allow(clippy::print_stdout)]
 
 mod bench;
 mod demo;
+mod dist;
 mod paths;
 mod policies;
 mod python;
@@ -50,6 +52,14 @@ enum Task {
         #[command(subcommand)]
         what: bench::What,
     },
+    /// Build a release: one archive with the program, policies, man pages, completions and a dashboard.
+    Dist {
+        /// Target triple; by default x86_64-unknown-linux-musl where rustup has it, else this machine's.
+        #[arg(long, value_name = "TRIPLE")]
+        target: Option<String>,
+    },
+    /// Make dist/grafana.json anew from the metrics.
+    Dashboard,
     /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
     RealEngine,
 }
@@ -61,6 +71,8 @@ fn main() -> Result<()> {
         Task::Test { arguments } => test(&arguments),
         Task::Ci => ci(),
         Task::Bench { what } => bench::run(&what),
+        Task::Dist { target } => dist::run(target.as_deref()),
+        Task::Dashboard => dist::dashboard(),
         Task::RealEngine => real_engine::run(),
     }
 }
