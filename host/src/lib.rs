@@ -13,6 +13,8 @@ mod decode;
 mod dispatch;
 mod door;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod listener;
 mod meters;
 mod observe;

@@ -1,4 +1,4 @@
-//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `dist`, `dashboard`,
+//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `dist`, `dashboard`, `fuzz`,
 //! `real-engine`.
 #![allow(clippy::print_stdout)]
 
@@ -60,6 +60,14 @@ enum Task {
     },
     /// Make dist/grafana.json anew from the metrics.
     Dashboard,
+    /// Mutate the corpus of the fuzz targets for some time. Every test run does a little of it.
+    Fuzz {
+        /// Seconds for each target.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Targets; all without any.
+        targets: Vec<String>,
+    },
     /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
     RealEngine,
 }
@@ -73,6 +81,7 @@ fn main() -> Result<()> {
         Task::Bench { what } => bench::run(&what),
         Task::Dist { target } => dist::run(target.as_deref()),
         Task::Dashboard => dist::dashboard(),
+        Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
         Task::RealEngine => real_engine::run(),
     }
 }
@@ -86,6 +95,12 @@ fn test(arguments: &[String]) -> Result<()> {
         command.env("DYNAMO_HOST_TEST_WASM_TOOLCHAIN", toolchain);
     }
     run::check(&mut command)
+}
+
+fn fuzz(seconds: u64, targets: &[String]) -> Result<()> {
+    // Of the whole workspace, as the tests build it: by itself the host would have other features, and be built twice.
+    let test = ["test", "--workspace", "--features", "dynamo-host/fuzzing", "--test", "fuzz", "--", &seconds.to_string()];
+    run::check(cargo().args(test).args(targets))
 }
 
 fn ci() -> Result<()> {

@@ -52,7 +52,7 @@ fn compile(directory: &Path, more: &[String]) -> Result<PathBuf, String> {
             if has_target(directory) { "see above" } else { "add the target with: rustup target add wasm32-unknown-unknown" };
         return Err(format!("cargo build for {TARGET} failed with {}; {hint}", output.status));
     }
-    let module = String::from_utf8_lossy(&output.stdout).lines().filter_map(module).last();
+    let module = String::from_utf8_lossy(&output.stdout).lines().filter_map(module).next_back();
     module.ok_or_else(|| {
         format!("the crate in {} makes no module; it needs [lib] crate-type = [\"cdylib\", \"rlib\"]", directory.display())
     })
