@@ -3,6 +3,8 @@
 //! 0: done. 1: the command failed, with one message on stderr. 2: it could not begin: flags, configuration, addresses.
 
 mod admin;
+mod assets;
+mod dashboard;
 mod key;
 mod mock;
 mod policy;
@@ -29,7 +31,7 @@ struct Arguments {
 enum Command {
     /// Serve: a front door over workers, routed by a policy
     Serve(Box<ServeFlags>),
-    /// Activate, list, roll back, check or measure policies
+    /// Write, build, check, measure, activate, list and roll back policies
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// API keys of the front door
@@ -44,6 +46,12 @@ enum Command {
     },
     /// An engine without a GPU: vLLM's endpoints over a model of an engine
     MockEngine(MockFlags),
+    /// Write what a release carries: man pages, completions, a dashboard
+    #[command(hide = true)]
+    Assets {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -101,7 +109,39 @@ enum PolicyCommand {
         #[command(flatten)]
         output: OutputFlags,
     },
-    /// Load a component as a host would, without a host, and say what it is
+    /// Write the crate of a new policy: it builds, and passes its own tests
+    New {
+        /// Its name, such as my-policy
+        name: String,
+        /// The folder to make [default: the name, in this folder]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Use the SDK in this folder instead of writing one beside the crate
+        #[arg(long, value_name = "DIR")]
+        sdk: Option<PathBuf>,
+    },
+    /// Build a crate's component with cargo, and check it
+    Build {
+        /// The crate
+        #[arg(value_name = "DIR", default_value = ".")]
+        directory: PathBuf,
+        /// Where to write the component [default: NAME.wasm in the crate's folder]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        output: OutputFlags,
+        /// For cargo
+        #[arg(last = true, value_name = "CARGO ARGUMENTS")]
+        more: Vec<String>,
+    },
+    /// Say what a component is and what it reads, without running it
+    Inspect {
+        /// The component
+        file: PathBuf,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Load a component as a host would, without a host, ask it made-up requests, and say what is or may become wrong
     Check {
         /// The component
         file: PathBuf,
@@ -122,6 +162,9 @@ enum PolicyCommand {
         #[arg(long, value_delimiter = ',', value_name = "N,…", default_values_t = [4, 64, 1024, 10_000],
             value_parser = clap::value_parser!(u32).range(1..=100_000))]
         candidates: Vec<u32>,
+        /// Times to measure each; the median counts
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        rounds: u32,
         #[command(flatten)]
         output: OutputFlags,
     },
@@ -205,6 +248,7 @@ pub fn main() -> ExitCode {
         },
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
         Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
+        Command::Assets { directory } => exit(1, assets::write(&directory)),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {
@@ -218,9 +262,14 @@ pub fn main() -> ExitCode {
                 exit(1, run(false, admin::on_error(&slot, mode, &admin, output.output)))
             }
             PolicyCommand::List { admin, output } => exit(1, run(false, admin::list(&admin, output.output))),
+            PolicyCommand::New { name, dir, sdk } => exit(1, policy::create(&name, dir.as_deref(), sdk.as_deref())),
+            PolicyCommand::Build { directory, out, output, more } => {
+                exit(1, policy::build(&directory, out.as_deref(), &more, output.output))
+            }
+            PolicyCommand::Inspect { file, output } => exit(1, policy::inspect(&file, output.output)),
             PolicyCommand::Check { file, settings, output } => exit(1, policy::check(&file, settings.as_deref(), output.output)),
-            PolicyCommand::Bench { file, settings, candidates, output } => {
-                exit(1, policy::bench(&file, settings.as_deref(), &candidates, output.output))
+            PolicyCommand::Bench { file, settings, candidates, rounds, output } => {
+                exit(1, policy::bench(&file, settings.as_deref(), &candidates, rounds, output.output))
             }
         },
     }

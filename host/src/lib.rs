@@ -16,6 +16,8 @@ mod dispatch;
 mod door;
 mod error;
 mod exchange;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod listener;
 mod meters;
 mod observe;

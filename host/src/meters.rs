@@ -15,14 +15,15 @@ const ENGINE_SECONDS: &[f64] = &[
 /// Buckets for fuel.
 const FUEL: &[f64] = &[1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6];
 
-enum Kind {
+/// What a metric is.
+pub(crate) enum Kind {
     Counter,
     Gauge,
     Histogram(&'static [f64]),
 }
 
 /// All metrics: name, kind, help.
-const METRICS: &[(&str, Kind, &str)] = &[
+pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ("dynamo_host_requests_total", Kind::Counter, "Requests by endpoint, model and HTTP status; 499: the client left first"),
     ("dynamo_host_errors_total", Kind::Counter, "Errors by kind, those inside started streams included"),
     ("dynamo_host_requests_in_flight", Kind::Gauge, "Requests being served"),

@@ -5,6 +5,7 @@
 
 mod abuse;
 mod anthropic_client;
+mod authors;
 mod bad_input;
 mod bypass;
 mod cli;

@@ -1,8 +1,10 @@
-//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `real-engine`.
+//! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `dist`, `dashboard`, `fuzz`,
+//! `real-engine`.
 #![allow(clippy::print_stdout)]
 
 mod bench;
 mod demo;
+mod dist;
 mod paths;
 mod policies;
 mod python;
@@ -50,6 +52,22 @@ enum Task {
         #[command(subcommand)]
         what: bench::What,
     },
+    /// Build a release: one archive with the program, policies, man pages, completions and a dashboard.
+    Dist {
+        /// Target triple; by default x86_64-unknown-linux-musl where rustup has it, else this machine's.
+        #[arg(long, value_name = "TRIPLE")]
+        target: Option<String>,
+    },
+    /// Make dist/grafana.json anew from the metrics.
+    Dashboard,
+    /// Mutate the corpus of the fuzz targets for some time. Every test run does a little of it.
+    Fuzz {
+        /// Seconds for each target.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Targets; all without any.
+        targets: Vec<String>,
+    },
     /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
     RealEngine {
         /// Instead, install a real vLLM for the CPU (5 GB, once) and drive the adapter at it.
@@ -65,15 +83,29 @@ fn main() -> Result<()> {
         Task::Test { arguments } => test(&arguments),
         Task::Ci => ci(),
         Task::Bench { what } => bench::run(&what),
+        Task::Dist { target } => dist::run(target.as_deref()),
+        Task::Dashboard => dist::dashboard(),
+        Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
         Task::RealEngine { vllm: false } => real_engine::llama_cpp(),
         Task::RealEngine { vllm: true } => real_engine::vllm(),
     }
 }
 
 fn test(arguments: &[String]) -> Result<()> {
-    policies::build()?;
+    let toolchain = policies::build()?;
     let python = python::with_clients()?;
-    run::check(cargo().args(["test", "--workspace"]).args(arguments).env("DYNAMO_HOST_TEST_PYTHON", python))
+    let mut command = cargo();
+    command.args(["test", "--workspace"]).args(arguments).env("DYNAMO_HOST_TEST_PYTHON", python);
+    if let Some(toolchain) = toolchain.for_tests()? {
+        command.env("DYNAMO_HOST_TEST_WASM_TOOLCHAIN", toolchain);
+    }
+    run::check(&mut command)
+}
+
+fn fuzz(seconds: u64, targets: &[String]) -> Result<()> {
+    // Of the whole workspace, as the tests build it: by itself the host would have other features, and be built twice.
+    let test = ["test", "--workspace", "--features", "dynamo-host/fuzzing", "--test", "fuzz", "--", &seconds.to_string()];
+    run::check(cargo().args(test).args(targets))
 }
 
 fn ci() -> Result<()> {

@@ -8,12 +8,12 @@ use wit_component::ComponentEncoder;
 use crate::{paths, wasm::Toolchain};
 
 /// Crates under `policies/`.
-pub(crate) const POLICIES: &[&str] = &["least-loaded", "round-robin"];
+pub(crate) const POLICIES: &[&str] = &["composed", "least-loaded", "power-of-two", "round-robin", "session-affinity"];
 /// Crates under `tests/guests/`.
 pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness"];
 
-/// Builds all of them.
-pub(crate) fn build() -> Result<()> {
+/// Builds all of them; returns what they were built with.
+pub(crate) fn build() -> Result<Toolchain> {
     let toolchain = Toolchain::find()?;
     println!("Building {} policies and {} test guests with {}", POLICIES.len(), GUESTS.len(), toolchain.name());
     let modules = toolchain.build(&[POLICIES, GUESTS].concat())?;
@@ -30,7 +30,7 @@ pub(crate) fn build() -> Result<()> {
             println!("  {} ({} kB)", component.display(), bytes.len() / 1000);
         }
     }
-    Ok(())
+    Ok(toolchain)
 }
 
 fn componentize(module: &Path) -> Result<Vec<u8>> {

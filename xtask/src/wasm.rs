@@ -1,12 +1,14 @@
 //! Building Rust for WebAssembly, with rustup's target where it can be had and with Debian's toolchain where not.
 
-use std::{env, path::Path, path::PathBuf, process::Command};
+use std::{collections::BTreeMap, env, ffi::OsString, path::Path, path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 
 use crate::{paths, run, system};
 
 const TARGET: &str = "wasm32-unknown-unknown";
+const DEBIAN_CARGO: &str = "/usr/bin/cargo";
+const BUILD_STD: &str = "-Zbuild-std=std,panic_abort";
 
 /// A way to build for WebAssembly.
 pub(crate) enum Toolchain {
@@ -35,6 +37,15 @@ impl Toolchain {
             Self::Rustup => "this toolchain's wasm32-unknown-unknown",
             Self::Debian => "Debian's rustc-web, with the standard library built from source",
         }
+    }
+
+    /// For tests that run `dynamo-host policy build`: what its cargo needs, as JSON; nothing with rustup's.
+    pub(crate) fn for_tests(&self) -> Result<Option<String>> {
+        let Self::Debian = self else { return Ok(None) };
+        let mut environment: BTreeMap<_, _> =
+            debian_environment()?.into_iter().map(|(name, value)| (name, value.map(|value| value.into_string().ok()))).collect();
+        environment.insert("CARGO", Some(Some(DEBIAN_CARGO.to_owned())));
+        Ok(Some(serde_json::json!({ "environment": environment, "arguments": [BUILD_STD] }).to_string()))
     }
 
     /// Builds packages; returns the folder of the modules.
@@ -73,7 +84,7 @@ fn rustup_target() -> bool {
 }
 
 fn debian() -> Result<Toolchain> {
-    if wasm_ld().is_none() || !Path::new("/usr/bin/cargo").exists() || !Path::new("/usr/lib/rustlib/src").exists() {
+    if wasm_ld().is_none() || !Path::new(DEBIAN_CARGO).exists() || !Path::new("/usr/lib/rustlib/src").exists() {
         system::install(&["rustc-web", "cargo-web", "rust-web-src", "lld-22"], "building policies without rustup's wasm target")?;
     }
     Ok(Toolchain::Debian)
@@ -84,21 +95,31 @@ fn wasm_ld() -> Option<PathBuf> {
     names.into_iter().map(PathBuf::from).find(|path| path.exists())
 }
 
-fn debian_cargo() -> Result<Command> {
+/// What Debian's cargo needs in its environment; without a value: what must not be there.
+fn debian_environment() -> Result<Vec<(&'static str, Option<OsString>)>> {
     let Some(linker) = wasm_ld() else {
         bail!("wasm-ld is not there after installing lld-22; install any wasm-ld as /usr/bin/wasm-ld")
     };
-    let mut command = Command::new("/usr/bin/cargo");
-    command
-        .current_dir(paths::root())
+    Ok(vec![
+        ("CARGO", None),
+        ("RUSTUP_TOOLCHAIN", None),
+        ("RUSTC", None),
+        ("LD_LIBRARY_PATH", None),
         // Debian's compiler finds its own parts only if nothing points it to rustup's.
-        .env("PATH", format!("/usr/bin:{}", env::var("PATH").unwrap_or_default()))
-        .env_remove("RUSTUP_TOOLCHAIN")
-        .env_remove("RUSTC")
-        .env_remove("CARGO")
-        .env_remove("LD_LIBRARY_PATH")
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", linker)
-        .arg("-Zbuild-std=std,panic_abort");
+        ("PATH", Some(format!("/usr/bin:{}", env::var("PATH").unwrap_or_default()).into())),
+        ("RUSTC_BOOTSTRAP", Some("1".into())),
+        ("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", Some(linker.into())),
+    ])
+}
+
+fn debian_cargo() -> Result<Command> {
+    let mut command = Command::new(DEBIAN_CARGO);
+    command.current_dir(paths::root()).arg(BUILD_STD);
+    for (name, value) in debian_environment()? {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
     Ok(command)
 }

@@ -1,105 +1,207 @@
-//! `dynamo-host policy check` and `bench`: a component looked at without a running host.
+//! `dynamo-host policy new`, `build`, `inspect`, `check` and `bench`: policies without a running host.
 #![allow(clippy::print_stdout)]
+
+mod build;
+mod check;
+mod new;
+mod probes;
+mod schema;
+mod uses;
 
 use std::{path::Path, sync::Arc};
 
-use dynamo_host_core::answer::Verdict;
-use dynamo_host_policy::{Limits, Now, PolicyFault, PolicyRuntime, PolicyVersion, bench, read_component, synthetic};
-use serde_json::json;
+use dynamo_host_policy::{
+    Inspection, Limits, LoadError, Now, PolicyRuntime, PolicyVersion, bench, inspect as inspect_bytes, read_component,
+};
+use serde_json::{Value, json};
 
+use self::check::{Level, Memory, Report};
 use super::Output;
 use crate::{config::read_settings, text::plain};
 
-/// Sizes that `check` decides for.
-const SIZES: [u32; 4] = [1, 4, 64, 1024];
-
-fn load(file: &Path, settings: Option<&str>) -> Result<Arc<PolicyVersion>, String> {
-    let settings =
-        settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
-    let bytes =
-        read_component(file, Limits::default().component_bytes).map_err(|error| format!("{}: {error}", file.display()))?;
-    let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).map_err(|error| error.to_string())?;
-    let settings = settings.as_deref().unwrap_or("{}");
-    runtime.load(&bytes, settings, Arc::default()).map_err(|error| format!("{}: {}", file.display(), plain(&error.to_string())))
-}
-
-fn failed(candidates: u32, fault: &PolicyFault) -> String {
-    format!("it failed with {candidates} candidates: {}", plain(&fault.to_string()))
-}
-
-pub(super) fn check(file: &Path, settings: Option<&str>, output: Output) -> Result<(), String> {
-    let version = load(file, settings)?;
-    let schema = version.settings_schema().map_err(|fault| format!("settings-schema failed: {}", plain(&fault.to_string())))?;
-    let mut trial = version.trial().map_err(|fault| plain(&fault.to_string()))?;
-    let mut decisions = Vec::new();
-    for candidates in SIZES {
-        let routed =
-            trial.route(&synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| failed(candidates, &fault))?;
-        let answer = match routed.verdict {
-            Verdict::Place(ranking) => format!("place on {} of {candidates}", ranking.rows().len()),
-            Verdict::Hold { at_most_ms } => format!("hold for {at_most_ms} ms"),
-            Verdict::Reject(rejection) => format!("reject with {}", rejection.status),
-        };
-        decisions.push((candidates, answer, routed.fuel));
-    }
-    let limit = Limits::default().decision_fuel;
-    let inspection = version.inspection();
-    if output == Output::Json {
-        let decisions: Vec<_> = decisions
-            .iter()
-            .map(|(candidates, answer, fuel)| json!({ "candidates": candidates, "answer": answer, "fuel": fuel }))
-            .collect();
-        let schema: serde_json::Value = serde_json::from_str(&schema).unwrap_or_default();
-        println!("{:#}", json!({ "policy": inspection, "settings_schema": schema, "fuel_limit": limit, "decisions": decisions }));
-        return Ok(());
-    }
-    println!("{}: a policy that can be activated", file.display());
-    println!(
-        "  name      {} by {}",
-        inspection.name,
-        if inspection.name.author.is_empty() { "-" } else { &inspection.name.author }
-    );
-    println!("  digest    {}", inspection.digest);
-    println!("  size      {} kB", inspection.bytes / 1000);
-    println!("  world     {}", inspection.world);
-    println!("  imports   {}", inspection.imports.join(", "));
-    println!("  settings  {}", schema.replace(char::is_control, " "));
-    for (candidates, answer, fuel) in decisions {
-        println!(
-            "  probe     {candidates:>4} candidates: {answer}, fuel {fuel} ({:.2} % of its bound)",
-            100.0 * fuel as f64 / limit as f64
-        );
-    }
+/// Writes the crate of a new policy.
+pub(super) fn create(name: &str, directory: Option<&Path>, sdk: Option<&Path>) -> Result<(), String> {
+    let directory = directory.unwrap_or(Path::new(name));
+    new::write(name, directory, sdk)?;
+    println!("{}: a policy that can be changed. Next:\n", directory.display());
+    println!("  cd {}", directory.display());
+    println!("  cargo test                                    # natively");
+    println!("  dynamo-host policy build                      # {name}.wasm, checked");
+    println!("  dynamo-host policy activate routing {name}.wasm");
     Ok(())
 }
 
-pub(super) fn bench(file: &Path, settings: Option<&str>, sizes: &[u32], output: Output) -> Result<(), String> {
-    let version = load(file, settings)?;
+/// Builds a crate's component and checks it.
+pub(super) fn build(directory: &Path, out: Option<&Path>, more: &[String], output: Output) -> Result<(), String> {
+    let component = build::build(directory, out, more)?;
+    check(&component, None, output)
+}
+
+/// Says what a component is, without running it.
+pub(super) fn inspect(file: &Path, output: Output) -> Result<(), String> {
+    let bytes = read(file)?;
+    let inspection = inspect_bytes(&bytes, Limits::default().component_bytes).map_err(|error| named(file, &error))?;
+    let uses = uses::of(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
+    if output == Output::Json {
+        let contract = contract(&inspection);
+        println!("{:#}", json!({ "file": file.display().to_string(), "policy": inspection, "contract": contract, "uses": uses }));
+        return Ok(());
+    }
+    println!("{}", file.display());
+    print_identity(&inspection, &uses);
+    println!("  settings              policy check tells them: a policy says so itself, when it is run");
+    Ok(())
+}
+
+/// Loads a component as a host would, probes it, and says what was found.
+pub(super) fn check(file: &Path, settings: Option<&str>, output: Output) -> Result<(), String> {
+    let bytes = read(file)?;
+    let settings = read_given(settings)?;
+    let version = match load(&bytes, &settings) {
+        Ok(version) => version,
+        Err(error) => {
+            if output == Output::Json {
+                let finding = json!({ "level": Level::Error, "code": error.cause(), "message": plain(&error.to_string()) });
+                println!("{:#}", json!({ "file": file.display().to_string(), "ok": false, "findings": [finding] }));
+            }
+            return Err(named(file, &error) + &accepted(&bytes, &error));
+        }
+    };
+    let report = check::report(file.display().to_string(), &bytes, &version, Limits::default().decision_fuel);
+    if output == Output::Json {
+        println!("{:#}", serde_json::to_value(&report).unwrap_or_default());
+    } else {
+        print_report(&report);
+    }
+    let errors = report.findings.iter().filter(|finding| finding.level == Level::Error).count();
+    if report.ok { Ok(()) } else { Err(format!("{} has {errors} error(s), see above", file.display())) }
+}
+
+/// Measures a component's decisions. The median of rounds counts.
+pub(super) fn bench(file: &Path, settings: Option<&str>, sizes: &[u32], rounds: u32, output: Output) -> Result<(), String> {
+    let version = load(&read(file)?, &read_given(settings)?).map_err(|error| named(file, &error))?;
+    let limit = Limits::default().decision_fuel;
     let mut rows = Vec::new();
     for &candidates in sizes {
-        let policy = bench::policy(&version, candidates).map_err(|fault| failed(candidates, &fault))?;
-        rows.push((policy, bench::native_fallback(candidates)));
+        let (mut policy, mut native) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            policy.push(bench::policy(&version, candidates).map_err(|fault| {
+                format!("it failed with {candidates} candidates: {}; --candidates chooses others", plain(&fault.to_string()))
+            })?);
+            native.push(bench::native_fallback(candidates));
+        }
+        rows.push((median(policy), median(native)));
     }
     if output == Output::Json {
         let results: Vec<_> = rows.iter().map(|(policy, native)| json!({ "policy": policy, "native": native })).collect();
+        let (policy, digest) = (version.label().to_string(), version.digest().to_string());
         println!(
             "{:#}",
-            json!({ "policy": version.label().to_string(), "digest": version.digest().to_string(), "results": results })
+            json!({ "policy": policy, "digest": digest, "rounds": rounds, "fuel_limit": limit, "results": results })
         );
         return Ok(());
     }
     println!("{} beside the native fallback (least-loaded), per decision, columns built:", version.label());
-    println!("{:>12} {:>14} {:>12} {:>10} {:>16} {:>12}", "candidates", "policy median", "p99", "fuel", "native median", "p99");
+    println!(
+        "{:>12} {:>14} {:>12} {:>10} {:>8} {:>16} {:>12}",
+        "candidates", "policy median", "p99", "fuel", "of it", "native median", "p99"
+    );
     for (policy, native) in rows {
         println!(
-            "{:>12} {:>11.2} µs {:>9.2} µs {:>10} {:>13.2} µs {:>9.2} µs",
+            "{:>12} {:>11.2} µs {:>9.2} µs {:>10} {:>6.1} % {:>13.2} µs {:>9.2} µs",
             policy.candidates,
             policy.median_ns / 1e3,
             policy.p99_ns / 1e3,
             policy.fuel,
+            100.0 * policy.fuel as f64 / limit as f64,
             native.median_ns / 1e3,
             native.p99_ns / 1e3
         );
     }
     Ok(())
+}
+
+/// The round with the median of the medians.
+fn median(mut rounds: Vec<bench::Cost>) -> bench::Cost {
+    rounds.sort_unstable_by(|a, b| a.median_ns.total_cmp(&b.median_ns));
+    rounds.swap_remove(rounds.len() / 2)
+}
+
+fn read(file: &Path) -> Result<Vec<u8>, String> {
+    read_component(file, Limits::default().component_bytes).map_err(|error| format!("{}: {error}", file.display()))
+}
+
+fn read_given(settings: Option<&str>) -> Result<String, String> {
+    settings
+        .map_or_else(|| Ok("{}".to_owned()), |settings| read_settings("--settings", settings).map_err(|error| error.to_string()))
+}
+
+fn load(bytes: &[u8], settings: &str) -> Result<Arc<PolicyVersion>, LoadError> {
+    let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None)
+        .map_err(|error| LoadError::Compile { policy: "?".to_owned(), reason: error.to_string() })?;
+    runtime.load(bytes, settings, Arc::default())
+}
+
+fn named(file: &Path, error: &LoadError) -> String {
+    format!("{}: {}", file.display(), plain(&error.to_string()))
+}
+
+/// Where settings were refused, all that there are, each on a line of its own. Told by the policy as it is without any.
+fn accepted(bytes: &[u8], error: &LoadError) -> String {
+    let LoadError::Settings { .. } = error else { return String::new() };
+    let schema = load(bytes, "{}").ok().and_then(|version| version.settings_schema().ok());
+    let schema: Value = schema.and_then(|schema| serde_json::from_str(&schema).ok()).unwrap_or_default();
+    let lines = schema::lines(&schema);
+    if lines.is_empty() { String::new() } else { format!("\nits settings:\n  {}", lines.join("\n  ")) }
+}
+
+/// The version of the contract that a component was built for.
+fn contract(inspection: &Inspection) -> Option<String> {
+    let export = inspection.exports.iter().find_map(|export| export.strip_prefix("dynamo:policy/"))?;
+    Some(format!("dynamo:policy@{}", export.split_once('@')?.1))
+}
+
+fn print_identity(inspection: &Inspection, uses: &uses::Uses) {
+    let author = Some(&inspection.name.author).filter(|author| !author.is_empty());
+    println!("  name                  {}{}", inspection.name, author.map(|author| format!(" by {author}")).unwrap_or_default());
+    println!("  digest                {}", inspection.digest);
+    println!("  size                  {} kB", inspection.bytes.div_ceil(1000));
+    println!("  world                 {} of {}", inspection.world, contract(inspection).unwrap_or_default());
+    for (meaning, functions) in uses::lines(uses) {
+        println!("  {meaning:<21} {functions}");
+    }
+}
+
+fn print_report(report: &Report) {
+    let verdict = if report.ok { "a policy that can be activated" } else { "NOT a policy to activate" };
+    println!("{}: {verdict}", report.file);
+    print_identity(&report.policy, &report.uses);
+    let settings = schema::lines(&report.settings_schema);
+    if settings.is_empty() {
+        println!("  settings              none");
+    }
+    for (at, line) in settings.iter().enumerate() {
+        println!("  {:<21} {line}", if at == 0 { "settings" } else { "" });
+    }
+    for decided in &report.decisions {
+        println!(
+            "  {:<21} {:>6} candidates: {:<22} fuel {:>8}, {:>5.2} % of its bound",
+            decided.probe,
+            decided.candidates,
+            decided.answer,
+            decided.fuel,
+            100.0 * decided.fuel as f64 / report.fuel_limit as f64
+        );
+    }
+    println!("  same question twice   {}", if report.deterministic { "same answer" } else { "another answer" });
+    let memory = match report.memory {
+        Memory::None => "nothing else",
+        Memory::State => "what it keeps in state",
+        Memory::Own => "what is left in its own memory",
+    };
+    println!("  depends besides on    {memory}");
+    for finding in &report.findings {
+        let level = if finding.level == Level::Error { "error" } else { "warning" };
+        println!("{level} [{}]: {}", finding.code, finding.message);
+    }
 }

@@ -25,9 +25,9 @@
 //! assert_eq!(ShortestQueue.route(&Request::test(), &candidates), Decision::Place(vec![1, 2, 0]));
 //! ```
 //!
-//! Build it for `wasm32-unknown-unknown` as a `cdylib` and wrap it as a component. The same code runs natively in
-//! your tests: there, facts and columns are what the test gives, and the host's services are stand-ins within the test's
-//! thread, see [`testing`].
+//! `dynamo-host policy new` writes a crate to start from, and `dynamo-host policy build` makes the component of it. Policies
+//! from parts, scorers with weights, are in [`compose`]. The same code runs natively in your tests: there, facts and columns
+//! are what the test gives, and the host's services are stand-ins within the test's thread, see [`testing`].
 //!
 //! Contract: what is not asked for is not computed and never crosses the boundary. Each fact and column is asked of the
 //! host at most once per call and kept; what takes an argument ([`label`](Candidates::label),
@@ -41,6 +41,7 @@ extern crate self as dynamo_policy_sdk;
 mod candidate;
 mod candidates;
 mod codes;
+pub mod compose;
 mod decision;
 mod outcomes;
 pub mod rank;
@@ -69,8 +70,3 @@ pub use serde;
 
 /// What facts and columns of `u32` hold where a value is not known.
 pub const UNKNOWN: u32 = u32::MAX;
-
-/// The README's policy compiles.
-#[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
-struct Readme;

@@ -26,13 +26,18 @@ pub(crate) async fn soon<T>(what: &str, wait: impl Future<Output = T>) -> T {
 }
 
 /// Looks until there is something to see, and returns it.
-pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let give_up = Instant::now() + PATIENCE;
+pub(crate) async fn eventually<T>(what: &str, look: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_within(PATIENCE, what, look).await
+}
+
+/// The same for what takes longer, such as a compiler.
+pub(crate) async fn eventually_within<T>(patience: Duration, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let give_up = Instant::now() + patience;
     loop {
         if let Some(seen) = soon(what, look()).await {
             return seen;
         }
-        assert!(Instant::now() < give_up, "not within {} s: {what}", PATIENCE.as_secs());
+        assert!(Instant::now() < give_up, "not within {} s: {what}", patience.as_secs());
         sleep(LOOK_EVERY).await;
     }
 }

@@ -5,9 +5,10 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
-use super::eventually;
+use super::{PATIENCE, eventually, eventually_within};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_dynamo-host");
@@ -91,8 +92,14 @@ impl Process {
     }
 
     /// Waits until it has ended, and for the last of its output.
-    pub(crate) async fn finished(mut self) -> Finished {
-        let code = self.ended().await.code();
+    pub(crate) async fn finished(self) -> Finished {
+        self.finished_within(PATIENCE).await
+    }
+
+    /// The same for a program that takes long.
+    pub(crate) async fn finished_within(mut self, patience: Duration) -> Finished {
+        let what = format!("{} ends", self.name);
+        let code = eventually_within(patience, &what, async || self.child.try_wait().unwrap()).await.code();
         Finished { code, stdout: self.stdout.whole(), stderr: self.stderr.whole() }
     }
 }

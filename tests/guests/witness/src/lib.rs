@@ -165,3 +165,9 @@ fn services() -> Vec<f32> {
 }
 
 dynamo_policy_sdk::register!(Witness);
+
+/// What the README and the guide show compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../../README.md")]
+#[doc = include_str!("../../../../docs/writing-policies.md")]
+struct Documents;
