@@ -38,15 +38,17 @@ pub struct Fleet {
     generation: u64,
     workers: Arc<[Worker]>,
     models: BTreeSet<String>,
-    eligible: HashMap<String, Vec<Group>>,
+    eligible: HashMap<String, Eligible>,
 }
 
-/// The eligible workers of a model that have one role, and of those the ones with one adapter if it names one.
-#[derive(Debug)]
-struct Group {
-    role: Role,
-    adapter: Option<String>,
-    candidates: Arc<Candidates>,
+/// Workers of one model that are candidates together: of one role, and with one adapter if it names one.
+type Group<'a> = (Role, Option<&'a str>);
+
+/// The eligible workers of a model: all of them, and for each adapter those that have it.
+#[derive(Debug, Default)]
+struct Eligible {
+    whole: Vec<(Role, Arc<Candidates>)>,
+    adapted: HashMap<String, Vec<(Role, Arc<Candidates>)>>,
 }
 
 impl Fleet {
@@ -64,7 +66,7 @@ impl Fleet {
         }
         let workers: Arc<[Worker]> = workers.into();
         // By borrowed names: thousands of workers have few of them.
-        let mut models: HashMap<&str, HashMap<(Role, Option<&str>), Vec<u32>>> = HashMap::new();
+        let mut models: HashMap<&str, HashMap<Group<'_>, Vec<u32>>> = HashMap::new();
         for (index, worker) in (0..).zip(workers.iter()) {
             let groups = models.entry(&worker.spec.model).or_default();
             if worker.state.is_eligible() {
@@ -74,14 +76,20 @@ impl Fleet {
                 }
             }
         }
-        let group = |((role, adapter), rows): ((Role, Option<&str>), Vec<u32>)| Group {
-            role,
-            adapter: adapter.map(str::to_owned),
-            candidates: Arc::new(Candidates::new(&workers, rows, adapter.is_some())),
-        };
         let names = models.keys().map(|&model| model.to_owned()).collect();
-        let eligible =
-            models.into_iter().map(|(model, groups)| (model.to_owned(), groups.into_iter().map(group).collect())).collect();
+        let mut eligible: HashMap<String, Eligible> = HashMap::with_capacity(models.len());
+        for (model, groups) in models {
+            let mut of_model = Eligible::default();
+            for ((role, adapter), rows) in groups {
+                let candidates = Arc::new(Candidates::new(&workers, rows, adapter.is_some()));
+                let place = match adapter {
+                    Some(adapter) => of_model.adapted.entry(adapter.to_owned()).or_default(),
+                    None => &mut of_model.whole,
+                };
+                place.push((role, candidates));
+            }
+            eligible.insert(model.to_owned(), of_model);
+        }
         Ok(Self { generation, models: names, eligible, workers })
     }
 
@@ -106,20 +114,18 @@ impl Fleet {
     /// Workers that may be given requests for `model` in `role`; `None` if there is none.
     #[must_use]
     pub fn candidates(&self, model: &str, role: Role) -> Option<Arc<Candidates>> {
-        self.group(model, None, role)
+        of_role(&self.eligible.get(model)?.whole, role)
     }
 
     /// Those of them that have a LoRA adapter loaded; `None` if there is none.
     #[must_use]
     pub fn candidates_with(&self, model: &str, adapter: &str, role: Role) -> Option<Arc<Candidates>> {
-        self.group(model, Some(adapter), role)
+        of_role(self.eligible.get(model)?.adapted.get(adapter)?, role)
     }
+}
 
-    fn group(&self, model: &str, adapter: Option<&str>, role: Role) -> Option<Arc<Candidates>> {
-        let groups = self.eligible.get(model)?;
-        let group = groups.iter().find(|group| group.role == role && group.adapter.as_deref() == adapter)?;
-        Some(Arc::clone(&group.candidates))
-    }
+fn of_role(groups: &[(Role, Arc<Candidates>)], role: Role) -> Option<Arc<Candidates>> {
+    groups.iter().find(|(of, _)| *of == role).map(|(_, candidates)| Arc::clone(candidates))
 }
 
 /// The workers that may serve a request, in ascending id.

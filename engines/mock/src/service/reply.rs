@@ -62,9 +62,9 @@ impl Rendering {
         let mut bytes = BytesMut::with_capacity(320);
         let shown = self.show(output);
         if self.is_chat() {
-            self.chat_token(output, shown, &mut bytes)
+            self.chat_token(output, shown, &mut bytes);
         } else {
-            self.completion_token(output, shown, &mut bytes)
+            self.completion_token(output, shown, &mut bytes);
         }
         let summary = Summary {
             tokens: u32::from(shown > 0 || self.order.return_token_ids),
