@@ -3,8 +3,10 @@
 //! 0: done. 1: the command failed, with one message on stderr. 2: it could not begin: flags, configuration, addresses.
 
 mod admin;
+mod config;
 mod mock;
 mod policy;
+mod worker;
 
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, process::ExitCode};
 
@@ -30,6 +32,12 @@ enum Command {
     /// Activate, list, roll back, check or measure policies
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// List workers, drain them, and put them back to work
+    #[command(subcommand)]
+    Worker(WorkerCommand),
+    /// Check a configuration file without serving
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// What a running host is doing
     Status {
         #[command(flatten)]
@@ -99,6 +107,49 @@ enum PolicyCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum WorkerCommand {
+    /// Workers of a running host, where they come from, what they do and what is wrong with them
+    List {
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Give a worker no new requests; it finishes those that it has
+    Drain {
+        /// Its name
+        name: String,
+        /// Wait until it has finished them, at most so many seconds
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Give a drained worker new requests again
+    Resume {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Say whether a configuration file can be run, and what would run
+    Check {
+        /// The file
+        file: PathBuf,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+}
+
 #[derive(clap::Args)]
 struct AdminFlags {
     /// URL of the host's admin API
@@ -147,6 +198,14 @@ pub fn main() -> ExitCode {
         },
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
+        Command::Worker(command) => match command {
+            WorkerCommand::List { admin, output } => exit(1, run(false, worker::list(&admin, output.output))),
+            WorkerCommand::Drain { name, wait, admin, output } => {
+                exit(1, run(false, worker::drain(&name, wait, &admin, output.output)))
+            }
+            WorkerCommand::Resume { name, admin, output } => exit(1, run(false, worker::resume(&name, &admin, output.output))),
+        },
+        Command::Config(ConfigCommand::Check { file, output }) => exit(1, config::check(&file, output.output)),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {
                 exit(1, run(false, admin::activate(&slot, &file, settings.as_deref(), &admin, output.output)))

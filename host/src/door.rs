@@ -22,6 +22,7 @@ use tracing::Instrument;
 use crate::{
     account::count_request,
     error::{Audience, RequestError},
+    models::ListedModel,
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
 };
@@ -100,9 +101,15 @@ fn with_header(mut response: Response, name: HeaderName, value: &str) -> Respons
 }
 
 async fn models(State(door): State<Door>) -> Response {
-    let snapshot = door.lane.roster.snapshot();
-    let card = |id: &String| json!({ "id": id, "object": "model", "created": 0, "owned_by": "dynamo-host" });
-    let cards: Vec<_> = snapshot.fleet().models().iter().map(card).collect();
+    let card = |model: ListedModel| {
+        let ListedModel { id, root, parent, max_model_len } = model;
+        let root = root.as_ref().unwrap_or(&id);
+        json!({
+            "id": id, "object": "model", "created": 0, "owned_by": "dynamo-host",
+            "root": root, "parent": parent, "max_model_len": max_model_len,
+        })
+    };
+    let cards: Vec<_> = door.lane.roster.snapshot().listed_models().into_iter().map(card).collect();
     Json(json!({ "object": "list", "data": cards })).into_response()
 }
 

@@ -2,7 +2,10 @@
 
 use clap::ValueEnum;
 use serde::Deserialize;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
+
+/// Overrides flags and configuration.
+const OVERRIDE: &str = "RUST_LOG";
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
@@ -15,21 +18,47 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// Installs the subscriber of this process. A filter that does not parse is said, and `info` used instead.
-pub(crate) fn install(format: LogFormat, level: &str) {
-    let wanted = std::env::var("RUST_LOG").unwrap_or_else(|_| level.to_owned());
-    let filter = EnvFilter::try_new(&wanted);
-    let complaint = filter.as_ref().err().map(ToString::to_string);
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new("info")))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    // A second server in one process, as tests may have, goes on with the first's.
-    let _ = match format {
-        LogFormat::Pretty => subscriber.try_init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).try_init(),
-    };
-    if let Some(complaint) = complaint {
-        tracing::warn!("log filter {wanted:?} is not understood, using info: {complaint}");
+/// The filter of this process's log.
+#[derive(Clone)]
+pub(crate) struct LogLevel(reload::Handle<EnvFilter, Registry>);
+
+impl LogLevel {
+    /// Sets another filter, unless the environment's `RUST_LOG` does.
+    ///
+    /// # Errors
+    /// If it is not understood.
+    pub(crate) fn set(&self, level: &str) -> Result<(), String> {
+        if std::env::var_os(OVERRIDE).is_some() {
+            return Ok(());
+        }
+        let filter = parse(level)?;
+        self.0.reload(filter).map_err(|error| error.to_string())
     }
+}
+
+/// Reads a filter.
+///
+/// # Errors
+/// If it is not understood.
+pub(crate) fn parse(level: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(level).map_err(|error| format!("log filter {level:?} is not understood: {error}"))
+}
+
+/// Installs the subscriber of this process. A filter that does not parse is said, and `info` used instead.
+pub(crate) fn install(format: LogFormat, level: &str) -> LogLevel {
+    let wanted = std::env::var(OVERRIDE).unwrap_or_else(|_| level.to_owned());
+    let filter = parse(&wanted);
+    let complaint = filter.as_ref().err().cloned();
+    let (filter, handle) = reload::Layer::new(filter.unwrap_or_else(|_| EnvFilter::new("info")));
+    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    let lines: Box<dyn Layer<_> + Send + Sync> = match format {
+        LogFormat::Pretty => Box::new(lines),
+        LogFormat::Json => Box::new(lines.json().flatten_event(true)),
+    };
+    // A second server in one process, as tests may have, goes on with the first's.
+    let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
+    if let Some(complaint) = complaint {
+        tracing::warn!("{complaint}; using info");
+    }
+    LogLevel(handle)
 }

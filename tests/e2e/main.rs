@@ -5,14 +5,20 @@
 
 mod bad_input;
 mod cli;
+mod discovery;
 mod failures;
 mod harness;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod limits;
 mod metrics;
+mod models;
 mod openai_client;
 mod persistence;
 mod policies;
 mod refusals;
+mod reload;
 mod requests;
 mod retries;
 mod swap;
+mod workers;
