@@ -3,6 +3,8 @@
 //! Whoever reaches it controls the host: it listens on loopback only, or demands a bearer token. A web page that the
 //! operator has open reaches loopback, too: what a browser sends for a page, it marks with `origin`, and that is refused.
 
+mod workers;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -32,6 +34,7 @@ use serde_json::json;
 
 use crate::{
     policies::{ChangeError, Policies},
+    reload::ConfigStatus,
     roster::Roster,
     text::plain,
 };
@@ -48,6 +51,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Admin {
     pub(crate) policies: Arc<Policies>,
     pub(crate) roster: Arc<Roster>,
+    pub(crate) config: ConfigStatus,
     pub(crate) started: Instant,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) prometheus: PrometheusHandle,
@@ -62,6 +66,7 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/v1/slots/{slot}/rollback", post(rollback))
         .route("/v1/slots/{slot}/bypass", put(bypass).delete(end_bypass))
         .route("/v1/slots/{slot}/on-error", put(set_on_error))
+        .merge(workers::routes())
         .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
         .fallback(nothing_here)
         .method_not_allowed_fallback(nothing_here)
@@ -93,7 +98,7 @@ async fn bounded(request: Request, next: Next) -> Response {
 }
 
 async fn nothing_here(request: Request) -> Response {
-    let message = format!("there is no {} {} here; see dynamo-host policy --help", request.method(), request.uri().path());
+    let message = format!("there is no {} {} here; see dynamo-host --help", request.method(), request.uri().path());
     refusal(StatusCode::NOT_FOUND, "not-found", &message)
 }
 
@@ -106,7 +111,9 @@ async fn status(State(admin): State<Admin>) -> Response {
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_s": admin.started.elapsed().as_secs(),
+        "config": admin.config.report(),
         "workers": admin.roster.report(),
+        "problems": admin.roster.problems(),
         "slots": admin.policies.reports(),
     }))
     .into_response()

@@ -4,10 +4,12 @@
 
 mod admin;
 mod assets;
+mod config;
 mod dashboard;
 mod key;
 mod mock;
 mod policy;
+mod worker;
 
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, process::ExitCode};
 
@@ -37,6 +39,12 @@ enum Command {
     /// API keys of the front door
     #[command(subcommand)]
     Key(KeyCommand),
+    /// List workers, drain them, and put them back to work
+    #[command(subcommand)]
+    Worker(WorkerCommand),
+    /// Check a configuration file without serving
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// What a running host is doing
     Status {
         #[command(flatten)]
@@ -191,6 +199,49 @@ struct NewKeyFlags {
     expires: Option<toml::value::Datetime>,
 }
 
+#[derive(Subcommand)]
+enum WorkerCommand {
+    /// Workers of a running host, where they come from, what they do and what is wrong with them
+    List {
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Give a worker no new requests; it finishes those that it has
+    Drain {
+        /// Its name
+        name: String,
+        /// Wait until it has finished them, at most so many seconds
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+    /// Give a drained worker new requests again
+    Resume {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Say whether a configuration file can be run, and what would run
+    Check {
+        /// The file
+        file: PathBuf,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
+}
+
 #[derive(clap::Args)]
 struct AdminFlags {
     /// URL of the host's admin API
@@ -250,6 +301,14 @@ pub fn main() -> ExitCode {
         Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
         Command::Assets { directory } => exit(1, assets::write(&directory)),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
+        Command::Worker(command) => match command {
+            WorkerCommand::List { admin, output } => exit(1, run(false, worker::list(&admin, output.output))),
+            WorkerCommand::Drain { name, wait, admin, output } => {
+                exit(1, run(false, worker::drain(&name, wait, &admin, output.output)))
+            }
+            WorkerCommand::Resume { name, admin, output } => exit(1, run(false, worker::resume(&name, &admin, output.output))),
+        },
+        Command::Config(ConfigCommand::Check { file, output }) => exit(1, config::check(&file, output.output)),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {
                 exit(1, run(false, admin::activate(&slot, &file, settings.as_deref(), &admin, output.output)))

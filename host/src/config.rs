@@ -1,9 +1,11 @@
 //! Configuration: a TOML file, and flags that override it. What was written and what is run are two types.
 //!
-//! Unknown keys are errors; a default is stated once, in [`Limits::default`] and [`Config::resolve`].
+//! Unknown keys are errors; a default is stated once, in [`Limits::default`] and [`Config::resolve`]. What can change in a
+//! running host is everything that [`Config::needs_restart`] does not name.
 
 mod door;
 mod limits;
+mod worker;
 
 use std::{
     collections::BTreeMap,
@@ -11,19 +13,28 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    str::FromStr,
 };
 
 use clap::Args;
-use dynamo_host_core::{OnError, Role};
+use dynamo_host_core::OnError;
 use serde::Deserialize;
 
 use self::door::DoorSections;
+#[cfg(any(feature = "kubernetes", doc))]
+pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
     limits::Limits,
+    worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
-use crate::{policies::Seed, telemetry::LogFormat, tls::TlsFiles, trace::Otlp};
+use crate::{
+    discovery::Discovery,
+    models::{ModelNames, NameConfig, NamesError},
+    policies::Seed,
+    telemetry::LogFormat,
+    tls::TlsFiles,
+    trace::Otlp,
+};
 
 /// A configuration that cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -32,14 +43,19 @@ pub(crate) enum ConfigError {
     Unreadable { path: PathBuf, reason: String },
     #[error("config file {path:?}: {reason}")]
     File { path: PathBuf, reason: String },
-    #[error("--worker {text:?}: {reason}; write URL[,name=…][,model=…][,role=aggregated|prefill|decode][,label.KEY=VALUE]")]
+    #[error("--worker {text:?}: {reason}; {}", worker::FLAG_FORM)]
     Worker { text: String, reason: String },
+    #[error("worker {which} of config file {path:?}: {reason}")]
+    FileWorker { path: PathBuf, which: String, reason: String },
     #[error(
-        "no worker is configured; give --worker URL, for example --worker http://127.0.0.1:8000 or --worker 'mock://a?model=demo'"
+        "no worker is configured; give --worker URL, for example --worker http://127.0.0.1:8000 or --worker 'mock://a?model=demo', \
+         or --discovery"
     )]
     NoWorker,
-    #[error("role {role} of worker {name:?} is not served by this release; use aggregated")]
-    Role { name: String, role: Role },
+    #[error("discovery {text:?}: {reason}")]
+    Discovery { text: String, reason: String },
+    #[error(transparent)]
+    Names(#[from] NamesError),
     #[error("{origin}: the settings are not JSON: {reason}; write an object such as {{\"key\": 1}}, or @FILE")]
     Settings { origin: &'static str, reason: String },
     #[error("routing settings are given, but no policy; name one with --routing FILE.wasm")]
@@ -61,7 +77,7 @@ pub(crate) enum ConfigError {
 }
 
 /// Flags of `serve`.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ServeFlags {
     /// Configuration file (TOML); flags override it
     #[arg(long, value_name = "FILE")]
@@ -75,9 +91,12 @@ pub(crate) struct ServeFlags {
     /// Token that the admin API demands; required unless it listens on loopback
     #[arg(long, value_name = "TOKEN", env = "DYNAMO_HOST_ADMIN_TOKEN", hide_env_values = true)]
     admin_token: Option<String>,
-    /// An engine: URL[,name=…][,model=…][,role=…][,label.KEY=VALUE]; http://… or mock://NAME?model=…; may be repeated
+    /// An engine: URL[,name=…][,model=…][,kind=…][,ranks=…][,label.KEY=VALUE]; http://… or mock://NAME?model=…; may be repeated
     #[arg(long = "worker", value_name = "URL")]
     workers: Vec<String>,
+    /// Where workers come and go: file:DIRECTORY or kubernetes:NAMESPACE/SELECTOR; may be repeated
+    #[arg(long, value_name = "SOURCE")]
+    discovery: Vec<String>,
     /// Routing policy to begin with: a component, or `native`. What was activated since wins after a restart
     #[arg(long, value_name = "FILE.wasm|native")]
     routing: Option<String>,
@@ -118,14 +137,16 @@ struct File {
     expose_worker: bool,
     log: Option<LogFormat>,
     log_level: Option<String>,
+    discovery: Vec<String>,
     routing: Routing,
     auth: door::Auth,
     cors: Option<Cors>,
     tls: Option<TlsFiles>,
     admin_tls: Option<TlsFiles>,
     otlp: Option<Otlp>,
+    models: BTreeMap<String, NameConfig>,
     limits: Limits,
-    worker: Vec<FileWorker>,
+    worker: Vec<WrittenWorker>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -136,38 +157,17 @@ struct Routing {
     on_error: Option<OnError>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileWorker {
-    url: String,
-    #[serde(default)]
-    name: Option<String>,
-    #[serde(default)]
-    model: Option<String>,
-    #[serde(default)]
-    role: Role,
-    #[serde(default)]
-    labels: BTreeMap<String, String>,
-}
-
-/// An engine to serve with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct WorkerConfig {
-    pub(crate) url: String,
-    pub(crate) name: String,
-    /// Learnt from the engine if `None`.
-    pub(crate) model: Option<String>,
-    pub(crate) role: Role,
-    pub(crate) labels: BTreeMap<String, String>,
-}
-
 /// What is run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
+    /// What it was made of, to make it anew when the file has changed.
+    flags: ServeFlags,
     pub(crate) http: SocketAddr,
     pub(crate) admin: SocketAddr,
     pub(crate) admin_token: Option<String>,
     pub(crate) workers: Vec<WorkerConfig>,
+    pub(crate) discovery: Vec<Discovery>,
+    pub(crate) models: ModelNames,
     pub(crate) routing: Option<Seed>,
     /// Wanted of the slot that routes, if anything is said.
     pub(crate) routing_on_error: Option<OnError>,
@@ -180,19 +180,76 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Brings file and flags together.
+    /// Brings file and flags together, to be served.
     pub(crate) fn resolve(flags: ServeFlags) -> Result<Self, ConfigError> {
-        let file = flags.config.as_deref().map(File::read).transpose()?.unwrap_or_default();
-        let mut workers: Vec<WorkerConfig> = file.worker.into_iter().map(WorkerConfig::from).collect();
-        for text in &flags.workers {
-            workers.push(text.parse()?);
-        }
-        if workers.is_empty() {
+        let config = Self::read(flags)?;
+        if config.workers.is_empty() && config.discovery.is_empty() {
             return Err(ConfigError::NoWorker);
         }
-        if let Some(worker) = workers.iter().find(|worker| worker.role != Role::Aggregated) {
-            return Err(ConfigError::Role { name: worker.name.clone(), role: worker.role });
+        Ok(config)
+    }
+
+    /// Reads a file as it would be served without flags. It may have no workers: flags can bring them.
+    pub(crate) fn of_file(path: &Path) -> Result<Self, ConfigError> {
+        Self::read(ServeFlags { config: Some(path.to_owned()), ..ServeFlags::default() })
+    }
+
+    /// Makes it anew, of the file as it is now and the same flags.
+    pub(crate) fn again(&self) -> Result<Self, ConfigError> {
+        Self::resolve(self.flags.clone())
+    }
+
+    /// The configuration file.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.flags.config.as_deref()
+    }
+
+    /// Keys that differ from a running host's and that it cannot change while it runs.
+    pub(crate) fn needs_restart(&self, running: &Self) -> Vec<&'static str> {
+        let mut keys: Vec<&'static str> = [
+            ("http", self.http != running.http),
+            ("admin", self.admin != running.admin),
+            ("admin_token", self.admin_token != running.admin_token),
+            ("state_dir", self.state_dir != running.state_dir),
+            ("expose_worker", self.expose_worker != running.expose_worker),
+            ("log", self.log != running.log),
+            ("discovery", self.discovery != running.discovery),
+            ("routing", self.routing != running.routing || self.routing_on_error != running.routing_on_error),
+            ("auth", self.door.keys_file != running.door.keys_file || self.door.tenant_header != running.door.tenant_header),
+            ("cors", self.door.cors != running.door.cors),
+            ("tls", self.door.tls != running.door.tls),
+            ("admin_tls", self.door.admin_tls != running.door.admin_tls),
+            ("otlp", self.door.otlp != running.door.otlp),
+        ]
+        .into_iter()
+        .filter_map(|(key, differs)| differs.then_some(key))
+        .collect();
+        keys.extend(self.limits.fixed_that_differ(&running.limits));
+        keys
+    }
+
+    fn read(flags: ServeFlags) -> Result<Self, ConfigError> {
+        let file = flags.config.as_deref().map(File::read).transpose()?.unwrap_or_default();
+        let flags_given = flags.clone();
+        let mut workers: Vec<WorkerConfig> = Vec::with_capacity(file.worker.len() + flags.workers.len());
+        for (index, written) in file.worker.into_iter().enumerate() {
+            let which = written.name.clone().map_or_else(|| format!("{}", index + 1), |name| format!("{name:?}"));
+            let path = || flags.config.clone().unwrap_or_default();
+            workers.push(written.try_into().map_err(|reason| ConfigError::FileWorker { path: path(), which, reason })?);
         }
+        for text in &flags.workers {
+            workers.push(text.parse().map_err(|reason| ConfigError::Worker { text: text.clone(), reason })?);
+        }
+        let discovery = file
+            .discovery
+            .iter()
+            .chain(&flags.discovery)
+            .map(|text| text.parse::<Discovery>().map_err(|reason| ConfigError::Discovery { text: text.clone(), reason }));
+        let discovery = discovery.collect::<Result<Vec<_>, _>>()?;
+        if let Some(twice) = discovery.iter().enumerate().find_map(|(at, it)| discovery[..at].contains(it).then_some(it)) {
+            return Err(ConfigError::Discovery { text: twice.to_string(), reason: "it is there twice; name it once".to_owned() });
+        }
+        let models = ModelNames::new(&file.models)?;
         let settings = match (flags.routing_settings, file.routing.settings) {
             (Some(text), _) => Some(read_settings("--routing-settings", &text)?),
             (None, Some(table)) => Some(
@@ -213,10 +270,13 @@ impl Config {
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
         let config = Self {
+            flags: flags_given,
             http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080))),
             admin: flags.admin.or(file.admin).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8081))),
             admin_token: flags.admin_token.or(file.admin_token).filter(|token| !token.is_empty()),
             workers,
+            discovery,
+            models,
             routing,
             routing_on_error: flags.routing_on_error.or(file.routing.on_error),
             state_dir: flags.state_dir.or(file.state_dir),
@@ -246,48 +306,6 @@ impl File {
     }
 }
 
-impl From<FileWorker> for WorkerConfig {
-    fn from(worker: FileWorker) -> Self {
-        let FileWorker { url, name, model, role, labels } = worker;
-        let name = name.unwrap_or_else(|| authority(&url).to_owned());
-        Self { url, name, model, role, labels }
-    }
-}
-
-impl FromStr for WorkerConfig {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let wrong = |reason: String| ConfigError::Worker { text: text.to_owned(), reason };
-        let mut parts = text.split(',');
-        let url = parts.next().unwrap_or_default().to_owned();
-        if !url.contains("://") {
-            return Err(wrong("it does not begin with a URL such as http://127.0.0.1:8000".to_owned()));
-        }
-        let mut worker = FileWorker { url, name: None, model: None, role: Role::default(), labels: BTreeMap::new() };
-        for part in parts {
-            let (key, value) = part.split_once('=').ok_or_else(|| wrong(format!("{part:?} is not KEY=VALUE")))?;
-            match key {
-                _ if value.is_empty() => return Err(wrong(format!("{key} is empty"))),
-                "name" => worker.name = Some(value.to_owned()),
-                "model" => worker.model = Some(value.to_owned()),
-                "role" => worker.role = value.parse().map_err(wrong)?,
-                _ => match key.strip_prefix("label.") {
-                    Some(label) if !label.is_empty() => drop(worker.labels.insert(label.to_owned(), value.to_owned())),
-                    _ => return Err(wrong(format!("{key:?} is not known"))),
-                },
-            }
-        }
-        Ok(worker.into())
-    }
-}
-
-/// `host:port` of a URL, or the name of a mock engine.
-fn authority(url: &str) -> &str {
-    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    rest.split(['/', '?']).next().unwrap_or(rest)
-}
-
 /// Settings given as JSON or as @FILE, as a JSON text.
 pub(crate) fn read_settings(origin: &'static str, text: &str) -> Result<String, ConfigError> {
     let text = match text.strip_prefix('@') {
@@ -308,10 +326,6 @@ fn is_loopback(address: IpAddr) -> bool {
 mod tests {
     use super::*;
 
-    fn worker(text: &str) -> Result<WorkerConfig, String> {
-        text.parse().map_err(|error: ConfigError| error.to_string())
-    }
-
     fn flags(workers: &[&str]) -> ServeFlags {
         ServeFlags { workers: workers.iter().map(|&worker| worker.to_owned()).collect(), ..ServeFlags::default() }
     }
@@ -327,30 +341,13 @@ mod tests {
         let file: File = toml::from_str(&all).unwrap();
         assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
         assert!(file.cors.is_some() && file.tls.is_some() && file.admin_tls.is_some() && file.otlp.is_some());
-        assert!(file.worker[0].name.is_some() && file.worker[0].labels.len() == 2);
-    }
-
-    #[test]
-    fn a_worker_is_a_url_with_what_is_known_of_it() {
-        let parsed = worker("http://10.0.0.1:8000/v1,model=m,role=decode,label.zone=a,label.price=1.5").unwrap();
-        assert_eq!((parsed.name.as_str(), parsed.model.as_deref(), parsed.role), ("10.0.0.1:8000", Some("m"), Role::Decode));
-        assert_eq!(parsed.labels["price"], "1.5");
-        assert_eq!(worker("mock://a?model=m&speedup=10").unwrap().name, "a");
-    }
-
-    #[test]
-    fn a_wrong_worker_says_what_is_wrong_and_the_form() {
-        for (text, says) in [
-            ("localhost:80", "does not begin with a URL"),
-            ("http://h,modle=x", "\"modle\" is not known"),
-            ("http://h,model", "not KEY=VALUE"),
-            ("http://h,model=", "model is empty"),
-            ("http://h,role=both", "use aggregated, prefill or decode"),
-            ("http://h,label.=x", "is not known"),
-        ] {
-            let error = worker(text).unwrap_err();
-            assert!(error.contains(says) && error.contains("write URL"), "{error}");
-        }
+        assert!(file.discovery.len() == 2 && file.models.len() == 2);
+        let worker = &file.worker[0];
+        assert!(worker.name.is_some() && worker.labels.len() == 2 && worker.kind.is_some() && worker.ranks.is_some());
+        assert!(
+            worker.block_size.is_some() && worker.ca_file.is_some() && worker.bearer.is_some() && worker.bearer_file.is_some()
+        );
+        assert!(worker.bearer_env.is_some() && worker.model.is_some());
     }
 
     #[test]
@@ -370,6 +367,22 @@ mod tests {
         fs::write(&path, "[limits]\nmax_body = 3\n").unwrap();
         let error = with(flags(&[])).unwrap_err().to_string();
         assert!(error.contains("max_body") && error.contains("max_body_bytes") && error.contains("line 2"), "{error}");
+        fs::write(&path, "[[worker]]\nurl='http://h'\n[[worker]]\nurl='http://i'\nranks=0\n").unwrap();
+        let error = with(flags(&[])).unwrap_err().to_string();
+        assert!(error.contains("worker 2 of config file") && error.contains("ranks is 0"), "{error}");
+    }
+
+    #[test]
+    fn what_a_running_host_cannot_change_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("host.toml");
+        fs::write(&path, "[[worker]]\nurl='http://h:1'\n").unwrap();
+        let running = Config::resolve(ServeFlags { config: Some(path.clone()), ..ServeFlags::default() }).unwrap();
+        let now = "log_level='debug'\n[models]\na='b'\n[limits]\nmax_choices=3\n[[worker]]\nurl='http://h:2'\n";
+        fs::write(&path, now).unwrap();
+        assert!(running.again().unwrap().needs_restart(&running).is_empty());
+        fs::write(&path, format!("admin='127.0.0.1:9'\nexpose_worker=true\n{now}\n").replace("max_choices", "drain_s")).unwrap();
+        assert_eq!(running.again().unwrap().needs_restart(&running), ["admin", "expose_worker", "limits.drain_s"]);
     }
 
     #[test]
@@ -381,6 +394,9 @@ mod tests {
         assert!(refused(ServeFlags { routing_settings: Some("{}".to_owned()), ..one() }).contains("--routing"));
         let settings = Some("{".to_owned());
         assert!(refused(ServeFlags { routing: Some("x".to_owned()), routing_settings: settings, ..one() }).contains("not JSON"));
-        assert!(refused(flags(&["mock://a,role=prefill"])).contains("aggregated"));
+        let error = refused(flags(&["mock://a,role=prefill"]));
+        assert!(error.contains("aggregated") && error.contains("write URL"), "{error}");
+        let discovered = |text: &str| refused(ServeFlags { discovery: vec![text.to_owned(); 2], ..ServeFlags::default() });
+        assert!(discovered("dns:x").contains("file:DIRECTORY") && discovered("file:/w").contains("twice"));
     }
 }

@@ -121,6 +121,13 @@ fn refuse_stored(fields: &Fields<'_>) -> Result<(), RequestError> {
     Ok(())
 }
 
+/// A decoded body with another model, for a name that stands for it; all else stays as it is.
+pub(crate) fn rename(body: &Bytes, model: &str) -> Bytes {
+    let fields = std::str::from_utf8(body).ok().and_then(|text| serde_json::from_str::<Fields<'_>>(text).ok());
+    // It was decoded before, so that it is one.
+    fields.map_or_else(|| body.clone(), |fields| Bytes::from(fields.with_model(model)))
+}
+
 /// A field that is not what it should be. Only a number is shown: anything else may be a prompt.
 fn invalid(field: &'static str, raw: &RawValue, expected: &str) -> RequestError {
     let raw = raw.get();

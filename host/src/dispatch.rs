@@ -66,11 +66,12 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let account = Account::open(self.lane, facts, worker, placing.observed_version(), self.accepted);
-            let patience = Patience::since(self.accepted, &self.lane.limits);
+            let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
             tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
-            let opening = open(&**placing.snapshot.engine(worker.id), self.ask.clone(), worker, &patience);
+            let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.ask.clone() };
+            let opening = open(&**placing.snapshot.engine(worker.id), ask, worker, &patience);
             let opened = tokio::time::timeout_at(patience.deadline.into(), opening).await;
             facts.failed_workers.push(worker.id);
             let error = match opened {

@@ -1,4 +1,4 @@
-//! A request's life, top to bottom: decode → snapshot → **routing policy** → dispatch → relay → account.
+//! A request's life, top to bottom: decode → resolve → snapshot → **routing policy** → dispatch → relay → account.
 //!
 //! Each stage is one step here and one module elsewhere. Invariants: a request pins its policy version when it begins
 //! and keeps it over all its attempts; a worker that failed it is never asked again; nothing has been sent to the
@@ -12,21 +12,24 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use axum::{body::Body, response::Response};
+use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, GenerateRequest};
 use dynamo_host_core::{Candidates, RequestFacts, answer::Verdict};
 use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, PolicyVersion, RouteCall, RoutingSlot};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
     auth::Caller,
     body,
     clock::{Clock, unix_ms},
     config::Limits,
-    decode::{Bounds, Decoded, decode},
+    decode::{Bounds, Decoded, decode, rename},
     dispatch::Dispatch,
     error::{Audience, RequestError},
     meters::RequestMeters,
+    models::Resolved,
     observe::Observer,
     relay::Patience,
     roster::{Roster, Snapshot},
@@ -37,12 +40,16 @@ use crate::{
 const MAX_HOLDS: u32 = 8;
 const MAX_HOLD: Duration = Duration::from_secs(2);
 
+/// The header that names the model that served, where it is another than the one asked for.
+const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");
+
 /// What requests need of the host.
 pub(crate) struct Lane {
     pub(crate) routing: Arc<RoutingSlot>,
     pub(crate) roster: Arc<Roster>,
     pub(crate) clock: Clock,
-    pub(crate) limits: Limits,
+    /// Changed when the configuration is.
+    pub(crate) limits: ArcSwap<Limits>,
     pub(crate) meters: RequestMeters,
     pub(crate) observer: Observer,
     pub(crate) expose_worker: bool,
@@ -51,6 +58,11 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
+    /// The limits of a request that begins now.
+    pub(crate) fn limits(&self) -> Arc<Limits> {
+        self.limits.load_full()
+    }
+
     /// Who is told of errors, in answers.
     pub(crate) fn audience(&self) -> Audience {
         if self.expose_worker { Audience::Operator } else { Audience::Client }
@@ -82,13 +94,14 @@ pub(crate) struct Notes {
 /// Serves one request.
 pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
     let Arrival { endpoint, id, session_key, caller, headers, body, at } = arrival;
-    let body = body::read(body, &lane.limits).await?;
+    let limits = lane.limits();
+    let body = body::read(body, &limits).await?;
 
     let begun = Instant::now();
-    let bounds = Bounds { max_output_tokens: lane.limits.max_output_tokens, max_choices: lane.limits.max_choices };
-    let Decoded { mut facts, body, stream } = decode(endpoint, id, body, bounds)?;
+    let bounds = Bounds { max_output_tokens: limits.max_output_tokens, max_choices: limits.max_choices };
+    let Decoded { mut facts, mut body, stream } = decode(endpoint, id, body, bounds)?;
     caller.vouch(&mut facts)?;
-    let patience = Patience::since(at, &lane.limits);
+    let patience = Patience::since(at, &limits);
     facts.accepted_ms = lane.clock.at_ms(at);
     facts.deadline_ms = Some(lane.clock.at_ms(patience.deadline));
     facts.session_key = session_key;
@@ -96,6 +109,7 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
     lane.meters.decode.record(begun.elapsed());
     trace::stage("decode", begun);
 
+    let renamed = resolve(lane, &mut facts, &mut body)?;
     notes.model = lane.roster.snapshot().fleet().models().get(&facts.model).cloned();
     let pinned = lane.routing.pin();
     let priority = facts.priority;
@@ -115,11 +129,28 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
         let dispatched = Instant::now();
         let answered = dispatch.carry_out(&placing, &mut facts).await;
         trace::stage("dispatch", dispatched);
-        if let Some(response) = answered? {
+        if let Some(mut response) = answered? {
+            // A name that cannot be a header value came from the operator's own or an engine's: leave it out.
+            response.headers_mut().extend(renamed.and_then(|name| HeaderValue::from_str(&name).ok()).map(|name| (MODEL, name)));
             return Ok(response);
         }
         facts.attempt += 1;
     }
+}
+
+/// Finds what the client's name for a model is served as, and has the body say so. Returns the real name if it is another.
+fn resolve(lane: &Lane, facts: &mut RequestFacts, body: &mut Bytes) -> Result<Option<String>, RequestError> {
+    let Resolved { name, model, adapter, is_fallback } = lane.roster.snapshot().resolve(&facts.model)?;
+    let asked = std::mem::replace(&mut facts.model, model);
+    facts.adapter = adapter;
+    if name == asked {
+        return Ok(None);
+    }
+    if is_fallback {
+        metrics::counter!("dynamo_host_model_fallbacks_total", "model" => asked, "to" => name.clone()).increment(1);
+    }
+    *body = rename(body, &name);
+    Ok(Some(name))
 }
 
 /// Rows to try, best first, and who ranked them.

@@ -1,14 +1,25 @@
-//! Roster: the configured engines, what they serve, and whether they answer.
+//! Roster: the engines that there are, what they serve, and whether they answer.
 //!
-//! One writer builds an immutable [`Snapshot`] after changes; requests load it and never wait. Each engine has a task
-//! that probes it, and asks it for its models where the configuration names none. What a probe costs does not grow with
-//! the number of workers; a snapshot does, so that changes that come together are published together.
+//! Sources (configuration, discovery) say which engines there are, each all of its own; the roster finds out what has
+//! come, changed and gone. Each engine is looked after by one task, which ends when the engine goes. One writer builds an
+//! immutable [`Snapshot`] after changes; requests load it and never wait. What a probe costs does not grow with the number
+//! of workers; a snapshot does, so that changes that come together are published together.
+//!
+//! Invariants: an engine that goes is a candidate no more from the moment that its source is heard, and is there until its
+//! last request has ended. Locks are taken in the order drained or publishing, members, one member's standing, and none is
+//! held over an await.
 
+mod connect;
+mod drained;
+mod member;
+mod report;
 mod snapshot;
+mod sources;
+mod tend;
 
 use std::{
-    collections::HashMap,
-    hash::{BuildHasher, RandomState},
+    collections::{BTreeMap, HashSet},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -17,20 +28,23 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use dynamo_engine_api::{Engine, EngineError};
-use dynamo_engine_mock::MockEngine;
-use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
-use dynamo_host_core::{Fleet, Load, LoadBoard, Role, Worker, WorkerSpec, WorkerState};
-use serde::Serialize;
-use tokio::sync::{Notify, watch};
+use dynamo_engine_api::EngineError;
+use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerSpec, WorkerState};
+use tokio::sync::{Notify, Semaphore, watch};
 
-pub(crate) use self::snapshot::Snapshot;
-use crate::{clock::Clock, config::WorkerConfig, tasks, text::plain};
+pub(crate) use self::{connect::check, drained::DrainedError, report::WorkerReport, snapshot::Snapshot, sources::check_all};
+use self::{
+    drained::Drained,
+    member::{Home, Member},
+    snapshot::Seat,
+};
+use crate::{
+    clock::Clock,
+    discovery::{Origin, Problem},
+    models::{Listings, ModelNames},
+    tasks,
+};
 
-/// How often an engine that answers is probed.
-const PROBE_EVERY: Duration = Duration::from_secs(2);
-/// How often one that does not is.
-const RETRY_EVERY: Duration = Duration::from_millis(500);
 /// How often a snapshot is built at most: 10,000 workers that are found at once are a few snapshots, not 10,000.
 const PUBLISH_EVERY: Duration = Duration::from_millis(50);
 
@@ -39,45 +53,25 @@ pub(crate) struct Roster {
     namespace: String,
     clock: Clock,
     board: Arc<LoadBoard>,
-    sources: Mutex<Vec<Source>>,
-    /// Places in `sources`, by name.
-    places: HashMap<String, usize>,
+    max_workers: u32,
+    /// By name.
+    members: Mutex<BTreeMap<String, Arc<Member>>>,
+    drained: Mutex<Drained>,
+    problems: Mutex<BTreeMap<Origin, Vec<Problem>>>,
+    /// Sources that have not said anything yet.
+    awaited: Mutex<HashSet<Origin>>,
+    names: ArcSwap<ModelNames>,
     snapshot: ArcSwap<Snapshot>,
     /// Whether the snapshot is not up to date, and the call of whoever publishes it.
     is_stale: AtomicBool,
+    publishing: Mutex<()>,
     publish_soon: Notify,
     changed: watch::Sender<u64>,
-}
-
-/// One configured engine.
-struct Source {
-    config: WorkerConfig,
-    engine: Arc<dyn Engine>,
-    workers: Vec<Worker>,
-    /// Of all its workers alike.
-    state: WorkerState,
-    /// What is wrong with it, by its last probe or request.
-    trouble: Option<String>,
-    /// Whether it has ever said what it serves.
-    has_listed: bool,
-    probe_now: Arc<Notify>,
-}
-
-/// What a probe found.
-struct Finding {
-    state: WorkerState,
-    trouble: Option<String>,
-    /// Whether the source's workers are others now.
-    is_other: bool,
-}
-
-/// What came of an engine's list of models.
-#[derive(Default)]
-struct Learned {
-    /// Whether workers came or went, or the list is its first.
-    is_other: bool,
-    /// Models for which there was no room.
-    left_out: usize,
+    is_started: AtomicBool,
+    /// Engines that were probed once.
+    probed: watch::Sender<usize>,
+    probes: Semaphore,
+    readings: Semaphore,
 }
 
 /// Engines that cannot be a roster.
@@ -91,220 +85,153 @@ pub(crate) enum RosterError {
     Full { max: u32 },
 }
 
+/// Why a worker is not drained or resumed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DrainError {
+    #[error("there is no worker {name:?}; see dynamo-host worker list")]
+    NoWorker { name: String },
+    #[error(transparent)]
+    Unkept(#[from] DrainedError),
+}
+
 impl Roster {
-    /// Makes the engines; probing starts with [`start`](Self::start).
-    pub(crate) fn new(configs: &[WorkerConfig], clock: Clock, max_workers: u32) -> Result<Arc<Self>, RosterError> {
-        let mut sources: Vec<Source> = Vec::with_capacity(configs.len());
-        let mut places = HashMap::new();
-        for (place, config) in configs.iter().enumerate() {
-            if let Some(twin) = places.insert(config.name.clone(), place) {
-                let (first, second) = (configs[twin].url.clone(), config.url.clone());
-                return Err(RosterError::Duplicate { name: config.name.clone(), first, second });
-            }
-            let engine = connect(&config.url).map_err(|reason| RosterError::Url { url: config.url.clone(), reason })?;
-            sources.push(Source {
-                config: config.clone(),
-                engine,
-                workers: Vec::new(),
-                state: WorkerState::Starting,
-                trouble: None,
-                has_listed: false,
-                probe_now: Arc::default(),
-            });
+    /// A roster of nobody, with room for so many workers. It keeps in a state directory who is drained.
+    pub(crate) fn new(clock: Clock, max_workers: u32, state_dir: Option<&Path>) -> Arc<Self> {
+        let (drained, trouble) = Drained::open(state_dir);
+        let mut problems = BTreeMap::new();
+        if let Some(reason) = trouble {
+            tracing::error!("{reason}");
+            problems.insert(state_dir_problems(), vec![Problem { place: "drained workers".to_owned(), reason }]);
         }
-        let fleet = Fleet::new(0, Vec::new()).expect("no worker is there twice");
-        let empty = Snapshot { fleet, engines: HashMap::new(), has_unknown_models: true };
-        let roster = Arc::new(Self {
+        let snapshot = Snapshot {
+            fleet: Fleet::new(0, Vec::new()).expect("no worker is there twice"),
+            engines: Vec::new(),
+            names: Arc::default(),
+            listings: Listings::default(),
+            has_unknown_models: true,
+        };
+        Arc::new(Self {
             namespace: "default".to_owned(),
             clock,
             board: LoadBoard::new(max_workers),
-            sources: Mutex::new(sources),
-            places,
-            snapshot: ArcSwap::from_pointee(empty),
+            max_workers,
+            members: Mutex::default(),
+            drained: Mutex::new(drained),
+            problems: Mutex::new(problems),
+            awaited: Mutex::default(),
+            names: ArcSwap::default(),
+            snapshot: ArcSwap::from_pointee(snapshot),
             is_stale: AtomicBool::new(true),
+            publishing: Mutex::default(),
             publish_soon: Notify::new(),
             changed: watch::Sender::new(0),
-        });
-        for (index, config) in configs.iter().enumerate() {
-            if let Some(model) = &config.model {
-                let Learned { left_out, .. } = roster.learn(index, std::slice::from_ref(model));
-                if left_out > 0 {
-                    return Err(RosterError::Full { max: max_workers });
-                }
-            }
-        }
-        roster.publish();
-        Ok(roster)
+            is_started: AtomicBool::new(false),
+            probed: watch::Sender::new(0),
+            probes: Semaphore::new(tend::PROBES),
+            readings: Semaphore::new(tend::READINGS),
+        })
     }
 
-    /// Starts probing, and waits until each engine has been probed once or `patience` is over.
+    /// Starts to look after the engines, and waits until each was probed once or `patience` is over.
     pub(crate) async fn start(self: &Arc<Self>, patience: Duration) {
-        let roster = Arc::clone(self);
-        tasks::spawn("publish", async move { roster.keep_publishing().await });
-        let (probed, mut first_round) = watch::channel(0usize);
-        let count = self.sources().len();
-        for index in 0..count {
-            let (roster, probed) = (Arc::clone(self), probed.clone());
-            tasks::spawn("probe", async move {
-                roster.probe(index).await;
-                probed.send_modify(|probed| *probed += 1);
-                roster.keep_probing(index).await;
-            });
-        }
-        let _ = tokio::time::timeout(patience, first_round.wait_for(|probed| *probed == count)).await;
+        tasks::spawn("publish", tend::keep_publishing(Arc::clone(self)));
+        let mut probed = self.probed.subscribe();
+        let count = {
+            let members = self.members();
+            self.is_started.store(true, Relaxed);
+            members.values().for_each(|member| self.look_after(member));
+            members.len()
+        };
+        let _ = tokio::time::timeout(patience, probed.wait_for(|probed| *probed >= count)).await;
         // What was found must be known before the first request.
         self.publish();
     }
 
-    async fn keep_publishing(&self) {
-        loop {
-            self.publish_soon.notified().await;
-            self.publish();
-            tokio::time::sleep(PUBLISH_EVERY).await;
+    /// Starts the task of a member.
+    fn look_after(self: &Arc<Self>, member: &Arc<Member>) {
+        if !self.is_started.load(Relaxed) {
+            return;
         }
+        let (roster, tended) = (Arc::clone(self), Arc::clone(member));
+        let task = tasks::spawn("tend", async move { roster.tend(&tended).await });
+        let _ = member.task.set(task);
     }
 
-    async fn keep_probing(&self, index: usize) {
-        loop {
-            let (state, probe_now) = {
-                let source = &self.sources()[index];
-                (source.state, Arc::clone(&source.probe_now))
-            };
-            let pause = jittered(if state.is_eligible() { PROBE_EVERY } else { RETRY_EVERY });
-            // Woken early by a request that failed; not more often than a dead engine is retried anyway.
-            if tokio::time::timeout(pause, probe_now.notified()).await.is_ok() {
-                tokio::time::sleep(RETRY_EVERY).await;
+    /// Drains a worker, or ends that: a drained one gets no new request and finishes what it has. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If there is no such worker, or it cannot be kept. Nothing is changed then.
+    pub(crate) fn set_drained(&self, name: &str, drained: bool) -> Result<Vec<WorkerReport>, DrainError> {
+        {
+            let mut kept = lock(&self.drained);
+            let member = self.members().get(name).cloned();
+            // One that is away, and was drained before, can be resumed.
+            if member.is_none() && (drained || !kept.contains(name)) {
+                return Err(DrainError::NoWorker { name: name.to_owned() });
             }
-            self.probe(index).await;
+            kept.set(name, drained)?;
+            // It has been written anew.
+            lock(&self.problems).remove(&state_dir_problems());
+            // Whoever took its place meanwhile was made with what is kept.
+            if let Some(member) = self.members().get(name) {
+                let mut standing = member.standing();
+                if std::mem::replace(&mut standing.is_drained, drained) != drained {
+                    tracing::info!(worker = name, "{}", if drained { "worker is drained" } else { "worker is resumed" });
+                }
+                standing.show();
+            }
         }
-    }
-
-    /// Probes one engine and takes down what it found.
-    async fn probe(&self, index: usize) {
-        let (engine, model_is_set) = {
-            let source = &self.sources()[index];
-            (Arc::clone(&source.engine), source.config.model.is_some())
-        };
-        let models = match engine.probe().await {
-            Ok(()) if model_is_set => Ok(None),
-            Ok(()) => engine.models().await.map(|cards| Some(cards.into_iter().map(|card| card.id).collect::<Vec<_>>())),
-            Err(error) => Err(error),
-        };
-        let Learned { is_other, left_out } = match &models {
-            Ok(Some(models)) => self.learn(index, models),
-            _ => Learned::default(),
-        };
-        let (state, trouble) = match models {
-            Ok(Some(models)) if models.is_empty() => {
-                (WorkerState::Unreachable, Some("it lists no model; set model= for it".to_owned()))
-            }
-            // Those that there was room for are served all the same.
-            Ok(_) if left_out > 0 => {
-                let trouble = format!("there is no room for {left_out} of its models; raise limits.max_workers");
-                (WorkerState::Healthy, Some(trouble))
-            }
-            Ok(_) => (WorkerState::Healthy, None),
-            Err(error) => (WorkerState::Unreachable, Some(error.to_string())),
-        };
-        self.settle(index, Finding { state, trouble, is_other });
-    }
-
-    /// Makes a worker for each model that is new, and lets go of those whose model is gone. An empty list is taken for a
-    /// fault, not for news.
-    fn learn(&self, index: usize, models: &[String]) -> Learned {
-        let mut sources = self.sources();
-        let source = &mut sources[index];
-        let mut learned = Learned { is_other: !source.has_listed, left_out: 0 };
-        source.has_listed = true;
-        if models.is_empty() {
-            return learned;
-        }
-        let known = source.workers.len();
-        source.workers.retain(|worker| models.contains(&worker.spec.model));
-        learned.is_other |= source.workers.len() < known;
-        for model in models {
-            if source.workers.iter().any(|worker| worker.spec.model == *model) {
-                continue;
-            }
-            let Some(load) = self.board.claim() else {
-                learned.left_out += 1;
-                continue;
-            };
-            learned.is_other = true;
-            let spec = WorkerSpec {
-                name: source.config.name.clone(),
-                model: model.clone(),
-                role: source.config.role,
-                rank: 0,
-                block_size: None,
-                labels: source.config.labels.clone(),
-            };
-            source.workers.push(Worker {
-                id: spec.id(&self.namespace),
-                spec: Arc::new(spec),
-                state: WorkerState::Starting,
-                joined_ms: self.clock.now_ms(),
-                load,
-            });
-        }
-        learned
-    }
-
-    /// Takes down what was found of an engine; has it published if that changed anything.
-    fn settle(&self, index: usize, finding: Finding) {
-        let Finding { state, trouble, is_other } = finding;
-        // An engine's words may be in it.
-        let trouble = trouble.as_deref().map(plain);
-        let mut sources = self.sources();
-        let source = &mut sources[index];
-        let is_news = source.state != state;
-        let was_in_trouble = source.trouble.is_some();
-        match &trouble {
-            None if is_news => tracing::info!(worker = source.config.name, "worker is ready"),
-            Some(trouble) if is_news && !state.is_eligible() => {
-                tracing::warn!(worker = source.config.name, "worker is out of service: {trouble}");
-            }
-            Some(trouble) if !was_in_trouble || is_news => tracing::warn!(worker = source.config.name, "{trouble}"),
-            _ => {}
-        }
-        source.trouble = trouble;
-        source.state = state;
-        if is_news || is_other {
-            for worker in &mut source.workers {
-                worker.state = state;
-            }
-            self.is_stale.store(true, Relaxed);
-            self.publish_soon.notify_one();
-        }
+        self.is_stale.store(true, Relaxed);
+        self.publish();
+        Ok(self.report_of(name).unwrap_or_default())
     }
 
     /// A request could not reach a worker: out of service until its probe says otherwise.
     pub(crate) fn report_unreachable(&self, worker: &WorkerSpec, error: &EngineError) {
-        let Some(&index) = self.places.get(&worker.name) else { return };
-        let trouble = Some(error.to_string());
-        self.settle(index, Finding { state: WorkerState::Unreachable, trouble, is_other: false });
-        self.sources()[index].probe_now.notify_one();
+        let Some(member) = self.members().get(&worker.name).cloned() else { return };
+        self.settle(&member, Err(error.to_string()), false);
+        member.probe_now.notify_one();
     }
 
+    fn publish_soon(&self) {
+        self.is_stale.store(true, Relaxed);
+        self.publish_soon.notify_one();
+    }
+
+    /// Builds a snapshot, if something has changed since the last one.
     fn publish(&self) {
-        let sources = self.sources();
+        let _one_at_a_time = lock(&self.publishing);
         if !self.is_stale.swap(false, Relaxed) {
             return;
         }
-        let workers: Vec<Worker> = sources.iter().flat_map(|source| source.workers.iter().cloned()).collect();
-        let engines = sources
-            .iter()
-            .flat_map(|source| source.workers.iter().map(|worker| (worker.id, Arc::clone(&source.engine))))
-            .collect();
-        for state in [WorkerState::Starting, WorkerState::Healthy, WorkerState::Unreachable] {
-            let count = workers.iter().filter(|worker| worker.state == state).count();
+        let members: Vec<Arc<Member>> = self.members().values().cloned().collect();
+        let mut seated: Vec<(Worker, Seat)> = Vec::with_capacity(members.len());
+        let mut listings = Listings::default();
+        let mut has_unknown_models = !lock(&self.awaited).is_empty();
+        for member in &members {
+            let standing = member.standing();
+            has_unknown_models |= member.config.model.is_none() && !standing.has_listed();
+            let seat = Seat { engine: Arc::clone(&member.engine), has_ranks: standing.has_ranks };
+            for worker in &standing.workers {
+                let model = &worker.spec.model;
+                listings.add(model, None, standing.max_model_len(model));
+                for adapter in worker.adapters.iter() {
+                    listings.add(adapter, Some(model), standing.max_model_len(adapter));
+                }
+            }
+            seated.extend(standing.workers.iter().map(|worker| (worker.clone(), seat.clone())));
+        }
+        for state in [WorkerState::Starting, WorkerState::Healthy, WorkerState::Unreachable, WorkerState::Draining] {
+            let count = seated.iter().filter(|(worker, _)| worker.state == state).count();
             let label = format!("{state:?}").to_lowercase();
             metrics::gauge!("dynamo_host_workers", "state" => label).set(count as f64);
         }
+        seated.sort_unstable_by_key(|(worker, _)| worker.id);
+        let (workers, engines): (Vec<Worker>, Vec<Seat>) = seated.into_iter().unzip();
         let generation = self.snapshot.load().fleet.generation() + 1;
-        let fleet = Fleet::new(generation, workers).expect("sources have different names, and a source one worker per model");
-        let has_unknown_models = sources.iter().any(|source| source.config.model.is_none() && !source.has_listed);
-        self.snapshot.store(Arc::new(Snapshot { fleet, engines, has_unknown_models }));
+        let fleet = Fleet::new(generation, workers).expect("members have different names, and one worker per model and rank");
+        let names = self.names.load_full();
+        self.snapshot.store(Arc::new(Snapshot { fleet, engines, names, listings, has_unknown_models }));
         self.changed.send_replace(generation);
     }
 
@@ -318,74 +245,22 @@ impl Roster {
         self.changed.subscribe()
     }
 
-    /// For people and tools: what the next request sees.
-    pub(crate) fn report(&self) -> Vec<WorkerReport> {
-        self.publish();
-        let sources = self.sources();
-        let without_model = |source: &Source| WorkerReport {
-            id: None,
-            name: source.config.name.clone(),
-            url: source.config.url.clone(),
-            kind: source.engine.kind(),
-            model: None,
-            role: source.config.role,
-            state: source.state,
-            active_requests: 0,
-            served: 0,
-            trouble: source.trouble.clone(),
-        };
-        let mut reports = Vec::new();
-        for source in sources.iter() {
-            if source.workers.is_empty() {
-                reports.push(without_model(source));
-            }
-            reports.extend(source.workers.iter().map(|worker| WorkerReport {
-                id: Some(worker.id.to_string()),
-                model: Some(worker.spec.model.clone()),
-                state: worker.state,
-                active_requests: worker.load.get(Load::ActiveRequests),
-                served: worker.load.served(),
-                ..without_model(source)
-            }));
-        }
-        reports
+    fn home(&self) -> Home<'_> {
+        Home { namespace: &self.namespace, board: &self.board, now_ms: self.clock.now_ms() }
     }
 
-    fn sources(&self) -> MutexGuard<'_, Vec<Source>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    fn members(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Member>>> {
+        lock(&self.members)
     }
 }
 
-/// A worker, for people and tools.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct WorkerReport {
-    pub(crate) id: Option<String>,
-    pub(crate) name: String,
-    pub(crate) url: String,
-    pub(crate) kind: &'static str,
-    pub(crate) model: Option<String>,
-    pub(crate) role: Role,
-    pub(crate) state: WorkerState,
-    pub(crate) active_requests: u32,
-    pub(crate) served: u64,
-    pub(crate) trouble: Option<String>,
+/// Where it is said what is wrong with the state directory.
+fn state_dir_problems() -> Origin {
+    Origin::of_text("state_dir")
 }
 
-/// A pause between three quarters and five quarters of this: engines that were started together are not probed together.
-fn jittered(pause: Duration) -> Duration {
-    // A hash under keys from the system's randomness, which std draws for every map.
-    let random = RandomState::new().hash_one(0u8) as u32;
-    pause.mul_f64(0.75 + 0.5 * f64::from(random) / f64::from(u32::MAX))
-}
-
-/// The adapter for a URL.
-fn connect(url: &str) -> Result<Arc<dyn Engine>, String> {
-    if url.starts_with("mock://") {
-        return MockEngine::from_url(url).map(|engine| Arc::new(engine) as Arc<dyn Engine>).map_err(|error| error.to_string());
-    }
-    OpenAiEngine::new(url, OpenAiOptions::default())
-        .map(|engine| Arc::new(engine) as Arc<dyn Engine>)
-        .map_err(|error| error.to_string())
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use dynamo_host_policy::{Limits as PolicyLimits, Now, PolicyRuntime, RuntimeError};
 use dynamo_host_store::StoreError;
 use tokio::{net::TcpListener, sync::watch};
@@ -22,6 +23,7 @@ use crate::{
     meters::{self, RequestMeters},
     observe::Observer,
     policies::{Policies, Wishes},
+    reload::Reload,
     request::Lane,
     roster::{Roster, RosterError},
     tasks, telemetry,
@@ -49,6 +51,8 @@ pub(crate) enum ServeError {
     Tls { section: &'static str, error: TlsError },
     #[error(transparent)]
     Otlp(#[from] OtlpError),
+    #[error("discovery {text:?}: {reason}")]
+    Discovery { text: String, reason: String },
     #[error("the {what} failed: {reason}")]
     Failed { what: &'static str, reason: String },
 }
@@ -57,14 +61,15 @@ pub(crate) enum ServeError {
 pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let prometheus = meters::install();
     let traces = config.door.otlp.as_ref().map(Traces::start).transpose()?.map(Arc::new);
-    telemetry::install(config.log, &config.log_level, traces.as_deref());
+    let log_level = telemetry::install(config.log, &config.log_level, traces.as_deref());
     let gate = gate(&config.door)?;
     let (door_tls, admin_tls) = (tls("[tls]", &config.door.tls)?, tls("[admin_tls]", &config.door.admin_tls)?);
     let clock = Clock::start();
 
     let door_listener = listen("front door", config.http, "--http").await?;
     let admin_listener = listen("admin API", config.admin, "--admin").await?;
-    let roster = Roster::new(&config.workers, clock, config.limits.max_workers)?;
+    let roster = Roster::new(clock, config.limits.max_workers, config.state_dir.as_deref());
+    roster.configure(&config.workers, config.models.clone())?;
     let cache = config.state_dir.as_ref().map(|state| state.join("compiled"));
     let tell_time = Arc::new(move || Now { monotonic_ms: clock.now_ms(), unix_ms: unix_ms() });
     let runtime = match PolicyRuntime::new(PolicyLimits::default(), tell_time.clone(), cache.as_deref()) {
@@ -84,13 +89,17 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     if config.state_dir.is_none() {
         tracing::info!("no --state-dir: policy changes do not survive a restart");
     }
+    for discovery in &config.discovery {
+        let failed = |reason| ServeError::Discovery { text: discovery.to_string(), reason };
+        discovery.start(Arc::clone(&roster)).await.map_err(failed)?;
+    }
     roster.start(FIRST_PROBES).await;
 
     let lane = Arc::new(Lane {
         routing: Arc::clone(policies.routing()),
         roster: Arc::clone(&roster),
         clock,
-        limits: config.limits.clone(),
+        limits: ArcSwap::from_pointee(config.limits.clone()),
         meters: RequestMeters::new(),
         observer: Observer::start(),
         expose_worker: config.expose_worker,
@@ -104,14 +113,17 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
             upkeep.run_upkeep();
         }
     });
+    let reload = Reload::new(config.clone(), Arc::clone(&roster), Arc::clone(&lane), log_level);
     let admin = Admin {
         policies,
         roster,
+        config: reload.status(),
         started: Instant::now(),
         token: config.admin_token.as_deref().map(Arc::from),
         prometheus: prometheus.clone(),
     };
 
+    reload.start();
     announce("front door", &door_listener, door_tls.is_some());
     announce("admin", &admin_listener, admin_tls.is_some());
     let (stop, stopping) = watch::channel(false);

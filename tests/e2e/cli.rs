@@ -30,7 +30,7 @@ async fn refuses_config(text: &str, says: &[&str]) {
 #[tokio::test]
 async fn help_tells_the_commands_and_their_options() {
     let help = run(&["--help"]).await;
-    for word in ["serve", "mock-engine", "policy", "status"] {
+    for word in ["serve", "mock-engine", "policy", "worker", "config", "status"] {
         assert!(help.succeeded().contains(word), "{word}: {}", help.stdout);
     }
     let help = run(&["serve", "--help"]).await;
@@ -49,6 +49,10 @@ async fn help_tells_the_commands_and_their_options() {
     }
     let help = run(&["policy", "--help"]).await;
     for word in ["activate", "list", "rollback", "check", "bench"] {
+        assert!(help.succeeded().contains(word), "{word}: {}", help.stdout);
+    }
+    let help = run(&["worker", "--help"]).await;
+    for word in ["list", "drain", "resume"] {
         assert!(help.succeeded().contains(word), "{word}: {}", help.stdout);
     }
     assert!(run(&["--version"]).await.succeeded().contains(VERSION));

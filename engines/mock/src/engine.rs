@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{Chunk, Endpoint, Engine, EngineError, GenerateRequest, ModelCard, Reply, WholeReply};
+use dynamo_engine_api::{Chunk, Endpoint, Engine, EngineError, GenerateRequest, ModelCard, RankLoad, Reply, WholeReply};
 use futures_core::{Stream, future::BoxFuture, ready};
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::json;
@@ -146,6 +146,25 @@ impl Engine for MockEngine {
 
     fn probe(&self) -> BoxFuture<'_, Result<(), EngineError>> {
         Box::pin(async { self.snapshot().await.map(drop).map_err(|stopped| broken(&self.options.name, stopped)) })
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
+        Box::pin(async {
+            let now = self.snapshot().await.map_err(|stopped| broken(&self.options.name, stopped))?;
+            let profile = &self.options.profile;
+            let tokens = |blocks: u32| Some(blocks.saturating_mul(profile.block_size));
+            Ok(vec![RankLoad {
+                rank: 0,
+                running: Some(now.running),
+                queued: Some(now.waiting),
+                max_running: Some(profile.max_num_seqs),
+                max_batched_tokens: Some(profile.max_num_batched_tokens),
+                kv_tokens_total: tokens(now.kv_blocks_total),
+                kv_tokens_free: tokens(now.kv_blocks_total - now.kv_blocks_used),
+                block_size: Some(profile.block_size),
+                tokens_per_second: None,
+            }])
+        })
     }
 
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {

@@ -5,7 +5,7 @@
 //! computed once per snapshot; load is read when it is asked for.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, OnceLock},
 };
 
@@ -13,7 +13,7 @@ use crate::{
     UNKNOWN,
     column::{F32Column, U32Column, U64Column, topology_label},
     id::{self, WorkerId},
-    load::{Load, LoadBoard, Recent},
+    load::{Load, LoadBoard, Recent, Reported},
     worker::{Role, Worker},
 };
 
@@ -38,7 +38,17 @@ pub struct Fleet {
     generation: u64,
     workers: Arc<[Worker]>,
     models: BTreeSet<String>,
-    eligible: BTreeMap<(String, u32), Arc<Candidates>>,
+    eligible: HashMap<String, Eligible>,
+}
+
+/// Workers of one model that are candidates together: of one role, and with one adapter if it names one.
+type Group<'a> = (Role, Option<&'a str>);
+
+/// The eligible workers of a model: all of them, and for each adapter those that have it.
+#[derive(Debug, Default)]
+struct Eligible {
+    whole: Vec<(Role, Arc<Candidates>)>,
+    adapted: HashMap<String, Vec<(Role, Arc<Candidates>)>>,
 }
 
 impl Fleet {
@@ -55,15 +65,32 @@ impl Fleet {
             }
         }
         let workers: Arc<[Worker]> = workers.into();
-        let models = workers.iter().map(|worker| worker.spec.model.clone()).collect();
-        let mut rows: BTreeMap<(String, u32), Vec<u32>> = BTreeMap::new();
+        // By borrowed names: thousands of workers have few of them.
+        let mut models: HashMap<&str, HashMap<Group<'_>, Vec<u32>>> = HashMap::new();
         for (index, worker) in (0..).zip(workers.iter()) {
+            let groups = models.entry(&worker.spec.model).or_default();
             if worker.state.is_eligible() {
-                rows.entry((worker.spec.model.clone(), worker.spec.role.code())).or_default().push(index);
+                groups.entry((worker.spec.role, None)).or_default().push(index);
+                for adapter in worker.adapters.iter() {
+                    groups.entry((worker.spec.role, Some(adapter))).or_default().push(index);
+                }
             }
         }
-        let eligible = rows.into_iter().map(|(group, rows)| (group, Arc::new(Candidates::new(&workers, rows)))).collect();
-        Ok(Self { generation, workers, models, eligible })
+        let names = models.keys().map(|&model| model.to_owned()).collect();
+        let mut eligible: HashMap<String, Eligible> = HashMap::with_capacity(models.len());
+        for (model, groups) in models {
+            let mut of_model = Eligible::default();
+            for ((role, adapter), rows) in groups {
+                let candidates = Arc::new(Candidates::new(&workers, rows, adapter.is_some()));
+                let place = match adapter {
+                    Some(adapter) => of_model.adapted.entry(adapter.to_owned()).or_default(),
+                    None => &mut of_model.whole,
+                };
+                place.push((role, candidates));
+            }
+            eligible.insert(model.to_owned(), of_model);
+        }
+        Ok(Self { generation, models: names, eligible, workers })
     }
 
     /// Counts snapshots: a later one has a greater number.
@@ -87,9 +114,18 @@ impl Fleet {
     /// Workers that may be given requests for `model` in `role`; `None` if there is none.
     #[must_use]
     pub fn candidates(&self, model: &str, role: Role) -> Option<Arc<Candidates>> {
-        // The key is owned because a tuple of borrowed parts cannot be looked up; one short string a request.
-        self.eligible.get(&(model.to_owned(), role.code())).cloned()
+        of_role(&self.eligible.get(model)?.whole, role)
     }
+
+    /// Those of them that have a LoRA adapter loaded; `None` if there is none.
+    #[must_use]
+    pub fn candidates_with(&self, model: &str, adapter: &str, role: Role) -> Option<Arc<Candidates>> {
+        of_role(self.eligible.get(model)?.adapted.get(adapter)?, role)
+    }
+}
+
+fn of_role(groups: &[(Role, Arc<Candidates>)], role: Role) -> Option<Arc<Candidates>> {
+    groups.iter().find(|(of, _)| *of == role).map(|(_, candidates)| Arc::clone(candidates))
 }
 
 /// The workers that may serve a request, in ascending id.
@@ -99,6 +135,8 @@ pub struct Candidates {
     rows: Box<[u32]>,
     slots: Box<[u32]>,
     board: Arc<LoadBoard>,
+    /// Whether they were chosen by an adapter, which all of them have.
+    have_adapter: bool,
     identities: [OnceLock<Arc<[u64]>>; U64Column::ALL.len()],
     unknown: OnceLock<Arc<[u32]>>,
     block_size: OnceLock<Arc<[u32]>>,
@@ -118,7 +156,7 @@ struct Label {
 impl Candidates {
     /// # Panics
     /// If `rows` is empty: no candidates is `None`, not an empty set.
-    fn new(workers: &Arc<[Worker]>, rows: Vec<u32>) -> Self {
+    fn new(workers: &Arc<[Worker]>, rows: Vec<u32>, have_adapter: bool) -> Self {
         let worker = |row: u32| &workers[row as usize];
         let first = worker(*rows.first().expect("a candidate set has at least one row"));
         Self {
@@ -126,6 +164,7 @@ impl Candidates {
             board: Arc::clone(first.load.board()),
             workers: Arc::clone(workers),
             rows: rows.into(),
+            have_adapter,
             identities: Default::default(),
             unknown: OnceLock::new(),
             block_size: OnceLock::new(),
@@ -158,7 +197,7 @@ impl Candidates {
         }
         let rows: Vec<u32> =
             self.rows.iter().copied().filter(|&row| !excluded.contains(&self.workers[row as usize].id)).collect();
-        (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows)))
+        (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows, self.have_adapter)))
     }
 
     /// A column of identities.
@@ -179,25 +218,36 @@ impl Candidates {
             U32Column::DpRank => self.iter().map(|worker| worker.spec.rank).collect(),
             U32Column::Role => self.iter().map(|worker| worker.spec.role.code()).collect(),
             U32Column::State => self.iter().map(|_| 0).collect(),
-            U32Column::BlockSize => Arc::clone(self.block_size.get_or_init(|| self.iter().map(Worker::block_size).collect())),
+            U32Column::BlockSize => self.block_size(),
             U32Column::ActivePrefillTokens => self.board.gather(Load::ActivePrefillTokens, &self.slots),
             U32Column::ActiveDecodeTokens => self.board.gather(Load::ActiveDecodeTokens, &self.slots),
             U32Column::ActiveRequests => self.board.gather(Load::ActiveRequests, &self.slots),
             U32Column::RecentAgeMs => self.board.gather_recent_age_ms(&self.slots, now_ms),
             U32Column::UpSeconds => self.iter().map(|worker| (now_ms.saturating_sub(worker.joined_ms) / 1000) as u32).collect(),
-            // Not observed by this host yet: the contract's word for it is "unknown".
-            U32Column::CachedDeviceTokens
+            U32Column::QueuedRequests => self.board.gather_reported(Reported::QueuedRequests, &self.slots),
+            U32Column::MaxRunningRequests => self.board.gather_reported(Reported::MaxRunningRequests, &self.slots),
+            U32Column::MaxBatchedTokens => self.board.gather_reported(Reported::MaxBatchedTokens, &self.slots),
+            U32Column::KvTokensTotal => self.board.gather_reported(Reported::KvTokensTotal, &self.slots),
+            U32Column::KvTokensFree => self.board.gather_reported(Reported::KvTokensFree, &self.slots),
+            U32Column::LoadAgeMs => self.board.gather_load_age_ms(&self.slots, now_ms),
+            U32Column::AdapterLoaded if self.have_adapter => self.iter().map(|_| 1).collect(),
+            // No adapter is asked for, or not observed by this host yet: the contract's word for it is "unknown".
+            U32Column::AdapterLoaded
+            | U32Column::CachedDeviceTokens
             | U32Column::CachedHostTokens
             | U32Column::CachedDiskTokens
-            | U32Column::CachedRemoteTokens
-            | U32Column::QueuedRequests
-            | U32Column::MaxRunningRequests
-            | U32Column::MaxBatchedTokens
-            | U32Column::KvTokensTotal
-            | U32Column::KvTokensFree
-            | U32Column::LoadAgeMs
-            | U32Column::AdapterLoaded => self.unknown(),
+            | U32Column::CachedRemoteTokens => self.unknown(),
         }
+    }
+
+    /// Tokens per KV block: as configured, else as the engine reports it.
+    fn block_size(&self) -> Arc<[u32]> {
+        let configured = self.block_size.get_or_init(|| self.iter().map(|w| w.spec.block_size.unwrap_or(UNKNOWN)).collect());
+        if !configured.contains(&UNKNOWN) {
+            return Arc::clone(configured);
+        }
+        let reported = self.board.gather_reported(Reported::BlockSize, &self.slots);
+        configured.iter().zip(reported.iter()).map(|(&set, &said)| if set == UNKNOWN { said } else { set }).collect()
     }
 
     /// A column of `f32`.
@@ -207,7 +257,7 @@ impl Candidates {
             F32Column::RecentTtftMs => self.board.gather_recent(Recent::TtftMs, &self.slots),
             F32Column::RecentItlMs => self.board.gather_recent(Recent::ItlMs, &self.slots),
             F32Column::ErrorRate => self.board.gather_recent(Recent::ErrorRate, &self.slots),
-            F32Column::RecentTokensPerSecond => self.iter().map(|_| f32::NAN).collect(),
+            F32Column::RecentTokensPerSecond => self.board.gather_recent(Recent::TokensPerSecond, &self.slots),
             F32Column::Preference => self.iter().map(|_| 1.0).collect(),
         }
     }
@@ -261,93 +311,4 @@ impl Candidates {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        load::InFlight,
-        worker::{WorkerSpec, WorkerState},
-    };
-
-    fn worker(board: &Arc<LoadBoard>, name: &str, state: WorkerState, labels: &[(&str, &str)]) -> Worker {
-        let spec = WorkerSpec {
-            name: name.to_owned(),
-            model: "m".to_owned(),
-            role: Role::Aggregated,
-            rank: 0,
-            block_size: None,
-            labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        };
-        Worker { id: spec.id("t"), spec: Arc::new(spec), state, joined_ms: 0, load: board.claim().unwrap() }
-    }
-
-    fn fleet_of(names: &[&str]) -> (Fleet, Arc<LoadBoard>) {
-        let board = LoadBoard::new(16);
-        let workers = names.iter().map(|name| worker(&board, name, WorkerState::Healthy, &[])).collect();
-        (Fleet::new(1, workers).unwrap(), board)
-    }
-
-    #[test]
-    fn rows_are_in_ascending_id_and_load_follows_its_worker() {
-        let (fleet, _board) = fleet_of(&["a", "b", "c", "d"]);
-        let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
-        assert!(candidates.u64_column(U64Column::WorkerId).is_sorted());
-        for row in 0..candidates.count() {
-            let _busy = InFlight::dispatch(Arc::clone(&candidates.worker(row).load), 7);
-            let column = candidates.u32_column(U32Column::ActivePrefillTokens, 0);
-            let expected: Vec<u32> = (0..4).map(|r| if r == row { 7 } else { 0 }).collect();
-            assert_eq!(*column, *expected);
-        }
-    }
-
-    #[test]
-    fn only_healthy_workers_of_the_model_and_role_are_candidates() {
-        let board = LoadBoard::new(16);
-        let states = [WorkerState::Healthy, WorkerState::Starting, WorkerState::Unreachable, WorkerState::Draining];
-        let workers = states.iter().enumerate().map(|(i, state)| worker(&board, &i.to_string(), *state, &[])).collect();
-        let fleet = Fleet::new(1, workers).unwrap();
-        assert_eq!(fleet.candidates("m", Role::Aggregated).unwrap().count(), 1);
-        assert!(fleet.candidates("m", Role::Prefill).is_none());
-        assert!(fleet.candidates("other", Role::Aggregated).is_none());
-        assert!(fleet.models().contains("m"));
-    }
-
-    #[test]
-    fn excluded_workers_are_gone_and_nothing_left_is_none() {
-        let (fleet, _board) = fleet_of(&["a", "b", "c"]);
-        let all = fleet.candidates("m", Role::Aggregated).unwrap();
-        let ids: Vec<WorkerId> = all.iter().map(|worker| worker.id).collect();
-        let rest = all.without(&ids[..1]).unwrap();
-        assert_eq!(rest.iter().map(|worker| worker.id).collect::<Vec<_>>(), ids[1..]);
-        assert!(all.without(&ids).is_none());
-    }
-
-    #[test]
-    fn a_duplicate_worker_is_named() {
-        let board = LoadBoard::new(2);
-        let twins = vec![worker(&board, "a", WorkerState::Healthy, &[]), worker(&board, "a", WorkerState::Starting, &[])];
-        let error = Fleet::new(1, twins).unwrap_err().to_string();
-        assert!(error.contains("\"a\"") && error.contains("twice"), "{error}");
-    }
-
-    #[test]
-    fn labels_become_codes_and_numbers_become_signals() {
-        let board = LoadBoard::new(4);
-        let workers = vec![
-            worker(&board, "a", WorkerState::Healthy, &[("gpu", "h200"), ("price", "2.5")]),
-            worker(&board, "b", WorkerState::Healthy, &[("gpu", "h100"), ("price", "x")]),
-            worker(&board, "c", WorkerState::Healthy, &[]),
-        ];
-        let fleet = Fleet::new(1, workers).unwrap();
-        let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
-        let codes = candidates.label_column("gpu");
-        for (row, worker) in (0..).zip(candidates.iter()) {
-            let expected = worker.spec.labels.get("gpu").map_or(UNKNOWN, |value| candidates.label_code("gpu", value).unwrap());
-            assert_eq!(codes[row as usize], expected);
-        }
-        assert_eq!(candidates.label_code("gpu", "b300"), None);
-        let price = candidates.signal_column("price").unwrap();
-        assert_eq!(price.iter().filter(|value| **value == 2.5).count(), 1);
-        assert_eq!(price.iter().filter(|value| value.is_nan()).count(), 2);
-        assert!(candidates.signal_column("gpu").is_none());
-    }
-}
+mod tests;

@@ -16,7 +16,7 @@ pub mod worker;
 pub use answer::{Answer, AnswerFault, Ranking, Rejection};
 pub use fleet::{Candidates, Fleet, FleetError};
 pub use id::WorkerId;
-pub use load::{Load, LoadBoard, LoadSlot};
+pub use load::{Load, LoadBoard, LoadReport, LoadSlot};
 pub use request::{Endpoint, RequestFacts, Stage, TokenCount};
 pub use slot::{OnError, SlotKind, SlotName};
 pub use worker::{Role, Worker, WorkerSpec, WorkerState};

@@ -1,15 +1,19 @@
-//! What the host itself knows of each worker's load: counted at dispatch, freed on every way out.
+//! What is known of each worker's load: what the host counts itself, at dispatch and on every way out, and what the
+//! engine reports, with the age of its report.
 //!
 //! Columns are arrays of atomics indexed by a worker's slot, not fields of a worker: a policy reads a whole
 //! column at a time, and at thousands of workers a pointer per value would cost more than the policy does.
 //! The board has a fixed number of slots, so membership changes never move a counter that a running request
 //! still holds.
 
+mod throughput;
+
 use std::sync::{
     Arc, Mutex, PoisonError,
     atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
+pub use self::throughput::Throughput;
 use crate::UNKNOWN;
 
 /// The load columns.
@@ -25,6 +29,42 @@ pub enum Load {
 
 const COLUMNS: usize = 3;
 
+/// Columns of what engines report, [`UNKNOWN`] where one does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reported {
+    /// Requests that wait inside the engine.
+    QueuedRequests,
+    /// Requests that the engine runs at once at most.
+    MaxRunningRequests,
+    /// Tokens that the engine computes in one step at most.
+    MaxBatchedTokens,
+    /// KV capacity in tokens.
+    KvTokensTotal,
+    /// KV capacity in tokens that is free or holds only reusable cache.
+    KvTokensFree,
+    /// Tokens per KV block.
+    BlockSize,
+}
+
+const REPORTED: usize = 6;
+
+/// What an engine says of one worker's load at one moment. What it does not say is `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Requests that wait inside the engine.
+    pub queued_requests: Option<u32>,
+    /// Requests that the engine runs at once at most.
+    pub max_running_requests: Option<u32>,
+    /// Tokens that the engine computes in one step at most.
+    pub max_batched_tokens: Option<u32>,
+    /// KV capacity in tokens.
+    pub kv_tokens_total: Option<u32>,
+    /// KV capacity in tokens that is free or holds only reusable cache.
+    pub kv_tokens_free: Option<u32>,
+    /// Tokens per KV block.
+    pub block_size: Option<u32>,
+}
+
 /// A slot's recent observations: moving averages as `f32` bits, NaN before the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recent {
@@ -34,9 +74,11 @@ pub enum Recent {
     ItlMs,
     /// Share of requests that failed.
     ErrorRate,
+    /// Output tokens per second.
+    TokensPerSecond,
 }
 
-const RECENT: usize = 3;
+const RECENT: usize = 4;
 
 /// Weight of the newest observation in a moving average: about the last ten count.
 const ALPHA: f32 = 0.1;
@@ -45,6 +87,9 @@ const ALPHA: f32 = 0.1;
 #[derive(Debug)]
 pub struct LoadBoard {
     columns: [Box<[AtomicU32]>; COLUMNS],
+    reported: [Box<[AtomicU32]>; REPORTED],
+    /// When a slot's engine last reported, in milliseconds of the host's clock; `u64::MAX`: never.
+    reported_ms: Box<[AtomicU64]>,
     recent: [Box<[AtomicU32]>; RECENT],
     /// When a slot's recent values were last observed, in milliseconds of the host's clock; `u64::MAX`: never.
     observed_ms: Box<[AtomicU64]>,
@@ -55,12 +100,14 @@ impl LoadBoard {
     /// A board with room for `workers` workers.
     #[must_use]
     pub fn new(workers: u32) -> Arc<Self> {
-        let zeros = || (0..workers).map(|_| AtomicU32::new(0)).collect();
-        let unknown = || (0..workers).map(|_| AtomicU32::new(f32::NAN.to_bits())).collect();
+        let all = |value: u32| (0..workers).map(|_| AtomicU32::new(value)).collect();
+        let never = || (0..workers).map(|_| AtomicU64::new(u64::MAX)).collect();
         Arc::new(Self {
-            columns: [zeros(), zeros(), zeros()],
-            recent: [unknown(), unknown(), unknown()],
-            observed_ms: (0..workers).map(|_| AtomicU64::new(u64::MAX)).collect(),
+            columns: std::array::from_fn(|_| all(0)),
+            reported: std::array::from_fn(|_| all(UNKNOWN)),
+            reported_ms: never(),
+            recent: std::array::from_fn(|_| all(f32::NAN.to_bits())),
+            observed_ms: never(),
             free: Mutex::new((0..workers).rev().collect()),
         })
     }
@@ -70,14 +117,12 @@ impl LoadBoard {
     #[must_use]
     pub fn claim(self: &Arc<Self>) -> Option<Arc<LoadSlot>> {
         let index = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
-        for column in &self.columns {
-            column[index as usize].store(0, Relaxed);
+        for (columns, blank) in [(&self.columns[..], 0), (&self.reported[..], UNKNOWN), (&self.recent[..], f32::NAN.to_bits())] {
+            columns.iter().for_each(|column| column[index as usize].store(blank, Relaxed));
         }
-        for column in &self.recent {
-            column[index as usize].store(f32::NAN.to_bits(), Relaxed);
-        }
+        self.reported_ms[index as usize].store(u64::MAX, Relaxed);
         self.observed_ms[index as usize].store(u64::MAX, Relaxed);
-        Some(Arc::new(LoadSlot { board: Arc::clone(self), index, served: AtomicU64::new(0) }))
+        Some(Arc::new(LoadSlot { board: Arc::clone(self), index, served: AtomicU64::new(0), output_tokens: AtomicU64::new(0) }))
     }
 
     /// Reads one column at `slots`, in their order.
@@ -85,6 +130,19 @@ impl LoadBoard {
     pub fn gather(&self, load: Load, slots: &[u32]) -> Arc<[u32]> {
         let column = &self.columns[load as usize];
         slots.iter().map(|&slot| column[slot as usize].load(Relaxed)).collect()
+    }
+
+    /// Reads one column of what engines report at `slots`, in their order.
+    #[must_use]
+    pub fn gather_reported(&self, reported: Reported, slots: &[u32]) -> Arc<[u32]> {
+        let column = &self.reported[reported as usize];
+        slots.iter().map(|&slot| column[slot as usize].load(Relaxed)).collect()
+    }
+
+    /// Reads how long ago the engines of `slots` last reported, in their order.
+    #[must_use]
+    pub fn gather_load_age_ms(&self, slots: &[u32], now_ms: u64) -> Arc<[u32]> {
+        slots.iter().map(|&slot| age_ms(&self.reported_ms[slot as usize], now_ms)).collect()
     }
 
     /// Reads one column of recent observations at `slots`, in their order.
@@ -97,11 +155,15 @@ impl LoadBoard {
     /// Reads how long ago `slots` were last observed, in their order.
     #[must_use]
     pub fn gather_recent_age_ms(&self, slots: &[u32], now_ms: u64) -> Arc<[u32]> {
-        let age = |observed_ms| match observed_ms {
-            u64::MAX => UNKNOWN,
-            at => u32::try_from(now_ms.saturating_sub(at)).unwrap_or(UNKNOWN - 1),
-        };
-        slots.iter().map(|&slot| age(self.observed_ms[slot as usize].load(Relaxed))).collect()
+        slots.iter().map(|&slot| age_ms(&self.observed_ms[slot as usize], now_ms)).collect()
+    }
+}
+
+/// Time since a moment; [`UNKNOWN`] if it never was.
+fn age_ms(at_ms: &AtomicU64, now_ms: u64) -> u32 {
+    match at_ms.load(Relaxed) {
+        u64::MAX => UNKNOWN,
+        at => u32::try_from(now_ms.saturating_sub(at)).unwrap_or(UNKNOWN - 1),
     }
 }
 
@@ -111,6 +173,7 @@ pub struct LoadSlot {
     board: Arc<LoadBoard>,
     index: u32,
     served: AtomicU64,
+    output_tokens: AtomicU64,
 }
 
 impl LoadSlot {
@@ -132,10 +195,53 @@ impl LoadSlot {
         self.served.load(Relaxed)
     }
 
+    /// Output tokens that this worker ever made for this host.
+    #[must_use]
+    pub fn output_tokens(&self) -> u64 {
+        self.output_tokens.load(Relaxed)
+    }
+
     /// Present value of one column.
     #[must_use]
     pub fn get(&self, load: Load) -> u32 {
         self.board.columns[load as usize][self.index as usize].load(Relaxed)
+    }
+
+    /// What the engine last reported, if it did.
+    #[must_use]
+    pub fn get_reported(&self, reported: Reported) -> Option<u32> {
+        Some(self.board.reported[reported as usize][self.index as usize].load(Relaxed)).filter(|&value| value != UNKNOWN)
+    }
+
+    /// How long ago the engine last reported, in milliseconds, if it ever did.
+    #[must_use]
+    pub fn load_age_ms(&self, now_ms: u64) -> Option<u32> {
+        Some(age_ms(&self.board.reported_ms[self.index as usize], now_ms)).filter(|&age| age != UNKNOWN)
+    }
+
+    /// Takes down what the engine reports now, by the host's clock.
+    pub fn report(&self, report: &LoadReport, now_ms: u64) {
+        let &LoadReport {
+            queued_requests,
+            max_running_requests,
+            max_batched_tokens,
+            kv_tokens_total,
+            kv_tokens_free,
+            block_size,
+        } = report;
+        for (reported, value) in [
+            (Reported::QueuedRequests, queued_requests),
+            (Reported::MaxRunningRequests, max_running_requests),
+            (Reported::MaxBatchedTokens, max_batched_tokens),
+            (Reported::KvTokensTotal, kv_tokens_total),
+            (Reported::KvTokensFree, kv_tokens_free),
+            (Reported::BlockSize, block_size),
+        ] {
+            // A value that cannot be told from "unknown" is the next lower one.
+            let value = value.map_or(UNKNOWN, |value| value.min(UNKNOWN - 1));
+            self.board.reported[reported as usize][self.index as usize].store(value, Relaxed);
+        }
+        self.board.reported_ms[self.index as usize].store(now_ms, Relaxed);
     }
 
     /// Notes that the recent values were observed now, by the host's clock.
@@ -150,6 +256,11 @@ impl LoadSlot {
         let old = f32::from_bits(cell.load(Relaxed));
         let new = if old.is_nan() { value } else { old + ALPHA * (value - old) };
         cell.store(new.to_bits(), Relaxed);
+    }
+
+    /// Takes down what is an average already.
+    pub fn set_recent(&self, recent: Recent, value: f32) {
+        self.board.recent[recent as usize][self.index as usize].store(value.to_bits(), Relaxed);
     }
 
     fn add(&self, load: Load, by: u32) {
@@ -199,6 +310,7 @@ impl InFlight {
             count
         };
         self.decode = self.decode.saturating_add(grown);
+        self.slot.output_tokens.fetch_add(u64::from(count), Relaxed);
         self.slot.add(Load::ActiveDecodeTokens, grown);
     }
 
@@ -218,72 +330,4 @@ impl Drop for InFlight {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn loads(slot: &LoadSlot) -> [u32; 3] {
-        [Load::ActiveRequests, Load::ActivePrefillTokens, Load::ActiveDecodeTokens].map(|load| slot.get(load))
-    }
-
-    #[test]
-    fn a_request_moves_from_prefill_to_decode_and_leaves_nothing() {
-        let slot = LoadBoard::new(1).claim().unwrap();
-        let mut request = InFlight::dispatch(Arc::clone(&slot), 100);
-        assert_eq!(loads(&slot), [1, 100, 0]);
-        request.tokens(1);
-        request.tokens(2);
-        assert_eq!(loads(&slot), [1, 0, 103]);
-        drop(request);
-        assert_eq!(loads(&slot), [0, 0, 0]);
-    }
-
-    #[test]
-    fn a_slot_returns_only_when_its_last_request_has_ended() {
-        let board = LoadBoard::new(1);
-        let slot = board.claim().unwrap();
-        let request = InFlight::dispatch(Arc::clone(&slot), 5);
-        drop(slot);
-        assert!(board.claim().is_none(), "the slot is still in use");
-        drop(request);
-        assert!(board.claim().is_some());
-    }
-
-    #[test]
-    fn the_age_of_observations_is_known_once_there_was_one() {
-        let slot = LoadBoard::new(1).claim().unwrap();
-        assert_eq!(*slot.board().gather_recent_age_ms(&[0], 50), [UNKNOWN]);
-        slot.observed(20);
-        assert_eq!(*slot.board().gather_recent_age_ms(&[0], 50), [30]);
-    }
-
-    #[test]
-    fn a_recent_average_starts_at_the_first_observation() {
-        let slot = LoadBoard::new(1).claim().unwrap();
-        assert!(slot.board().gather_recent(Recent::TtftMs, &[0])[0].is_nan());
-        slot.observe(Recent::TtftMs, 10.0);
-        slot.observe(Recent::TtftMs, 20.0);
-        assert_eq!(*slot.board().gather_recent(Recent::TtftMs, &[0]), [11.0]);
-    }
-
-    proptest! {
-        #[test]
-        fn any_interleaving_of_requests_drains_to_zero(steps in prop::collection::vec((0u32..2000, 0u32..50, any::<bool>()), 1..200)) {
-            let slot = LoadBoard::new(1).claim().unwrap();
-            let mut open: Vec<InFlight> = Vec::new();
-            for (prompt, tokens, end) in steps {
-                open.push(InFlight::dispatch(Arc::clone(&slot), prompt));
-                for request in &mut open {
-                    request.tokens(tokens);
-                }
-                if end {
-                    open.swap_remove(0);
-                }
-                prop_assert_eq!(slot.get(Load::ActiveRequests) as usize, open.len());
-            }
-            open.clear();
-            prop_assert_eq!(loads(&slot), [0, 0, 0]);
-        }
-    }
-}
+mod tests;

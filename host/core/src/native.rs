@@ -65,6 +65,7 @@ mod tests {
                     id: spec.id("t"),
                     spec: Arc::new(spec),
                     state: WorkerState::Healthy,
+                    adapters: Arc::default(),
                     joined_ms: 0,
                     load: board.claim().unwrap(),
                 }

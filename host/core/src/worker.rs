@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{UNKNOWN, id::WorkerId, load::LoadSlot};
+use crate::{id::WorkerId, load::LoadSlot};
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -88,7 +88,7 @@ pub struct WorkerSpec {
     pub role: Role,
     /// Data-parallel rank within the engine.
     pub rank: u32,
-    /// Tokens per KV block, if known.
+    /// Tokens per KV block, if configured; else what the engine reports counts.
     pub block_size: Option<u32>,
     /// The operator's labels.
     pub labels: BTreeMap<String, String>,
@@ -111,16 +111,10 @@ pub struct Worker {
     pub spec: Arc<WorkerSpec>,
     /// Whether it can be given requests.
     pub state: WorkerState,
+    /// LoRA adapters of its model that it has loaded.
+    pub adapters: Arc<[String]>,
     /// When it joined, in milliseconds of the host's monotonic clock.
     pub joined_ms: u64,
     /// Its place on the load board, shared by all snapshots.
     pub load: Arc<LoadSlot>,
-}
-
-impl Worker {
-    /// `candidates.block-size` of this worker.
-    #[must_use]
-    pub fn block_size(&self) -> u32 {
-        self.spec.block_size.unwrap_or(UNKNOWN)
-    }
 }

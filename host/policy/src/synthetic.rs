@@ -42,7 +42,14 @@ pub fn fleet(count: u32) -> SyntheticFleet {
                 block_size: Some(16),
                 labels: labels(i),
             };
-            Worker { id: spec.id("synthetic"), spec: Arc::new(spec), state: WorkerState::Healthy, joined_ms: 0, load }
+            Worker {
+                id: spec.id("synthetic"),
+                spec: Arc::new(spec),
+                state: WorkerState::Healthy,
+                adapters: Arc::default(),
+                joined_ms: 0,
+                load,
+            }
         })
         .collect();
     let fleet = Fleet::new(1, workers).expect("names differ");

@@ -25,7 +25,7 @@ pub(super) async fn activate(
     let settings =
         settings.map(|settings| read_settings("--settings", settings)).transpose().map_err(|error| error.to_string())?;
     let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
-    let path = format!("/v1/slots/{}/policy", path_segment(&slot));
+    let path = format!("/v1/slots/{}/policy", path_segment(&slot.to_string()));
     let change = if file == "native" {
         if settings.is_some() {
             return Err("the native fallback takes no --settings".to_owned());
@@ -47,7 +47,8 @@ pub(super) async fn activate(
 
 pub(super) async fn rollback(slot: &str, admin: &AdminFlags, output: Output) -> Result<(), String> {
     let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
-    let change = call(admin, Method::POST, &format!("/v1/slots/{}/rollback", path_segment(&slot)), Bytes::new()).await?;
+    let change =
+        call(admin, Method::POST, &format!("/v1/slots/{}/rollback", path_segment(&slot.to_string())), Bytes::new()).await?;
     print_change(&change, output);
     Ok(())
 }
@@ -55,7 +56,7 @@ pub(super) async fn rollback(slot: &str, admin: &AdminFlags, output: Output) -> 
 pub(super) async fn bypass(slot: &str, is_on: bool, admin: &AdminFlags, output: Output) -> Result<(), String> {
     let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
     let method = if is_on { Method::PUT } else { Method::DELETE };
-    let answer = call(admin, method, &format!("/v1/slots/{}/bypass", path_segment(&slot)), Bytes::new()).await?;
+    let answer = call(admin, method, &format!("/v1/slots/{}/bypass", path_segment(&slot.to_string())), Bytes::new()).await?;
     if output == Output::Json {
         println!("{answer:#}");
         return Ok(());
@@ -70,7 +71,7 @@ pub(super) async fn bypass(slot: &str, is_on: bool, admin: &AdminFlags, output: 
 
 pub(super) async fn on_error(slot: &str, mode: OnError, admin: &AdminFlags, output: Output) -> Result<(), String> {
     let slot: SlotName = slot.parse().map_err(|error: SlotNameError| error.to_string())?;
-    let path = format!("/v1/slots/{}/on-error?mode={mode}", path_segment(&slot));
+    let path = format!("/v1/slots/{}/on-error?mode={mode}", path_segment(&slot.to_string()));
     let answer = call(admin, Method::PUT, &path, Bytes::new()).await?;
     if output == Output::Json {
         println!("{answer:#}");
@@ -98,24 +99,27 @@ pub(super) async fn status(admin: &AdminFlags, output: Output) -> Result<(), Str
     }
     println!("dynamo-host {}, up {} s", text(&answer["version"]), answer["uptime_s"]);
     print_slots(&answer);
-    println!("{:<24} {:<20} {:<12} {:>7} {:>9}  trouble", "worker", "model", "state", "active", "served");
-    for worker in list_of(&answer["workers"]) {
-        println!(
-            "{:<24} {:<20} {:<12} {:>7} {:>9}  {}",
-            text(&worker["name"]),
-            text(&worker["model"]),
-            text(&worker["state"]),
-            worker["active_requests"],
-            worker["served"],
-            text(&worker["trouble"])
-        );
-    }
+    print_config(&answer["config"]);
+    super::worker::print_workers(&answer);
     Ok(())
 }
 
-/// A slot's name within a path: a model's name may hold slashes.
-fn path_segment(slot: &SlotName) -> String {
-    let encoded: String = form_urlencoded::byte_serialize(slot.to_string().as_bytes()).collect();
+fn print_config(config: &Value) {
+    if config["file"].is_string() {
+        println!("{:<10} {}, read again {} times", "config", text(&config["file"]), config["reloads"]);
+    }
+    if config["trouble"].is_string() {
+        println!("{:<10} the file as it is now cannot be run: {}", "", text(&config["trouble"]));
+    }
+    let needs_restart: Vec<String> = list_of(&config["needs_restart"]).iter().map(text).collect();
+    if !needs_restart.is_empty() {
+        println!("{:<10} count from the next start on: {}", "", needs_restart.join(", "));
+    }
+}
+
+/// A slot's or a worker's name within a path: it may hold slashes.
+pub(super) fn path_segment(name: &str) -> String {
+    let encoded: String = form_urlencoded::byte_serialize(name.as_bytes()).collect();
     encoded.replace('+', "%20")
 }
 
@@ -208,15 +212,15 @@ fn describe(version: &Value) -> String {
 }
 
 /// A text for the terminal: policies and engines wrote some of them.
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| "-".to_owned(), plain)
 }
 
-fn list_of(value: &Value) -> &[Value] {
+pub(super) fn list_of(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-async fn call(admin: &AdminFlags, method: Method, path: &str, body: Bytes) -> Result<Value, String> {
+pub(super) async fn call(admin: &AdminFlags, method: Method, path: &str, body: Bytes) -> Result<Value, String> {
     let base = admin.admin.trim_end_matches('/');
     let uri: Uri = format!("{base}{path}").parse().map_err(|error| format!("--admin {base:?} is not a URL: {error}"))?;
     let tls = match uri.scheme_str() {

@@ -20,7 +20,7 @@ pub(super) struct Auth {
 }
 
 /// `[cors]`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Cors {
     /// Origins of web pages that may ask, or `*` alone.
@@ -44,7 +44,7 @@ pub(super) struct DoorSections {
 }
 
 /// The sections as they are run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct DoorConfig {
     pub(crate) keys_file: Option<PathBuf>,
     pub(crate) tenant_header: Option<HeaderName>,

@@ -73,6 +73,25 @@ impl Limits {
         Duration::from_secs(self.request_timeout_s)
     }
 
+    /// These limits where a running host can take them over, and its own where it cannot.
+    pub(crate) fn with_fixed_of(&self, running: &Self) -> Self {
+        let &Self { max_connections, header_timeout_s, write_stall_s, drain_s, max_workers, .. } = running;
+        Self { max_connections, header_timeout_s, write_stall_s, drain_s, max_workers, ..self.clone() }
+    }
+
+    /// Keys that differ from a running host's and that it cannot change: the listeners' own, and what was made to measure.
+    pub(super) fn fixed_that_differ(&self, running: &Self) -> impl Iterator<Item = &'static str> {
+        [
+            ("limits.max_connections", self.max_connections != running.max_connections),
+            ("limits.header_timeout_s", self.header_timeout_s != running.header_timeout_s),
+            ("limits.write_stall_s", self.write_stall_s != running.write_stall_s),
+            ("limits.drain_s", self.drain_s != running.drain_s),
+            ("limits.max_workers", self.max_workers != running.max_workers),
+        ]
+        .into_iter()
+        .filter_map(|(key, differs)| differs.then_some(key))
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         let seconds = 1..=MAX_SECONDS;
         let bounds = [

@@ -92,6 +92,13 @@ impl<'a> Fields<'a> {
         Ok((self.has_hosts() || !arguments.is_empty()).then(|| self.write(&arguments)))
     }
 
+    /// The object with another model, in all places that name it: which of them counts is the engine's choice.
+    pub(super) fn with_model(&self, model: &str) -> Vec<u8> {
+        let model = serde_json::to_vec(model).expect("a string is JSON");
+        let named = (0..).zip(&self.0).filter(|(_, (key, _))| key == "model");
+        self.write(&named.map(|(at, _)| (at, model.clone())).collect::<Vec<_>>())
+    }
+
     fn has_hosts(&self) -> bool {
         self.0.iter().any(|(key, _)| is_hosts(key))
     }

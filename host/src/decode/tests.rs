@@ -39,6 +39,13 @@ fn host_fields_are_taken_out_however_they_are_spelled_or_repeated() {
 }
 
 #[test]
+fn a_name_is_replaced_wherever_it_stands_and_nothing_else_is() {
+    let body = r#"{"model":"gpt","a":{"model": "x"},"n":1.50,"mod\u0065l": "gpt"}"#;
+    let renamed = rename(&Bytes::from(body), "qwen \"3\"");
+    assert_eq!(renamed, r#"{"model":"qwen \"3\"","a":{"model": "x"},"n":1.50,"model":"qwen \"3\""}"#);
+}
+
+#[test]
 fn facts_are_read() {
     let body = chat(
         r#","stream":true,"max_tokens":5,"max_completion_tokens":7,"n":2,"tools":[{}],"response_format":{"type":"json_object"}"#,

@@ -11,7 +11,10 @@ use http::HeaderMap;
 use serde_json::{Value, json};
 
 use super::{ANTHROPIC_VERSION, Door, with_id};
-use crate::error::{Dialect, RequestError};
+use crate::{
+    error::{Dialect, RequestError},
+    models::ListedModel,
+};
 
 /// The list.
 pub(super) async fn list(State(door): State<Arc<Door>>, request: Request) -> Response {
@@ -22,7 +25,8 @@ pub(super) async fn list(State(door): State<Arc<Door>>, request: Request) -> Res
     };
     let snapshot = door.lane.roster.snapshot();
     let dialect = dialect(headers);
-    let cards: Vec<_> = snapshot.fleet().models().iter().filter(|id| caller.may_use(id)).map(|id| card(dialect, id)).collect();
+    let listed = snapshot.listed_models().into_iter().filter(|model| caller.may_use(&model.id));
+    let cards: Vec<_> = listed.map(|model| card(dialect, &model)).collect();
     let ends = |at: Option<&Value>| at.map_or(Value::Null, |card| card["id"].clone());
     let list = match dialect {
         Dialect::OpenAi => json!({ "object": "list", "data": cards }),
@@ -40,8 +44,9 @@ pub(super) async fn one(State(door): State<Arc<Door>>, Path(id): Path<String>, r
         Ok(caller) => caller,
         Err(error) => return refuse(&door, headers, &error),
     };
-    if caller.may_use(&id) && door.lane.roster.snapshot().fleet().models().contains(&id) {
-        return with_id(Json(card(dialect(headers), &id)).into_response(), headers);
+    let found = door.lane.roster.snapshot().listed_models().into_iter().find(|model| model.id == id);
+    if let Some(model) = found.filter(|_| caller.may_use(&id)) {
+        return with_id(Json(card(dialect(headers), &model)).into_response(), headers);
     }
     refuse(&door, headers, &RequestError::ModelNotFound { model: id })
 }
@@ -51,9 +56,13 @@ fn dialect(headers: &HeaderMap) -> Dialect {
     if headers.contains_key(ANTHROPIC_VERSION) { Dialect::Anthropic } else { Dialect::OpenAi }
 }
 
-fn card(dialect: Dialect, id: &str) -> Value {
+fn card(dialect: Dialect, model: &ListedModel) -> Value {
+    let ListedModel { id, root, parent, max_model_len } = model;
     match dialect {
-        Dialect::OpenAi => json!({ "id": id, "object": "model", "created": 0, "owned_by": "dynamo-host" }),
+        Dialect::OpenAi => json!({
+            "id": id, "object": "model", "created": 0, "owned_by": "dynamo-host",
+            "root": root.as_ref().unwrap_or(id), "parent": parent, "max_model_len": max_model_len,
+        }),
         Dialect::Anthropic => {
             json!({ "type": "model", "id": id, "display_name": id, "created_at": "1970-01-01T00:00:00Z" })
         }

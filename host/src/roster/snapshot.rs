@@ -1,18 +1,32 @@
-//! All workers at one moment, with the engines behind them: what one decision sees.
+//! All workers at one moment, with the engines behind them and the names that they serve: what one decision sees.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use dynamo_engine_api::Engine;
-use dynamo_host_core::{Candidates, Fleet, RequestFacts, Role, WorkerId};
+use dynamo_host_core::{Candidates, Fleet, RequestFacts, Role, Worker, WorkerId};
 
-use crate::error::RequestError;
+use crate::{
+    error::RequestError,
+    models::{self, ListedModel, Listings, ModelNames, Resolved},
+};
 
 /// All workers at one moment, with the engines behind them.
 pub(crate) struct Snapshot {
     pub(super) fleet: Fleet,
-    pub(super) engines: HashMap<WorkerId, Arc<dyn Engine>>,
-    /// Whether some engine, which is to say itself what it serves, has not been reached yet.
+    /// In the order of the fleet's workers.
+    pub(super) engines: Vec<Seat>,
+    pub(super) names: Arc<ModelNames>,
+    pub(super) listings: Listings,
+    /// Whether some engine, which is to say itself what it serves, has not been reached yet, or some source has not said
+    /// which workers there are.
     pub(super) has_unknown_models: bool,
+}
+
+/// Where a worker sits: its engine, and whether that has several ranks.
+#[derive(Clone)]
+pub(super) struct Seat {
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) has_ranks: bool,
 }
 
 impl Snapshot {
@@ -23,17 +37,44 @@ impl Snapshot {
 
     /// The engine behind a worker of this snapshot.
     pub(crate) fn engine(&self, worker: WorkerId) -> &Arc<dyn Engine> {
-        &self.engines[&worker]
+        &self.seat(worker).engine
+    }
+
+    /// The rank that a request to a worker of this snapshot must name; `None` where the engine has one only.
+    pub(crate) fn rank(&self, worker: &Worker) -> Option<u32> {
+        self.seat(worker.id).has_ranks.then_some(worker.spec.rank)
+    }
+
+    fn seat(&self, worker: WorkerId) -> &Seat {
+        let place = self.fleet.workers().binary_search_by_key(&worker, |worker| worker.id);
+        &self.engines[place.expect("the worker is of this snapshot")]
+    }
+
+    /// All that clients may ask for.
+    pub(crate) fn listed_models(&self) -> Vec<ListedModel> {
+        models::listed(&self.names, &self.listings)
+    }
+
+    /// What a client's name for a model is served as.
+    pub(crate) fn resolve(&self, asked: &str) -> Result<Resolved, RequestError> {
+        let is_ready = |model: &str, adapter: Option<&str>| self.eligible(model, adapter).is_some();
+        models::resolve(asked, &self.names, &self.listings, is_ready).ok_or_else(|| {
+            let model = asked.to_owned();
+            if self.has_unknown_models { RequestError::ModelsUnknown { model } } else { RequestError::ModelNotFound { model } }
+        })
     }
 
     /// The workers that may serve a request.
     pub(crate) fn candidates(&self, request: &RequestFacts) -> Result<Arc<Candidates>, RequestError> {
-        let eligible = self.fleet.candidates(&request.model, Role::Aggregated);
-        match eligible.and_then(|eligible| eligible.without(&request.failed_workers)) {
-            Some(candidates) => Ok(candidates),
-            None if self.fleet.models().contains(&request.model) => Err(RequestError::NoWorker { model: request.model.clone() }),
-            None if self.has_unknown_models => Err(RequestError::ModelsUnknown { model: request.model.clone() }),
-            None => Err(RequestError::ModelNotFound { model: request.model.clone() }),
+        let eligible = self.eligible(&request.model, request.adapter.as_deref());
+        let no_worker = || RequestError::NoWorker { model: request.adapter.as_ref().unwrap_or(&request.model).clone() };
+        eligible.and_then(|eligible| eligible.without(&request.failed_workers)).ok_or_else(no_worker)
+    }
+
+    fn eligible(&self, model: &str, adapter: Option<&str>) -> Option<Arc<Candidates>> {
+        match adapter {
+            Some(adapter) => self.fleet.candidates_with(model, adapter, Role::Aggregated),
+            None => self.fleet.candidates(model, Role::Aggregated),
         }
     }
 }

@@ -41,6 +41,16 @@ impl Scripted {
         Script: Fn(Connection) -> Played + Clone + Send + Sync + 'static,
         Played: Future<Output = ()> + Send + 'static,
     {
+        Self::listing(models(), script).await
+    }
+
+    /// The same, with another answer to whoever asks for its models.
+    pub(crate) async fn listing<Script, Played>(models: Value, script: Script) -> Self
+    where
+        Script: Fn(Connection) -> Played + Clone + Send + Sync + 'static,
+        Played: Future<Output = ()> + Send + 'static,
+    {
+        let models: Arc<str> = models.to_string().into();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let received: Arc<Mutex<Vec<Received>>> = Arc::default();
@@ -51,7 +61,7 @@ impl Scripted {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 stream.set_nodelay(true).unwrap();
-                let (script, requests) = (script.clone(), Arc::clone(&requests));
+                let (script, requests, models) = (script.clone(), Arc::clone(&requests), Arc::clone(&models));
                 connections.spawn(async move {
                     let mut connection = Connection { stream, is_broken: false };
                     let Some(request) = connection.request().await else { return };
@@ -59,7 +69,7 @@ impl Scripted {
                         requests.lock().unwrap().push(request);
                         script(connection).await;
                     } else {
-                        connection.write(whole_answer("200 OK", &models().to_string())).await;
+                        connection.write(whole_answer("200 OK", &models)).await;
                     }
                 });
             }

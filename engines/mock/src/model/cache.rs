@@ -70,9 +70,11 @@ struct Block {
 /// All blocks of an engine.
 #[derive(Debug)]
 pub(super) struct BlockCache {
+    /// Those that were ever used: a fleet of thousands of engines, most of them idle, must not cost their whole tables.
     blocks: Vec<Block>,
+    capacity: usize,
     by_hash: HashMap<BlockHash, BlockId, BuildHasherDefault<HashIsHash>>,
-    /// Free blocks that hold nothing known.
+    /// Blocks that were used, and are free and hold nothing known.
     blank: Vec<BlockId>,
     /// Free blocks that are cached: a list through [`Block`], next to evict first.
     oldest: BlockId,
@@ -83,11 +85,11 @@ pub(super) struct BlockCache {
 
 impl BlockCache {
     pub(super) fn new(capacity: u32) -> Self {
-        let block = Block { users: 0, hash: None, before: NONE, after: NONE };
         Self {
-            blocks: vec![block; capacity as usize],
+            blocks: Vec::new(),
+            capacity: capacity as usize,
             by_hash: HashMap::default(),
-            blank: (0..capacity).rev().collect(),
+            blank: Vec::new(),
             oldest: NONE,
             newest: NONE,
             evictable: 0,
@@ -106,16 +108,16 @@ impl BlockCache {
     }
 
     pub(super) fn capacity(&self) -> usize {
-        self.blocks.len()
+        self.capacity
     }
 
     /// Blocks that can be allocated, cached ones included.
     pub(super) fn free(&self) -> usize {
-        self.blank.len() + self.evictable
+        self.capacity - self.used()
     }
 
     pub(super) fn used(&self) -> usize {
-        self.capacity() - self.free()
+        self.blocks.len() - self.blank.len() - self.evictable
     }
 
     /// Takes the longest cached prefix of `hashes` and fills up with blank blocks to `count` blocks. Returns how many
@@ -143,7 +145,14 @@ impl BlockCache {
     /// # Panics
     /// If none is [`Self::free`].
     pub(super) fn allocate(&mut self) -> BlockId {
-        let id = self.blank.pop().unwrap_or_else(|| self.evict());
+        let id = match self.blank.pop() {
+            Some(id) => id,
+            None if self.blocks.len() < self.capacity => {
+                self.blocks.push(Block { users: 0, hash: None, before: NONE, after: NONE });
+                (self.blocks.len() - 1) as BlockId
+            }
+            None => self.evict(),
+        };
         self.blocks[id as usize].users = 1;
         id
     }

@@ -1,0 +1,133 @@
+//! Who is a candidate, and what the columns say.
+
+use super::*;
+use crate::{
+    load::{InFlight, LoadReport},
+    worker::{WorkerSpec, WorkerState},
+};
+
+fn worker(board: &Arc<LoadBoard>, name: &str, state: WorkerState, labels: &[(&str, &str)]) -> Worker {
+    let spec = WorkerSpec {
+        name: name.to_owned(),
+        model: "m".to_owned(),
+        role: Role::Aggregated,
+        rank: 0,
+        block_size: None,
+        labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+    };
+    let load = board.claim().unwrap();
+    Worker { id: spec.id("t"), spec: Arc::new(spec), state, adapters: Arc::default(), joined_ms: 0, load }
+}
+
+fn fleet_of(names: &[&str]) -> (Fleet, Arc<LoadBoard>) {
+    let board = LoadBoard::new(16);
+    let workers = names.iter().map(|name| worker(&board, name, WorkerState::Healthy, &[])).collect();
+    (Fleet::new(1, workers).unwrap(), board)
+}
+
+#[test]
+fn rows_are_in_ascending_id_and_load_follows_its_worker() {
+    let (fleet, _board) = fleet_of(&["a", "b", "c", "d"]);
+    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    assert!(candidates.u64_column(U64Column::WorkerId).is_sorted());
+    for row in 0..candidates.count() {
+        let _busy = InFlight::dispatch(Arc::clone(&candidates.worker(row).load), 7);
+        let column = candidates.u32_column(U32Column::ActivePrefillTokens, 0);
+        let expected: Vec<u32> = (0..4).map(|r| if r == row { 7 } else { 0 }).collect();
+        assert_eq!(*column, *expected);
+    }
+}
+
+#[test]
+fn only_healthy_workers_of_the_model_and_role_are_candidates() {
+    let board = LoadBoard::new(16);
+    let states = [WorkerState::Healthy, WorkerState::Starting, WorkerState::Unreachable, WorkerState::Draining];
+    let workers = states.iter().enumerate().map(|(i, state)| worker(&board, &i.to_string(), *state, &[])).collect();
+    let fleet = Fleet::new(1, workers).unwrap();
+    assert_eq!(fleet.candidates("m", Role::Aggregated).unwrap().count(), 1);
+    assert!(fleet.candidates("m", Role::Prefill).is_none());
+    assert!(fleet.candidates("other", Role::Aggregated).is_none());
+    assert!(fleet.models().contains("m"));
+}
+
+#[test]
+fn an_adapters_candidates_are_the_workers_that_have_it_loaded() {
+    let board = LoadBoard::new(16);
+    let with = |name: &str, adapters: &[&str]| Worker {
+        adapters: adapters.iter().map(|&adapter| adapter.to_owned()).collect(),
+        ..worker(&board, name, WorkerState::Healthy, &[])
+    };
+    let fleet = Fleet::new(1, vec![with("a", &["sql"]), with("b", &[]), with("c", &["sql", "law"])]).unwrap();
+    let names = |candidates: Arc<Candidates>| candidates.iter().map(|w| w.spec.name.clone()).collect::<BTreeSet<_>>();
+    let sql = fleet.candidates_with("m", "sql", Role::Aggregated).unwrap();
+    assert_eq!(*sql.u32_column(U32Column::AdapterLoaded, 0), [1, 1]);
+    let rest = sql.without(&[sql.worker(0).id]).unwrap();
+    assert_eq!(*rest.u32_column(U32Column::AdapterLoaded, 0), [1]);
+    assert_eq!(names(sql), BTreeSet::from(["a".to_owned(), "c".to_owned()]));
+    assert_eq!(fleet.candidates_with("m", "law", Role::Aggregated).unwrap().count(), 1);
+    assert!(fleet.candidates_with("m", "poems", Role::Aggregated).is_none());
+    let all = fleet.candidates("m", Role::Aggregated).unwrap();
+    assert_eq!((all.count(), all.u32_column(U32Column::AdapterLoaded, 0)[0]), (3, UNKNOWN));
+}
+
+#[test]
+fn what_engines_report_is_in_the_columns_and_a_configured_block_size_wins() {
+    let board = LoadBoard::new(4);
+    let mut workers: Vec<Worker> = ["a", "b", "c"].iter().map(|name| worker(&board, name, WorkerState::Healthy, &[])).collect();
+    Arc::make_mut(&mut workers[0].spec).block_size = Some(64);
+    let report = LoadReport { queued_requests: Some(2), block_size: Some(16), ..LoadReport::default() };
+    workers[0].load.report(&report, 5);
+    workers[1].load.report(&report, 7);
+    let fleet = Fleet::new(1, workers).unwrap();
+    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    for (row, worker) in candidates.iter().enumerate() {
+        let expected = match worker.spec.name.as_str() {
+            "a" => (2, 5, 64),
+            "b" => (2, 3, 16),
+            _ => (UNKNOWN, UNKNOWN, UNKNOWN),
+        };
+        let at = |column| candidates.u32_column(column, 10)[row];
+        let found = (at(U32Column::QueuedRequests), at(U32Column::LoadAgeMs), at(U32Column::BlockSize));
+        assert_eq!(found, expected, "{}", worker.spec.name);
+    }
+}
+
+#[test]
+fn excluded_workers_are_gone_and_nothing_left_is_none() {
+    let (fleet, _board) = fleet_of(&["a", "b", "c"]);
+    let all = fleet.candidates("m", Role::Aggregated).unwrap();
+    let ids: Vec<WorkerId> = all.iter().map(|worker| worker.id).collect();
+    let rest = all.without(&ids[..1]).unwrap();
+    assert_eq!(rest.iter().map(|worker| worker.id).collect::<Vec<_>>(), ids[1..]);
+    assert!(all.without(&ids).is_none());
+}
+
+#[test]
+fn a_duplicate_worker_is_named() {
+    let board = LoadBoard::new(2);
+    let twins = vec![worker(&board, "a", WorkerState::Healthy, &[]), worker(&board, "a", WorkerState::Starting, &[])];
+    let error = Fleet::new(1, twins).unwrap_err().to_string();
+    assert!(error.contains("\"a\"") && error.contains("twice"), "{error}");
+}
+
+#[test]
+fn labels_become_codes_and_numbers_become_signals() {
+    let board = LoadBoard::new(4);
+    let workers = vec![
+        worker(&board, "a", WorkerState::Healthy, &[("gpu", "h200"), ("price", "2.5")]),
+        worker(&board, "b", WorkerState::Healthy, &[("gpu", "h100"), ("price", "x")]),
+        worker(&board, "c", WorkerState::Healthy, &[]),
+    ];
+    let fleet = Fleet::new(1, workers).unwrap();
+    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    let codes = candidates.label_column("gpu");
+    for (row, worker) in (0..).zip(candidates.iter()) {
+        let expected = worker.spec.labels.get("gpu").map_or(UNKNOWN, |value| candidates.label_code("gpu", value).unwrap());
+        assert_eq!(codes[row as usize], expected);
+    }
+    assert_eq!(candidates.label_code("gpu", "b300"), None);
+    let price = candidates.signal_column("price").unwrap();
+    assert_eq!(price.iter().filter(|value| **value == 2.5).count(), 1);
+    assert_eq!(price.iter().filter(|value| value.is_nan()).count(), 2);
+    assert!(candidates.signal_column("gpu").is_none());
+}

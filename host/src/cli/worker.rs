@@ -1,0 +1,115 @@
+//! `dynamo-host worker`: who serves, and who shall not.
+#![allow(clippy::print_stdout)]
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::Method;
+use serde_json::Value;
+
+use super::{
+    AdminFlags, Output,
+    admin::{call, list_of, path_segment, text},
+};
+
+/// How often is looked whether a drained worker has finished.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+pub(super) async fn list(admin: &AdminFlags, output: Output) -> Result<(), String> {
+    print(&call(admin, Method::GET, "/v1/workers", Bytes::new()).await?, output);
+    Ok(())
+}
+
+pub(super) async fn drain(name: &str, wait: Option<u64>, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let mut answer = change(name, "drain", admin).await?;
+    let begun = Instant::now();
+    while let Some(seconds) = wait {
+        let active: u64 = list_of(&answer["workers"]).iter().filter_map(|worker| worker["active_requests"].as_u64()).sum();
+        if active == 0 {
+            break;
+        }
+        if begun.elapsed() >= Duration::from_secs(seconds) {
+            return Err(format!("worker {name:?} is drained, but has {active} requests after {seconds} s; wait on, or stop it"));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+        // Drained already: the answer is how it stands now. One that is gone has finished, too.
+        match change(name, "drain", admin).await {
+            Ok(now) => answer = now,
+            Err(reason) if reason.contains("there is no worker") => break,
+            Err(reason) => return Err(reason),
+        }
+    }
+    print(&answer, output);
+    Ok(())
+}
+
+pub(super) async fn resume(name: &str, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    print(&change(name, "resume", admin).await?, output);
+    Ok(())
+}
+
+async fn change(name: &str, what: &str, admin: &AdminFlags) -> Result<Value, String> {
+    call(admin, Method::POST, &format!("/v1/workers/{}/{what}", path_segment(name)), Bytes::new()).await
+}
+
+fn print(answer: &Value, output: Output) {
+    if output == Output::Json {
+        println!("{answer:#}");
+    } else {
+        print_workers(answer);
+    }
+}
+
+/// A table of workers, and what is wrong with where they come from.
+pub(super) fn print_workers(answer: &Value) {
+    let workers = list_of(&answer["workers"]);
+    let width = |key: &str, least: usize| workers.iter().map(|it| text(&it[key]).chars().count()).fold(least, usize::max);
+    let (name, model, source) = (width("name", 6), width("model", 5), width("source", 6));
+    let line = |cells: [String; 12]| {
+        let [n, m, r, k, st, a, s, q, kv, age, src, trouble] = cells;
+        let line = format!(
+            "{n:<name$}  {m:<model$}  {r:>4}  {k:<8}  {st:<11}  {a:>6}  {s:>8}  {q:>6}  {kv:>8}  {age:>8}  {src:<source$}  {trouble}"
+        );
+        println!("{}", line.trim_end());
+    };
+    let head =
+        ["worker", "model", "rank", "kind", "state", "active", "served", "queued", "kv free", "load age", "source", "trouble"];
+    line(head.map(str::to_owned));
+    for worker in workers {
+        line([
+            text(&worker["name"]),
+            text(&worker["model"]),
+            number(&worker["rank"]),
+            text(&worker["kind"]),
+            text(&worker["state"]),
+            number(&worker["active_requests"]),
+            number(&worker["served"]),
+            number(&worker["queued_requests"]),
+            share(&worker["kv_tokens_free"], &worker["kv_tokens_total"]),
+            worker["load_age_ms"].as_u64().map_or_else(|| "-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1e3)),
+            text(&worker["source"]),
+            [&worker["trouble"], &worker["load_trouble"]]
+                .into_iter()
+                .find_map(Value::as_str)
+                .map_or_else(String::new, crate::text::plain),
+        ]);
+        let adapters: Vec<String> = list_of(&worker["adapters"]).iter().map(text).collect();
+        if !adapters.is_empty() {
+            println!("{:<name$}  adapters {}", "", adapters.join(", "));
+        }
+    }
+    for problem in list_of(&answer["problems"]) {
+        println!("problem with {}, {}: {}", text(&problem["source"]), text(&problem["place"]), text(&problem["reason"]));
+    }
+}
+
+fn number(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".to_owned(), |number| number.to_string())
+}
+
+fn share(part: &Value, whole: &Value) -> String {
+    match (part.as_f64(), whole.as_f64()) {
+        (Some(part), Some(whole)) if whole > 0.0 => format!("{:.0} %", 100.0 * part / whole),
+        _ => "-".to_owned(),
+    }
+}

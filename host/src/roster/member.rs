@@ -1,0 +1,312 @@
+//! Member: one engine of the roster, the workers that it is, and how it stands.
+//!
+//! A worker is an endpoint (engine, model, rank). What makes it is known in parts: the configuration, the engine's list of
+//! models, the ranks that its load names. Whenever a part changes the workers are made anew of all parts, and each that was
+//! there before keeps its place on the load board, with what runs on it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
+
+use dynamo_engine_api::{Engine, ModelCard, RankLoad};
+use dynamo_host_core::{
+    Load, LoadBoard, LoadReport, Worker, WorkerSpec, WorkerState,
+    load::{Recent, Throughput},
+};
+use tokio::{sync::Notify, task::AbortHandle};
+
+use super::Origin;
+use crate::config::{MAX_RANKS, WorkerConfig};
+
+/// Most models and adapters that are taken from one engine's list.
+const MAX_CARDS: usize = 4096;
+/// Longest name of a model that is taken from an engine's list.
+const MAX_NAME_BYTES: usize = 256;
+
+/// One engine, with a configuration that does not change: another configuration is another member.
+pub(super) struct Member {
+    pub(super) config: WorkerConfig,
+    pub(super) origin: Origin,
+    pub(super) engine: Arc<dyn Engine>,
+    /// Woken when a request failed to reach it.
+    pub(super) probe_now: Notify,
+    /// What looks after it; ended when it goes.
+    pub(super) task: OnceLock<AbortHandle>,
+    standing: Mutex<Standing>,
+}
+
+/// How a member stands.
+pub(super) struct Standing {
+    pub(super) workers: Vec<Worker>,
+    /// By its last probe or request.
+    state: WorkerState,
+    /// What is wrong with it, by its last probe or request.
+    pub(super) trouble: Option<String>,
+    /// Why its load was not learnt last time.
+    pub(super) load_trouble: Option<String>,
+    /// Models that it lists; `None`: it never said.
+    cards: Option<Vec<ModelCard>>,
+    /// Ranks that its load names.
+    ranks: Vec<u32>,
+    pub(super) was_probed: bool,
+    /// An operator drains it.
+    pub(super) is_drained: bool,
+    /// Its source has it no more: it goes when its last request has ended.
+    pub(super) is_leaving: bool,
+    /// Whether there are several ranks, so that requests must say which.
+    pub(super) has_ranks: bool,
+    /// Workers for which the board has no room.
+    pub(super) left_out: usize,
+    /// Samples of each worker's output, in the order of workers.
+    throughputs: Vec<Throughput>,
+}
+
+/// Where a member's workers live.
+pub(super) struct Home<'a> {
+    pub(super) namespace: &'a str,
+    pub(super) board: &'a Arc<LoadBoard>,
+    pub(super) now_ms: u64,
+}
+
+impl Member {
+    /// A new engine.
+    pub(super) fn new(config: WorkerConfig, origin: Origin, engine: Arc<dyn Engine>, home: &Home<'_>) -> Self {
+        let standing = Standing {
+            workers: Vec::new(),
+            state: WorkerState::Starting,
+            trouble: None,
+            load_trouble: None,
+            cards: None,
+            ranks: vec![0],
+            was_probed: false,
+            is_drained: false,
+            is_leaving: false,
+            has_ranks: false,
+            left_out: 0,
+            throughputs: Vec::new(),
+        };
+        Self::with(config, origin, engine, standing, home)
+    }
+
+    /// The same engine under another configuration: what runs on it goes on.
+    pub(super) fn succeed(&self, config: WorkerConfig, origin: Origin, home: &Home<'_>) -> Self {
+        let standing = {
+            let old = self.standing();
+            Standing {
+                workers: old.workers.clone(),
+                trouble: old.trouble.clone(),
+                load_trouble: old.load_trouble.clone(),
+                cards: old.cards.clone(),
+                ranks: old.ranks.clone(),
+                throughputs: old.throughputs.clone(),
+                is_leaving: false,
+                ..*old
+            }
+        };
+        Self::with(config, origin, Arc::clone(&self.engine), standing, home)
+    }
+
+    fn with(config: WorkerConfig, origin: Origin, engine: Arc<dyn Engine>, standing: Standing, home: &Home<'_>) -> Self {
+        let (probe_now, task, standing) = (Notify::new(), OnceLock::new(), Mutex::new(standing));
+        let member = Self { config, origin, engine, probe_now, task, standing };
+        member.standing().make_workers(&member.config, home);
+        member
+    }
+
+    pub(super) fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes down what it lists; returns whether its workers are others now. An empty list is taken for a fault, not for
+    /// news, and so is none where the configuration names the model.
+    pub(super) fn learn_models(&self, cards: Option<Vec<ModelCard>>, home: &Home<'_>) -> bool {
+        let mut standing = self.standing();
+        let is_first = standing.cards.is_none();
+        let mut cards = cards.unwrap_or_default();
+        cards.retain(|card| !card.id.is_empty() && card.id.len() <= MAX_NAME_BYTES);
+        cards.truncate(MAX_CARDS);
+        let is_news = (is_first || !cards.is_empty()) && standing.cards.as_ref() != Some(&cards);
+        if is_news {
+            standing.cards = Some(cards);
+        }
+        // There may be room by now for those that were left out.
+        (is_news || standing.left_out > 0) && standing.make_workers(&self.config, home) | is_first
+    }
+
+    /// Takes down what it says of its load; returns whether its workers are others now.
+    pub(super) fn learn_load(&self, loads: &[RankLoad], home: &Home<'_>) -> bool {
+        let mut standing = self.standing();
+        standing.load_trouble = None;
+        let mut is_other = false;
+        if self.config.ranks.is_none() && !loads.is_empty() {
+            let mut ranks: Vec<u32> = loads.iter().map(|load| load.rank).filter(|rank| *rank < MAX_RANKS).collect();
+            ranks.sort_unstable();
+            ranks.dedup();
+            // One rank alone is the whole engine, whatever number it gives itself.
+            if ranks.len() < 2 {
+                ranks = vec![0];
+            }
+            if ranks != standing.ranks {
+                standing.ranks = ranks;
+                is_other = standing.make_workers(&self.config, home);
+            }
+        }
+        for worker in &standing.workers {
+            let load = match loads {
+                [only] if standing.ranks.len() == 1 && self.config.ranks.is_none_or(|ranks| ranks == 1) => Some(only),
+                _ => loads.iter().find(|load| load.rank == worker.spec.rank),
+            };
+            let Some(load) = load else { continue };
+            let report = LoadReport {
+                queued_requests: load.queued,
+                max_running_requests: load.max_running,
+                max_batched_tokens: load.max_batched_tokens,
+                kv_tokens_total: load.kv_tokens_total,
+                kv_tokens_free: load.kv_tokens_free,
+                block_size: load.block_size,
+            };
+            worker.load.report(&report, home.now_ms);
+            // An idle engine's zero is no observation of its speed.
+            if let Some(speed) = load.tokens_per_second.filter(|speed| speed.is_finite() && *speed > 0.0) {
+                worker.load.set_recent(Recent::TokensPerSecond, speed);
+            }
+        }
+        is_other
+    }
+
+    /// Observes the output of each worker by what came through this host.
+    pub(super) fn sample_output(&self, now_ms: u64) {
+        let mut standing = self.standing();
+        let Standing { workers, throughputs, .. } = &mut *standing;
+        for (worker, throughput) in workers.iter().zip(throughputs) {
+            let is_busy = worker.load.get(Load::ActiveRequests) > 0;
+            if let Some(speed) = throughput.sample(worker.load.output_tokens(), is_busy, now_ms) {
+                worker.load.observe(Recent::TokensPerSecond, speed);
+                worker.load.observed(now_ms);
+            }
+        }
+    }
+
+    /// Requests on all its workers.
+    pub(super) fn active_requests(&self) -> u32 {
+        self.standing().workers.iter().map(|worker| worker.load.get(Load::ActiveRequests)).sum()
+    }
+}
+
+impl Standing {
+    /// What requests may know: a worker that is drained or leaves is draining, whatever its probe says.
+    pub(super) fn state(&self) -> WorkerState {
+        if self.is_drained || self.is_leaving { WorkerState::Draining } else { self.state }
+    }
+
+    /// What its last probe or request found.
+    pub(super) fn found(&self) -> WorkerState {
+        self.state
+    }
+
+    /// Sets what was found; returns whether the workers' state is another now.
+    pub(super) fn find(&mut self, state: WorkerState) -> bool {
+        let before = self.state();
+        self.state = state;
+        self.show() | (before != self.state())
+    }
+
+    /// Brings the state to the workers; returns whether one of them had another.
+    pub(super) fn show(&mut self) -> bool {
+        let state = self.state();
+        let mut is_other = false;
+        for worker in &mut self.workers {
+            is_other |= std::mem::replace(&mut worker.state, state) != state;
+        }
+        is_other
+    }
+
+    /// Whether it has ever said what it serves.
+    pub(super) fn has_listed(&self) -> bool {
+        self.cards.is_some()
+    }
+
+    /// Longest context that it states for a model or an adapter.
+    pub(super) fn max_model_len(&self, name: &str) -> Option<u32> {
+        self.cards.iter().flatten().find(|card| card.id == name)?.max_model_len
+    }
+
+    /// Makes the workers of all that is known; returns whether they are others than before.
+    fn make_workers(&mut self, config: &WorkerConfig, home: &Home<'_>) -> bool {
+        let ranks: Vec<u32> = config.ranks.map_or_else(|| self.ranks.clone(), |ranks| (0..ranks).collect());
+        self.has_ranks = ranks.len() > 1;
+        let old = std::mem::take(&mut self.workers);
+        let old_throughputs = std::mem::take(&mut self.throughputs);
+        let mut is_other = false;
+        let known = old.len();
+        self.left_out = 0;
+        for (model, adapters) in models(config, self.cards.as_deref().unwrap_or_default()) {
+            let adapters: Arc<[String]> = adapters.into();
+            for &rank in &ranks {
+                let spec = WorkerSpec {
+                    name: config.name.clone(),
+                    model: model.clone(),
+                    role: config.role,
+                    rank,
+                    block_size: config.block_size,
+                    labels: config.labels.clone(),
+                };
+                let before = old.iter().position(|worker| worker.spec.model == spec.model && worker.spec.rank == rank);
+                let (load, joined_ms) = match before {
+                    Some(place) => {
+                        is_other |= *old[place].spec != spec || old[place].adapters != adapters;
+                        (Arc::clone(&old[place].load), old[place].joined_ms)
+                    }
+                    None => {
+                        let Some(load) = home.board.claim() else {
+                            self.left_out += 1;
+                            continue;
+                        };
+                        is_other = true;
+                        (load, home.now_ms)
+                    }
+                };
+                let fresh = || Throughput::new(load.output_tokens(), home.now_ms);
+                self.throughputs.push(before.and_then(|place| old_throughputs.get(place).copied()).unwrap_or_else(fresh));
+                self.workers.push(Worker {
+                    id: spec.id(home.namespace),
+                    spec: Arc::new(spec),
+                    state: self.state(),
+                    adapters: Arc::clone(&adapters),
+                    joined_ms,
+                    load,
+                });
+            }
+        }
+        is_other | (self.workers.len() != known)
+    }
+}
+
+/// The models that an engine serves, each with the adapters that it has loaded on it.
+fn models(config: &WorkerConfig, cards: &[ModelCard]) -> BTreeMap<String, Vec<String>> {
+    let is_adapter = |card: &&ModelCard| card.parent.as_ref().is_some_and(|parent| *parent != card.id);
+    let mut models: BTreeMap<String, Vec<String>> = match &config.model {
+        Some(model) => BTreeMap::from([(model.clone(), Vec::new())]),
+        None => cards.iter().filter(|card| !is_adapter(card)).map(|card| (card.id.clone(), Vec::new())).collect(),
+    };
+    // A server that gives each model a parent has no adapters that could be told.
+    if models.is_empty() {
+        return cards.iter().map(|card| (card.id.clone(), Vec::new())).collect();
+    }
+    let only = (models.len() == 1).then(|| models.keys().next().cloned()).flatten();
+    for card in cards.iter().filter(is_adapter) {
+        // Some name the base by its path; where there is one base, that is it.
+        let parent = card.parent.clone().filter(|parent| models.contains_key(parent)).or_else(|| only.clone());
+        if let Some(adapters) =
+            parent.and_then(|parent| models.get_mut(&parent)).filter(|_| config.model.as_ref() != Some(&card.id))
+        {
+            adapters.push(card.id.clone());
+        }
+    }
+    for adapters in models.values_mut() {
+        adapters.sort_unstable();
+        adapters.dedup();
+    }
+    models
+}

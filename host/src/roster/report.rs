@@ -1,0 +1,113 @@
+//! The roster for people and tools: one row for each worker, and what is wrong with the sources.
+
+use dynamo_host_core::{Load, Role, Worker, WorkerState, load::Reported};
+use serde::Serialize;
+
+use super::{Member, Origin, Problem, Roster, member::Standing};
+
+/// A worker, for people and tools.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct WorkerReport {
+    /// `None` until the engine has said which models it serves.
+    pub(crate) id: Option<String>,
+    pub(crate) name: String,
+    pub(crate) source: Origin,
+    pub(crate) url: String,
+    pub(crate) kind: &'static str,
+    pub(crate) model: Option<String>,
+    pub(crate) adapters: Vec<String>,
+    pub(crate) rank: u32,
+    pub(crate) role: Role,
+    pub(crate) state: WorkerState,
+    pub(crate) active_requests: u32,
+    pub(crate) served: u64,
+    /// What the engine last reported, and how long ago that was.
+    pub(crate) queued_requests: Option<u32>,
+    pub(crate) kv_tokens_total: Option<u32>,
+    pub(crate) kv_tokens_free: Option<u32>,
+    pub(crate) load_age_ms: Option<u32>,
+    /// Why it is out of service, or serves less than it could.
+    pub(crate) trouble: Option<String>,
+    /// Why what it reports was not learnt last time.
+    pub(crate) load_trouble: Option<String>,
+}
+
+/// What is wrong with a source of workers.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct SourceProblem {
+    pub(crate) source: Origin,
+    #[serde(flatten)]
+    pub(crate) problem: Problem,
+}
+
+impl Roster {
+    /// All workers, with what the next request sees.
+    pub(crate) fn report(&self) -> Vec<WorkerReport> {
+        self.publish();
+        let now_ms = self.clock.now_ms();
+        let members: Vec<_> = self.members().values().cloned().collect();
+        members.iter().flat_map(|member| report_of(member, now_ms)).collect()
+    }
+
+    /// One engine's workers; `None` if there is no such engine.
+    pub(crate) fn report_of(&self, name: &str) -> Option<Vec<WorkerReport>> {
+        self.publish();
+        let member = self.members().get(name).cloned()?;
+        Some(report_of(&member, self.clock.now_ms()))
+    }
+
+    /// What is wrong with the sources.
+    pub(crate) fn problems(&self) -> Vec<SourceProblem> {
+        let problems = self.problems.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let of = |(source, problems): (&Origin, &Vec<Problem>)| {
+            let source = source.clone();
+            problems.clone().into_iter().map(move |problem| SourceProblem { source: source.clone(), problem })
+        };
+        problems.iter().flat_map(of).collect()
+    }
+}
+
+fn report_of(member: &Member, now_ms: u64) -> Vec<WorkerReport> {
+    let standing = member.standing();
+    if standing.workers.is_empty() {
+        return vec![bare(member, &standing)];
+    }
+    let full = |worker: &Worker| WorkerReport {
+        id: Some(worker.id.to_string()),
+        model: Some(worker.spec.model.clone()),
+        adapters: worker.adapters.to_vec(),
+        rank: worker.spec.rank,
+        active_requests: worker.load.get(Load::ActiveRequests),
+        served: worker.load.served(),
+        queued_requests: worker.load.get_reported(Reported::QueuedRequests),
+        kv_tokens_total: worker.load.get_reported(Reported::KvTokensTotal),
+        kv_tokens_free: worker.load.get_reported(Reported::KvTokensFree),
+        load_age_ms: worker.load.load_age_ms(now_ms),
+        ..bare(member, &standing)
+    };
+    standing.workers.iter().map(full).collect()
+}
+
+/// What is known of an engine that has not said what it serves.
+fn bare(member: &Member, standing: &Standing) -> WorkerReport {
+    WorkerReport {
+        id: None,
+        name: member.config.name.clone(),
+        source: member.origin.clone(),
+        url: member.config.url.clone(),
+        kind: member.engine.kind(),
+        model: None,
+        adapters: Vec::new(),
+        rank: 0,
+        role: member.config.role,
+        state: standing.state(),
+        active_requests: 0,
+        served: 0,
+        queued_requests: None,
+        kv_tokens_total: None,
+        kv_tokens_free: None,
+        load_age_ms: None,
+        trouble: standing.trouble.clone(),
+        load_trouble: standing.load_trouble.clone(),
+    }
+}
