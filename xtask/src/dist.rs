@@ -23,7 +23,8 @@ pub(crate) fn run(target: Option<&str>) -> Result<()> {
     if target == STATIC && !run::works(Command::new("musl-gcc").arg("--version")) {
         system::install(&["musl-tools"], "a static build, whose TLS has parts in C and assembler")?;
     }
-    run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host", "--target", &target]))?;
+    let features = ["--features", "dynamo-host/kubernetes"];
+    run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host", "--target", &target]).args(features))?;
     let program = paths::target().join(&target).join("release/dynamo-host");
 
     let name = format!("dynamo-host-{}-{target}", env!("CARGO_PKG_VERSION"));

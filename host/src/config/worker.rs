@@ -248,7 +248,7 @@ mod tests {
             ("http://h,role=both", "use aggregated, prefill or decode"),
             ("http://h,role=prefill", "not served by this release"),
             ("http://h,label.=x", "is not known"),
-            ("http://h,kind=ollama", "use vllm, sglang"),
+            ("http://h,kind=ollama", "use one of vllm, sglang"),
             ("mock://h,kind=vllm", "remove it from a mock engine"),
             ("http://h,ranks=0", "ranks is 0; use 1 to 1024"),
             ("http://h,ranks=two", "use a whole number"),
