@@ -136,9 +136,10 @@ async fn activate(
     query: Result<Query<ActivateQuery>, QueryRejection>,
     body: Body,
 ) -> Result<Response, AdminError> {
+    // A body that is not read closes its connection, under whatever the client asks next.
+    let bytes = component(body, admin.policies.max_component_bytes()).await?;
     let Query(query) = query?;
     let slot = slot.parse()?;
-    let bytes = component(body, admin.policies.max_component_bytes()).await?;
     let settings = query.settings.unwrap_or_else(|| "{}".to_owned());
     let change = admin.policies.activate(&slot, Some((bytes, settings))).await?;
     Ok(Json(change).into_response())

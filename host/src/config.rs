@@ -306,6 +306,12 @@ impl File {
     }
 }
 
+/// Whether a text is a configuration file, as far as one can tell by its keys.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn written(text: &str) -> Result<(), String> {
+    toml::from_str::<File>(text).map(drop).map_err(|error| error.to_string())
+}
+
 /// Settings given as JSON or as @FILE, as a JSON text.
 pub(crate) fn read_settings(origin: &'static str, text: &str) -> Result<String, ConfigError> {
     let text = match text.strip_prefix('@') {

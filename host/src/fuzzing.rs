@@ -3,8 +3,8 @@
 //! The same functions are driven three ways: over the committed corpus and a bounded number of mutations in every test run
 //! (below), for as long as one likes by `cargo xtask fuzz`, and guided by coverage by cargo-fuzz (tests/fuzz).
 //!
-//! A reader that arrives later, such as that of engines' metrics, gets a function here, a line in [`TARGETS`], and seeds in
-//! `tests/fuzz/corpus/NAME`.
+//! A reader that arrives later gets a function here, a line in [`TARGETS`], seeds in `tests/fuzz/corpus/NAME`, and a file in
+//! `tests/fuzz/fuzz_targets`.
 
 pub mod mutate;
 
@@ -14,10 +14,11 @@ use dynamo_engine_api::{
     sse::{Chunk, Framer, Summary},
 };
 use dynamo_engine_mock::MockOptions;
+pub use dynamo_engine_openai::fuzzing::{http_answer, metrics};
 use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
 
 use crate::{
-    config::WorkerConfig,
+    config::{WorkerConfig, written},
     decode::{Bounds, decode},
 };
 
@@ -25,7 +26,15 @@ use crate::{
 pub type Target = fn(&[u8]);
 
 /// All targets by their names, which are those of the corpus's folders.
-pub const TARGETS: &[(&str, Target)] = &[("component", component), ("request", request), ("sse", sse), ("worker", worker)];
+pub const TARGETS: &[(&str, Target)] = &[
+    ("component", component),
+    ("config", config),
+    ("http", http_answer),
+    ("metrics", metrics),
+    ("request", request),
+    ("sse", sse),
+    ("worker", worker),
+];
 
 /// The bounds of the default configuration, which decide about what is accepted and nothing else.
 const BOUNDS: Bounds = Bounds { max_output_tokens: 1_000_000, max_choices: 128 };
@@ -85,6 +94,14 @@ pub fn request(data: &[u8]) {
             assert_eq!(again.body, decoded.body, "nothing of the host's is left in it");
             assert_eq!(again.stream, decoded.stream);
         }
+    }
+}
+
+/// A configuration file: taken, or refused with a reason.
+pub fn config(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Err(reason) = written(text) {
+        assert!(!reason.is_empty(), "a refusal says why");
     }
 }
 

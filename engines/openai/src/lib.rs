@@ -16,6 +16,8 @@ mod client;
 mod control;
 mod dialect;
 mod engine;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod http1;
 mod kind;
 mod models;

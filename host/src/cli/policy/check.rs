@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use dynamo_host_core::answer::Verdict;
-use dynamo_host_policy::{Inspection, OutcomeRow, PolicyFault, PolicyVersion};
+use dynamo_host_policy::{Inspection, OutcomeRow, PolicyFault, PolicyVersion, Trial};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -169,30 +169,20 @@ impl Report {
         }
     }
 
-    /// Whether an instance that has decided before decides as a fresh one.
+    /// What its answers depend on: an instance's memory, or at least what it keeps in `state`.
     fn look_for_memory(&mut self, version: &Arc<PolicyVersion>, probes: &[Probe], verdicts: &[Option<Verdict>]) {
-        let Ok(mut trial) = version.trial() else { return };
-        for (probe, fresh) in probes.iter().zip(verdicts).chain(probes.iter().zip(verdicts)) {
-            let Some(fresh) = fresh else { continue };
-            match trial.route(&probe.call) {
-                Ok(warm) if warm.verdict == *fresh => {}
-                Ok(_) if self.uses.contains_key("state") => {
-                    self.memory = Memory::State;
-                    return;
-                }
-                Ok(_) => {
-                    self.memory = Memory::Own;
-                    let message = "its answers depend on its own memory, which may vanish between any two calls and is not \
-                        shared by its instances; keep in `state` what must last";
-                    self.find(Level::Warning, "memory", message.to_owned());
-                    return;
-                }
-                Err(fault) => {
-                    let text = plain(&fault.to_string());
-                    let message = format!("it failed on an instance that had decided before ({}): {text}", probe.name);
-                    self.find(Level::Error, "fault", message);
-                    return;
-                }
+        match Trial::memory_dependence(version) {
+            Ok(Some(_)) => {
+                self.memory = Memory::Own;
+                let message = "its answers depend on its own memory, which may vanish between any two calls and is not \
+                    shared by its instances; keep in `state` what must last";
+                self.find(Level::Warning, "memory", message.to_owned());
+            }
+            Ok(None) if self.uses.contains_key("state") && remembers(version, probes, verdicts) => self.memory = Memory::State,
+            Ok(None) => {}
+            Err(fault) => {
+                let text = plain(&fault.to_string());
+                self.find(Level::Error, "fault", format!("it failed on an instance that had decided before: {text}"));
             }
         }
     }
@@ -226,4 +216,13 @@ impl Report {
             }
         }
     }
+}
+
+/// Whether an instance that has decided before ever decides unlike a fresh one.
+fn remembers(version: &Arc<PolicyVersion>, probes: &[Probe], verdicts: &[Option<Verdict>]) -> bool {
+    let Ok(mut trial) = version.trial() else { return false };
+    let twice = probes.iter().zip(verdicts).chain(probes.iter().zip(verdicts));
+    twice.filter_map(|(probe, fresh)| Some((probe, fresh.as_ref()?))).any(|(probe, fresh)| {
+        trial.route(&probe.call).is_ok_and(|warm| warm.verdict != *fresh)
+    })
 }
