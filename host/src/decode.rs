@@ -47,6 +47,7 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
         serde_json::from_str(text).map_err(|error| RequestError::InvalidJson { reason: explain(text, &error) })?;
     let fields = fields.bounded()?;
 
+    fields.refuse_ambiguous("model")?;
     let model: String = fields
         .read("model", "a string naming a model of GET /v1/models")?
         .ok_or(RequestError::MissingField { field: "model", expected: "the name of a model of GET /v1/models" })?;

@@ -59,7 +59,11 @@ impl<'a> Dispatch<'a> {
         placing: &Placing,
         facts: &mut RequestFacts,
     ) -> Result<Option<Response>, RequestError> {
-        for &row in &placing.rows {
+        for (nth, &row) in placing.rows.iter().enumerate() {
+            // What has come, gone or been drained since may concern the rest of the ranking.
+            if nth > 0 && !Arc::ptr_eq(&placing.snapshot, &self.lane.roster.snapshot()) {
+                return Ok(None);
+            }
             if let Some(error) = &self.failure {
                 metrics::counter!("dynamo_host_retries_total", "cause" => error.label()).increment(1);
             }

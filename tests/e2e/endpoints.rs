@@ -20,6 +20,13 @@ async fn host() -> Host {
     Host::over_mocks(&["a"], "speedup=50", &[]).await
 }
 
+/// Over an engine in process, and over one behind HTTP, which runs as long as the first is kept.
+async fn hosts() -> (MockProcess, [Host; 2]) {
+    let engine = MockProcess::start(&["speedup=50"]).await;
+    let over_http = Host::start(&["--worker", engine.url()]).await;
+    (engine, [host().await, over_http])
+}
+
 fn message(max_tokens: u32) -> Value {
     json!({ "model": "m", "max_tokens": max_tokens, "system": "be brief",
         "messages": [{ "role": "user", "content": [{ "type": "text", "text": "count" }] }] })
@@ -52,9 +59,8 @@ fn anthropic_error(reply: &Reply, status: u16, kind: &str) -> String {
 
 #[tokio::test]
 async fn texts_and_token_ids_are_embedded_one_by_one_and_in_batches() {
-    let engine = MockProcess::start(&["speedup=50"]).await;
-    let over_http = Host::start(&["--worker", engine.url()]).await;
-    for host in [host().await, over_http] {
+    let (_engine, hosts) = hosts().await;
+    for host in hosts {
         for (input, count) in
             [(json!("a text"), 1), (json!(["a", "b", "c"]), 3), (json!([1, 2, 3]), 1), (json!([[1, 2], [3]]), 2)]
         {
@@ -71,20 +77,22 @@ async fn texts_and_token_ids_are_embedded_one_by_one_and_in_batches() {
 
 #[tokio::test]
 async fn a_response_is_answered_whole_and_streamed() {
-    let host = host().await;
-    let whole = host.http.ask(RESPONSES, &response(12)).await.json();
-    assert_eq!(tokens::count(whole["output"][0]["content"][0]["text"].as_str().unwrap()), Ok(12));
-    let mut asked = response(12);
-    asked["stream"] = true.into();
-    let reply = host.http.ask(RESPONSES, &asked).await;
-    assert!(reply.header("content-type").starts_with("text/event-stream"));
-    let events = named_events(&reply.text());
-    let said: String = events.iter().filter_map(|event| event["delta"].as_str()).collect();
-    assert_eq!(tokens::count(&said), Ok(12));
-    let last = events.last().unwrap();
-    assert_eq!(last["type"], "response.completed");
-    assert_eq!(last["response"]["output"][0]["content"], whole["output"][0]["content"]);
-    assert_eq!(host.http.metric("dynamo_host_time_to_first_token_seconds_count", &[]).await, 1.0);
+    let (_engine, hosts) = hosts().await;
+    for host in hosts {
+        let whole = host.http.ask(RESPONSES, &response(12)).await.json();
+        assert_eq!(tokens::count(whole["output"][0]["content"][0]["text"].as_str().unwrap()), Ok(12));
+        let mut asked = response(12);
+        asked["stream"] = true.into();
+        let reply = host.http.ask(RESPONSES, &asked).await;
+        assert!(reply.header("content-type").starts_with("text/event-stream"));
+        let events = named_events(&reply.text());
+        let said: String = events.iter().filter_map(|event| event["delta"].as_str()).collect();
+        assert_eq!(tokens::count(&said), Ok(12));
+        let last = events.last().unwrap();
+        assert_eq!(last["type"], "response.completed");
+        assert_eq!(last["response"]["output"][0]["content"], whole["output"][0]["content"]);
+        assert_eq!(host.http.metric("dynamo_host_time_to_first_token_seconds_count", &[]).await, 1.0);
+    }
 }
 
 #[tokio::test]
@@ -114,20 +122,22 @@ async fn what_one_engine_would_have_to_remember_is_refused_and_says_why() {
 
 #[tokio::test]
 async fn a_message_is_answered_whole_streamed_and_counted() {
-    let host = host().await;
-    let whole = host.http.ask(MESSAGES, &message(12)).await;
-    assert_eq!(whole.header("request-id"), whole.header("x-request-id"));
-    let answer = whole.json();
-    assert_eq!(tokens::count(answer["content"][0]["text"].as_str().unwrap()), Ok(12));
-    assert_eq!((&answer["stop_reason"], &answer["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(12)));
-    let mut asked = message(12);
-    asked["stream"] = true.into();
-    let events = named_events(&host.http.ask(MESSAGES, &asked).await.text());
-    let said: String = events.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
-    assert_eq!(tokens::count(&said), Ok(12));
-    assert_eq!(events.last().unwrap()["type"], "message_stop");
-    let counted = host.http.ask(COUNT, &message(12)).await.json();
-    assert_eq!(counted["input_tokens"], answer["usage"]["input_tokens"]);
+    let (_engine, hosts) = hosts().await;
+    for host in hosts {
+        let whole = host.http.ask(MESSAGES, &message(12)).await;
+        assert_eq!(whole.header("request-id"), whole.header("x-request-id"));
+        let answer = whole.json();
+        assert_eq!(tokens::count(answer["content"][0]["text"].as_str().unwrap()), Ok(12));
+        assert_eq!((&answer["stop_reason"], &answer["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(12)));
+        let mut asked = message(12);
+        asked["stream"] = true.into();
+        let events = named_events(&host.http.ask(MESSAGES, &asked).await.text());
+        let said: String = events.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
+        assert_eq!(tokens::count(&said), Ok(12));
+        assert_eq!(events.last().unwrap()["type"], "message_stop");
+        let counted = host.http.ask(COUNT, &message(12)).await.json();
+        assert_eq!(counted["input_tokens"], answer["usage"]["input_tokens"]);
+    }
 }
 
 #[tokio::test]

@@ -5,7 +5,11 @@
 //! answer, without saying so), and then the request was most likely never read. What breaks later, or on a connection
 //! that was made for it, is [`EngineError::Broken`]: it may be what the engine dies of.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::{Bytes, BytesMut};
 use dynamo_engine_api::{EngineError, WholeReply};
@@ -22,6 +26,10 @@ use crate::{
     options::OpenAiOptions,
     pool::{Body, Opened, Pool},
 };
+
+/// How soon a connection must have been closed for its request to count as unread. Later, the engine may have worked on it:
+/// a whole answer says nothing before its end.
+const RESEND_WITHIN: Duration = Duration::from_secs(1);
 
 /// Connections to one engine.
 #[derive(Debug)]
@@ -47,8 +55,9 @@ impl Client {
     /// Sends a request and waits for the head of its answer. Dropping the future closes the connection.
     pub(crate) async fn send(&self, request: &Request<Bytes>) -> Result<Response<Body>, EngineError> {
         if let Some(kept) = self.pool.kept() {
+            let begun = Instant::now();
             match self.ask(kept, request).await {
-                Err(Failure::Unanswered(error)) if is_closed(&error) => {}
+                Err(Failure::Unanswered(error)) if is_closed(&error) && begun.elapsed() < RESEND_WITHIN => {}
                 answer => return answer.map_err(|failure| self.failed(&failure)),
             }
         }

@@ -14,17 +14,17 @@ mod body;
 
 use std::{
     fmt::Write as _,
-    io,
+    io::{self, IoSlice},
     pin::{Pin, pin},
     task::{Context, Poll, Waker, ready},
 };
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
     header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING},
 };
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 
 use self::body::Framing;
 
@@ -32,8 +32,10 @@ use self::body::Framing;
 const MAX_HEAD_BYTES: usize = 64 << 10;
 /// Header lines that it may have.
 const MAX_HEADERS: usize = 100;
-/// Bytes that are read at once: some forty tokens.
-const READ_BYTES: usize = 16 << 10;
+/// Interim answers (`100 Continue`) before the final one.
+const MAX_INTERIM: usize = 16;
+/// Bytes that are read at once: some thirty tokens. Each open stream holds as many.
+const READ_BYTES: usize = 8 << 10;
 
 /// What went wrong in an exchange.
 #[derive(Debug, thiserror::Error)]
@@ -72,12 +74,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         // Whatever goes wrong from here on, there is no telling where the next answer begins.
         self.keep_alive = false;
         let mut outgoing = head(request).chain(request.body().clone());
-        let sent = async {
-            self.io.write_all_buf(&mut outgoing).await?;
-            self.io.flush().await
-        };
-        let sent = sent.await;
-        // A server that refuses a request before it has read all of it closes its end, after it has said why.
+        let sent = std::future::poll_fn(|context| self.poll_send(context, &mut outgoing)).await;
+        // A server that refuses a request before it has read all of it says why, and may close its end.
         match (self.head().await, sent) {
             (Err(Failure::Unanswered(_)), Err(error)) => Err(Failure::Unanswered(error)),
             (answer, sent) => {
@@ -123,11 +121,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Pin::new(&mut self.io).poll_read(&mut Context::from_waker(Waker::noop()), &mut read).is_pending()
     }
 
+    /// Writes a request, and stops when the server answers before it has read all of it.
+    fn poll_send(&mut self, context: &mut Context<'_>, outgoing: &mut impl Buf) -> Poll<io::Result<()>> {
+        while outgoing.has_remaining() {
+            let mut pieces = [IoSlice::new(&[]); 2];
+            let count = outgoing.chunks_vectored(&mut pieces);
+            match Pin::new(&mut self.io).poll_write_vectored(context, &pieces[..count]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(written)) => outgoing.advance(written),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                // It takes no more for now: perhaps since it has made up its mind.
+                Poll::Pending => match ready!(self.poll_fill(context)) {
+                    Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                    Ok(_) if self.buffer.len() <= MAX_HEAD_BYTES && matches!(parse_head(&self.buffer), Ok(None)) => {}
+                    Ok(_) => return Poll::Ready(Err(io::Error::other("answered before it was read"))),
+                    Err(error) => return Poll::Ready(Err(error)),
+                },
+            }
+        }
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
     async fn head(&mut self) -> Result<Response<()>, Failure> {
+        let mut interim = 0;
         loop {
             if let Some((answer, length)) = parse_head(&self.buffer)? {
                 self.buffer.advance(length);
-                if answer.status().is_informational() {
+                if answer.status().is_informational() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+                    interim += 1;
+                    if interim > MAX_INTERIM {
+                        return Err(Failure::NotHttp(format!("over {MAX_INTERIM} interim answers")));
+                    }
                     continue;
                 }
                 self.body = Framing::of(&answer).map_err(Failure::NotHttp)?;
@@ -136,7 +160,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             if self.buffer.len() > MAX_HEAD_BYTES {
                 return Err(Failure::NotHttp(format!("the head of an answer of over {MAX_HEAD_BYTES} bytes")));
             }
-            let is_first = self.buffer.is_empty();
+            let is_first = interim == 0 && self.buffer.is_empty();
             let failure = |error| if is_first { Failure::Unanswered(error) } else { Failure::Broken(error) };
             match std::future::poll_fn(|context| self.poll_fill(context)).await {
                 Ok(0) => return Err(failure(io::Error::new(io::ErrorKind::UnexpectedEof, "connection closed before an answer"))),
@@ -219,17 +243,25 @@ impl Framing {
         if matches!(answer.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
             return Ok(Self::None);
         }
-        if let Some(coding) = headers.get(TRANSFER_ENCODING) {
-            let last = coding.to_str().ok().and_then(|codings| codings.rsplit(',').next()).unwrap_or_default().trim();
-            return if last.eq_ignore_ascii_case("chunked") {
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return Err("another protocol, which was not asked for".to_owned());
+        }
+        let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+        if let Some(coding) = codings.next() {
+            let is_chunked = coding.as_bytes().eq_ignore_ascii_case(b"chunked") && codings.next().is_none();
+            return if is_chunked && answer.version() == Version::HTTP_11 {
                 Ok(Self::chunked())
             } else {
                 Err(format!("transfer-encoding {coding:?}, which was not asked for"))
             };
         }
-        let Some(length) = headers.get(CONTENT_LENGTH) else { return Ok(Self::UntilClose) };
-        let length = length.to_str().ok().and_then(|length| length.trim().parse().ok());
-        length.map(Self::Sized).ok_or_else(|| "a content-length that is no number".to_owned())
+        let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+        let Some(length) = lengths.next() else { return Ok(Self::UntilClose) };
+        if lengths.any(|other| other != length) {
+            return Err("two content-lengths".to_owned());
+        }
+        let digits = length.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+        digits.and_then(|text| text.parse().ok()).map(Self::Sized).ok_or_else(|| "a content-length that is no number".to_owned())
     }
 }
 

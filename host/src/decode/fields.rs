@@ -15,8 +15,8 @@ use crate::error::RequestError;
 /// Fields that an object may have. Real requests have dozens; each is looked up among all.
 const MAX_FIELDS: usize = 512;
 
-/// Fields that are the host's to set: a client's own would place the request, or break the engine it lands on (vLLM
-/// dies of a foreign `kv_transfer_params`).
+/// Fields that are the host's to set: a client's own would place the request, choose an adapter past what its key allows,
+/// take the id of another's request, or break the engine it lands on (vLLM dies of a foreign `kv_transfer_params`).
 const HOST_FIELDS: &[&str] = &[
     "kv_transfer_params",
     "ec_transfer_params",
@@ -26,6 +26,11 @@ const HOST_FIELDS: &[&str] = &[
     "routed_dp_rank",
     "decode_tp_size",
     "priority",
+    "lora",
+    "lora_id",
+    "lora_path",
+    "request_id",
+    "rid",
 ];
 
 /// How the names of more such fields begin: SGLang's, and our own.
@@ -47,6 +52,19 @@ impl<'a> Fields<'a> {
     pub(super) fn get(&self, name: &str) -> Option<&'a RawValue> {
         let found = self.0.iter().rev().find(|(key, _)| key == name);
         found.map(|(_, value)| *value).filter(|value| value.get() != "null")
+    }
+
+    /// Refuses a field that is there twice, or in another spelling: engines differ in which one they take.
+    pub(super) fn refuse_ambiguous(&self, name: &'static str) -> Result<(), RequestError> {
+        let mut alike = self.0.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
+        match (alike.next(), alike.next()) {
+            (Some((key, _)), None) if key == name => Ok(()),
+            (None, _) => Ok(()),
+            _ => {
+                let expected = format!("send it once, spelled `{name}`");
+                Err(RequestError::InvalidField { field: name, found: "there twice, or in another spelling".to_owned(), expected })
+            }
+        }
     }
 
     pub(super) fn read<T: Deserialize<'a>>(&self, name: &'static str, expected: &str) -> Result<Option<T>, RequestError> {

@@ -39,6 +39,15 @@ fn host_fields_are_taken_out_however_they_are_spelled_or_repeated() {
 }
 
 #[test]
+fn a_model_is_named_once_and_an_adapter_by_its_name_alone() {
+    for twice in [r#","model":"secret""#, r#","MODEL":"secret""#, r#","Model":"m""#] {
+        check_error(Endpoint::ChatCompletions, &chat(twice), &["`model`", "send it once"]);
+    }
+    let chosen = decode_text(Endpoint::ChatCompletions, &chat(r#","lora_path":"secret","lora":[{"id":1}],"rid":"x","x":1"#));
+    assert_eq!(chosen.unwrap().body, chat(r#","x":1"#));
+}
+
+#[test]
 fn a_name_is_replaced_wherever_it_stands_and_nothing_else_is() {
     let body = r#"{"model":"gpt","a":{"model": "x"},"n":1.50,"mod\u0065l": "gpt"}"#;
     let renamed = rename(&Bytes::from(body), "qwen \"3\"");

@@ -13,6 +13,7 @@ use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::json;
 
 use super::Door;
+use crate::{error::Audience, roster::WorkerReport};
 
 /// 200 while at least one worker can serve.
 pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
@@ -21,21 +22,24 @@ pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
     (status, Json(json!({ "status": word, "ready_workers": ready }))).into_response()
 }
 
-/// What is wrong, if anything is; 503 when nothing can be served.
+/// What is wrong, if anything is; 503 when nothing can be served. Which worker it is and what it said is for those only who
+/// may know workers: anybody may ask here.
 pub(super) async fn health(State(door): State<Arc<Door>>) -> Response {
-    let workers = door.lane.roster.report();
+    let snapshot = door.lane.roster.snapshot();
+    let workers = snapshot.fleet().workers();
     let ready = healthy_workers(&door);
-    let troubles: Vec<_> = workers
-        .iter()
-        .filter(|worker| worker.state != WorkerState::Healthy)
-        .map(|worker| json!({ "worker": worker.name, "model": worker.model, "state": worker.state, "reason": worker.trouble }))
-        .collect();
-    let (status, word) = match (ready, troubles.is_empty()) {
-        (0, _) => (StatusCode::SERVICE_UNAVAILABLE, "down"),
-        (_, true) => (StatusCode::OK, "healthy"),
-        (_, false) => (StatusCode::OK, "degraded"),
+    let (status, word) = match ready {
+        0 => (StatusCode::SERVICE_UNAVAILABLE, "down"),
+        ready if ready == workers.len() => (StatusCode::OK, "healthy"),
+        _ => (StatusCode::OK, "degraded"),
     };
-    (status, Json(json!({ "status": word, "ready_workers": ready, "troubles": troubles }))).into_response()
+    let mut body = json!({ "status": word, "ready_workers": ready, "other_workers": workers.len() - ready });
+    if door.lane.audience() == Audience::Operator {
+        let troubles = door.lane.roster.report().into_iter().filter(|worker| worker.state != WorkerState::Healthy);
+        let trouble = |worker: WorkerReport| json!({ "worker": worker.name, "state": worker.state, "reason": worker.trouble });
+        body["troubles"] = troubles.map(trouble).collect();
+    }
+    (status, Json(body)).into_response()
 }
 
 fn healthy_workers(door: &Door) -> usize {

@@ -27,8 +27,8 @@ pub(super) enum Chunked {
     Payload(u64),
     /// Before the line end that follows a chunk.
     Border,
-    /// Within the lines after the last chunk.
-    Trailers,
+    /// Within the lines after the last chunk, of which so many bytes have been read.
+    Trailers(usize),
     /// After all of it.
     Over,
 }
@@ -73,10 +73,14 @@ impl Chunked {
         loop {
             let rest = &read[at..];
             match self {
+                // httparse takes a line without a digit for a size of 0.
+                Self::Size if rest.first().is_some_and(|byte| !byte.is_ascii_hexdigit()) => {
+                    return Err("a chunk without a size".to_owned());
+                }
                 Self::Size => match httparse::parse_chunk_size(rest) {
                     Ok(httparse::Status::Complete((length, size))) => {
                         at += length;
-                        *self = if size == 0 { Self::Trailers } else { Self::Payload(size) };
+                        *self = if size == 0 { Self::Trailers(0) } else { Self::Payload(size) };
                     }
                     Ok(httparse::Status::Partial) if rest.len() <= MAX_LINE_BYTES => break,
                     _ => return Err("a chunk without a size".to_owned()),
@@ -106,9 +110,13 @@ impl Chunked {
                     [] | [b'\r'] => break,
                     _ => return Err("a chunk that is longer than its size".to_owned()),
                 },
-                Self::Trailers => match memchr::memchr(b'\n', rest) {
+                Self::Trailers(bytes) => match memchr::memchr(b'\n', rest) {
                     Some(line) => {
                         at += line + 1;
+                        *bytes += line + 1;
+                        if *bytes > MAX_LINE_BYTES {
+                            return Err("trailers without an end".to_owned());
+                        }
                         if matches!(&rest[..line], [] | [b'\r']) {
                             *self = Self::Over;
                         }

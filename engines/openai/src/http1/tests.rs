@@ -84,6 +84,13 @@ fn what_is_cut_off_or_no_http_is_told_apart() {
     check("SSH-2.0-OpenSSH\r\n\r\n", Err("what is no HTTP/1.1"));
     check("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nab", Err("unexpected end of file"));
     check("HTTP/1.1 200 OK\r\ncontent-length: many\r\n\r\nab", Err("content-length that is no number"));
+    check("HTTP/1.1 200 OK\r\ncontent-length: +2\r\n\r\nab", Err("content-length that is no number"));
+    check("HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nab", Err("two content-lengths"));
+    check("HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n", Err("which was not asked for"));
+    check("HTTP/1.1 101 Switching Protocols\r\n\r\n", Err("another protocol"));
+    check(&"HTTP/1.1 100 Continue\r\n\r\n".repeat(17), Err("over 16 interim answers"));
+    check(&format!("{CHUNKED}2\r\nab\r\n\r\n"), Err("a chunk without a size"));
+    check(&format!("{CHUNKED}0\r\n{}", "x: y\r\n".repeat(2000)), Err("trailers without an end"));
     check("HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\nab", Err("which was not asked for"));
     check(&format!("{CHUNKED}2\r\nab\r\n"), Err("unexpected end of file"));
     check(&format!("{CHUNKED}2\r\nabc\r\n"), Err("longer than its size"));
@@ -111,6 +118,19 @@ async fn a_connection_is_quiet_until_something_comes_or_it_ends() {
     let (mut connection, server, _) = answered(&[b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"], false).await;
     drop(server);
     assert!(!connection.is_quiet());
+}
+
+#[tokio::test]
+async fn an_answer_before_the_request_was_read_is_the_answer() {
+    let (client, mut server) = duplex(1 << 10);
+    let large = Request::post("http://engine/").body(Bytes::from(vec![b'x'; 1 << 20])).unwrap();
+    let mut connection = Connection::new(client);
+    let (answer, ()) = tokio::join!(connection.ask(&large), async {
+        server.read_exact(&mut [0; 100]).await.unwrap();
+        server.write_all(b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    });
+    assert_eq!(answer.unwrap().status(), 413);
+    assert!(!connection.is_reusable());
 }
 
 proptest! {
