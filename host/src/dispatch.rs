@@ -96,7 +96,7 @@ impl<'a> Dispatch<'a> {
             let reason = plain(&error.to_string());
             tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {reason}");
             if matches!(error, EngineError::Connect { .. }) {
-                self.lane.roster.report_unreachable(&worker.spec, &error);
+                self.lane.roster.report_unreachable(worker.id, placing.snapshot.engine(worker.id), &error);
             }
             if self.attempts_left == 0 || !is_worth_another(&error) {
                 return Err(error.into());

@@ -6,8 +6,8 @@
 //! of workers; a snapshot does, so that changes that come together are published together.
 //!
 //! Invariants: an engine that goes is a candidate no more from the moment that its source is heard, and is there until its
-//! last request has ended. Locks are taken in the order drained or publishing, members, one member's standing, and none is
-//! held over an await.
+//! last request has ended. What a source says and cannot be taken over yet is tried again. Locks are taken in the order said,
+//! drained or publishing, members, one member's standing; none is held over an await, and the last two not over a file.
 
 mod connect;
 mod drained;
@@ -28,15 +28,22 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use dynamo_engine_api::EngineError;
-use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerSpec, WorkerState};
+use dynamo_engine_api::{Engine, EngineError};
+use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerId, WorkerState};
 use tokio::sync::{Notify, Semaphore, watch};
 
-pub(crate) use self::{connect::check, drained::DrainedError, report::WorkerReport, snapshot::Snapshot, sources::check_all};
+pub(crate) use self::{
+    connect::{Stamp, check},
+    drained::DrainedError,
+    report::WorkerReport,
+    snapshot::Snapshot,
+    sources::check_all,
+};
 use self::{
     drained::Drained,
     member::{Home, Member},
     snapshot::Seat,
+    sources::Said,
 };
 use crate::{
     clock::Clock,
@@ -54,6 +61,8 @@ pub(crate) struct Roster {
     clock: Clock,
     board: Arc<LoadBoard>,
     max_workers: u32,
+    /// What each source last said. Who holds it decides who is a member.
+    said: Mutex<BTreeMap<Origin, Said>>,
     /// By name.
     members: Mutex<BTreeMap<String, Arc<Member>>>,
     drained: Mutex<Drained>,
@@ -105,7 +114,7 @@ impl Roster {
         }
         let snapshot = Snapshot {
             fleet: Fleet::new(0, Vec::new()).expect("no worker is there twice"),
-            engines: Vec::new(),
+            seats: Vec::new(),
             names: Arc::default(),
             listings: Listings::default(),
             has_unknown_models: true,
@@ -115,6 +124,7 @@ impl Roster {
             clock,
             board: LoadBoard::new(max_workers),
             max_workers,
+            said: Mutex::default(),
             members: Mutex::default(),
             drained: Mutex::new(drained),
             problems: Mutex::new(problems),
@@ -135,6 +145,7 @@ impl Roster {
     /// Starts to look after the engines, and waits until each was probed once or `patience` is over.
     pub(crate) async fn start(self: &Arc<Self>, patience: Duration) {
         tasks::spawn("publish", tend::keep_publishing(Arc::clone(self)));
+        tasks::spawn("apply", sources::keep_applying(Arc::clone(self)));
         let mut probed = self.probed.subscribe();
         let count = {
             let members = self.members();
@@ -186,11 +197,13 @@ impl Roster {
         Ok(self.report_of(name).unwrap_or_default())
     }
 
-    /// A request could not reach a worker: out of service until its probe says otherwise.
-    pub(crate) fn report_unreachable(&self, worker: &WorkerSpec, error: &EngineError) {
-        let Some(member) = self.members().get(&worker.name).cloned() else { return };
-        self.settle(&member, Err(error.to_string()), false);
-        member.probe_now.notify_one();
+    /// A request could not reach a worker's engine: it is out of service until its probe says otherwise. Nothing happens to
+    /// another engine that has its place by now. Waits for nobody who changes the roster.
+    pub(crate) fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
+        let snapshot = self.snapshot.load();
+        let Some(seat) = snapshot.find(worker).filter(|seat| Arc::ptr_eq(&seat.member.engine, engine)) else { return };
+        self.settle(&seat.member, Err(error.to_string()), false);
+        seat.member.probe_now.notify_one();
     }
 
     fn publish_soon(&self) {
@@ -211,7 +224,7 @@ impl Roster {
         for member in &members {
             let standing = member.standing();
             has_unknown_models |= member.config.model.is_none() && !standing.has_listed();
-            let seat = Seat { engine: Arc::clone(&member.engine), has_ranks: standing.has_ranks };
+            let seat = Seat { member: Arc::clone(member), has_ranks: standing.has_ranks };
             for worker in &standing.workers {
                 let model = &worker.spec.model;
                 listings.add(model, None, standing.max_model_len(model));
@@ -227,11 +240,11 @@ impl Roster {
             metrics::gauge!("dynamo_host_workers", "state" => label).set(count as f64);
         }
         seated.sort_unstable_by_key(|(worker, _)| worker.id);
-        let (workers, engines): (Vec<Worker>, Vec<Seat>) = seated.into_iter().unzip();
+        let (workers, seats): (Vec<Worker>, Vec<Seat>) = seated.into_iter().unzip();
         let generation = self.snapshot.load().fleet.generation() + 1;
         let fleet = Fleet::new(generation, workers).expect("members have different names, and one worker per model and rank");
         let names = self.names.load_full();
-        self.snapshot.store(Arc::new(Snapshot { fleet, engines, names, listings, has_unknown_models }));
+        self.snapshot.store(Arc::new(Snapshot { fleet, seats, names, listings, has_unknown_models }));
         self.changed.send_replace(generation);
     }
 

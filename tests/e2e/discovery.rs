@@ -12,6 +12,7 @@ use crate::{
         eventually,
         host::{Host, completion, streamed},
         process::run,
+        scripted::{Scripted, whole_answer},
     },
     workers::{workers, workers_until},
 };
@@ -77,6 +78,44 @@ async fn a_broken_file_leaves_its_worker_and_is_shown() {
     fs::remove_file(directory.path().join("b.toml")).unwrap();
     eventually("all is well", async || self::problems(&host).await.is_empty().then_some(())).await;
     workers_until(&host, "it is another", |rows| rows.iter().any(|row| row["model"] == "n" && row["state"] == "healthy")).await;
+}
+
+#[tokio::test]
+async fn a_worker_of_the_configuration_can_move_to_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let (files, config) = (directory.path().join("workers"), directory.path().join("host.toml"));
+    fs::create_dir(&files).unwrap();
+    fs::write(&config, "[[worker]]\nurl = 'mock://a?model=m&speedup=50'\n").unwrap();
+    let source = format!("file:{}", files.display());
+    let host = Host::start(&["--config", config.to_str().unwrap(), "--discovery", &source]).await;
+    put(&files, "a.toml", "url = 'mock://a?model=m&speedup=50'\n");
+    eventually("it is there already", async || Some(problems(&host).await).filter(|it| it.len() == 1)).await;
+    fs::write(&config, "").unwrap();
+    let moved = |rows: &[Value]| rows.len() == 1 && rows[0]["source"] == source.as_str() && rows[0]["state"] == "healthy";
+    workers_until(&host, "it is the file's", moved).await;
+    assert!(problems(&host).await.is_empty());
+    host.serves(2).await;
+}
+
+#[tokio::test]
+async fn a_token_may_come_after_its_worker_and_change() {
+    let engine = Scripted::answering(whole_answer("200 OK", r#"{"choices":[]}"#)).await;
+    let (host, directory) = over(&[]).await;
+    let token = directory.path().join("token");
+    let (url, file) = (engine.url(), token.to_str().unwrap());
+    put(directory.path(), "a.toml", &format!("url = '{url}'\nname = 'a'\nmodel = 'm'\nbearer_file = '{file}'\n"));
+    eventually("it is missing", async || problems(&host).await.iter().any(|it| it["place"] == "a.toml").then_some(())).await;
+    for now in ["first", "second"] {
+        put(directory.path(), "token", now);
+        eventually("it is sent", async || {
+            host.http.post(COMPLETIONS, completion(1).to_string()).await;
+            let sent = format!("Bearer {now}").to_lowercase();
+            engine.received().iter().any(|received| received.head.to_lowercase().contains(&sent)).then_some(())
+        })
+        .await;
+    }
+    assert!(problems(&host).await.is_empty());
+    assert!(!host.process.log().contains("second"), "{}", host.process.log());
 }
 
 #[tokio::test]

@@ -89,9 +89,9 @@ async fn a_file_that_cannot_be_run_changes_nothing_and_is_told_once() {
 #[tokio::test]
 async fn what_needs_a_restart_is_named() {
     let scene = Scene::start(ONE).await;
-    scene.write(&format!("expose_worker = true\n[limits]\ndrain_s = 1\n{ONE}"));
+    scene.write(&format!("expose_worker = true\n[limits]\ndrain_s = 1\nmax_headers = 20\n{ONE}"));
     let config = scene.config_until("it is named", |config| config["needs_restart"] != json!([])).await;
-    assert_eq!(config["needs_restart"], json!(["expose_worker", "limits.drain_s"]));
+    assert_eq!(config["needs_restart"], json!(["expose_worker", "limits.max_headers", "limits.drain_s"]));
     assert_eq!(scene.host.serves(1).await.header("x-dynamo-worker"), "");
     scene.write(ONE);
     scene.config_until("nothing is left", |config| config["needs_restart"] == json!([])).await;

@@ -24,7 +24,9 @@ pub(crate) fn run(target: Option<&str>) -> Result<()> {
         system::install(&["musl-tools"], "a static build, whose TLS has parts in C and assembler")?;
     }
     let features = ["--features", "dynamo-host/kubernetes"];
-    run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host", "--target", &target]).args(features))?;
+    run::check(
+        run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host", "--target", &target]).args(features),
+    )?;
     let program = paths::target().join(&target).join("release/dynamo-host");
 
     let name = format!("dynamo-host-{}-{target}", env!("CARGO_PKG_VERSION"));

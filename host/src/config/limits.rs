@@ -75,14 +75,28 @@ impl Limits {
 
     /// These limits where a running host can take them over, and its own where it cannot.
     pub(crate) fn with_fixed_of(&self, running: &Self) -> Self {
-        let &Self { max_connections, header_timeout_s, write_stall_s, drain_s, max_workers, .. } = running;
-        Self { max_connections, header_timeout_s, write_stall_s, drain_s, max_workers, ..self.clone() }
+        let &Self { max_connections, max_connections_per_client, max_headers, max_header_bytes, .. } = running;
+        let &Self { header_timeout_s, write_stall_s, drain_s, max_workers, .. } = running;
+        Self {
+            max_connections,
+            max_connections_per_client,
+            max_headers,
+            max_header_bytes,
+            header_timeout_s,
+            write_stall_s,
+            drain_s,
+            max_workers,
+            ..self.clone()
+        }
     }
 
     /// Keys that differ from a running host's and that it cannot change: the listeners' own, and what was made to measure.
     pub(super) fn fixed_that_differ(&self, running: &Self) -> impl Iterator<Item = &'static str> {
         [
             ("limits.max_connections", self.max_connections != running.max_connections),
+            ("limits.max_connections_per_client", self.max_connections_per_client != running.max_connections_per_client),
+            ("limits.max_headers", self.max_headers != running.max_headers),
+            ("limits.max_header_bytes", self.max_header_bytes != running.max_header_bytes),
             ("limits.header_timeout_s", self.header_timeout_s != running.header_timeout_s),
             ("limits.write_stall_s", self.write_stall_s != running.write_stall_s),
             ("limits.drain_s", self.drain_s != running.drain_s),
@@ -130,5 +144,41 @@ mod tests {
         assert_eq!(says, "limits.max_output_tokens is 4294967296; use 1 to 4294967295");
         assert!(refused(Limits { max_workers: 100_001, ..Limits::default() }).contains("use 1 to 100000"));
         assert!(refused(Limits { header_timeout_s: 0, ..Limits::default() }).contains("limits.header_timeout_s is 0"));
+    }
+
+    #[test]
+    fn each_limit_is_either_taken_over_or_named_as_one_that_is_not() {
+        let running = Limits::default();
+        // Each key with a value of its own.
+        let now: Limits = toml::from_str(
+            "max_connections = 9\nmax_connections_per_client = 8\nmax_headers = 99\nmax_header_bytes = 9999\nheader_timeout_s = 7\n\
+             max_body_bytes = 6\nbody_timeout_s = 5\nrequest_timeout_s = 4\nstream_idle_s = 3\nwrite_stall_s = 2\ndrain_s = 1\n\
+             max_output_tokens = 11\nmax_choices = 12\nmax_workers = 13\n",
+        )
+        .unwrap();
+        let named: Vec<_> = now.fixed_that_differ(&running).collect();
+        let keys = [
+            "max_connections",
+            "max_connections_per_client",
+            "max_headers",
+            "max_header_bytes",
+            "header_timeout_s",
+            "write_stall_s",
+            "drain_s",
+            "max_workers",
+        ];
+        assert_eq!(named, keys.map(|key| format!("limits.{key}")));
+        let taken = now.with_fixed_of(&running);
+        assert_eq!(taken.fixed_that_differ(&running).count(), 0);
+        let others = Limits {
+            max_body_bytes: 6,
+            body_timeout_s: 5,
+            request_timeout_s: 4,
+            stream_idle_s: 3,
+            max_output_tokens: 11,
+            max_choices: 12,
+            ..running
+        };
+        assert_eq!(taken, others);
     }
 }

@@ -7,25 +7,24 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File, Metadata},
+    fs::{self, File},
     io::Read,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use super::{Found, Origin, Problem};
 use crate::{
     config::{WorkerConfig, WrittenWorker},
-    roster::{self, Roster},
+    roster::{self, Roster, Stamp},
     text::plain,
 };
 
 /// How often the directory is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 /// For how long a file that has changed is read again at each look: a second write may not show in its time stamp, and what
-/// is half written is not broken yet.
+/// is half written is not broken yet. One that is broken is read again for longer: a file that it names may be missing still.
 const SETTLE: Duration = Duration::from_millis(500);
 /// Largest file. A worker is a few lines.
 const MAX_FILE_BYTES: u64 = 64 << 10;
@@ -46,24 +45,11 @@ struct Known {
     stamp: Stamp,
     /// When it was first seen like this.
     since: Instant,
+    /// It is read no more as long as it is like this.
     is_settled: bool,
     /// What it last said that was understood.
     worker: Option<WorkerConfig>,
     trouble: Option<String>,
-}
-
-/// What differs when a file has changed, or is another one under its name.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    modified: Option<SystemTime>,
-    bytes: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Self {
-        Self { modified: metadata.modified().ok(), bytes: metadata.len(), inode: metadata.ino() }
-    }
 }
 
 impl Directory {
@@ -90,7 +76,7 @@ impl Directory {
         let (directory, found) = looked.await.expect("looking at a directory does not panic");
         *self = directory;
         if let Some(found) = found {
-            roster.apply(origin, found);
+            roster.hear(origin, found).await;
         }
     }
 
@@ -149,14 +135,15 @@ impl Directory {
         if known.is_settled {
             return false;
         }
-        known.is_settled = now.duration_since(known.since) >= SETTLE;
+        let is_old = now.duration_since(known.since) >= SETTLE;
         match read(&path) {
             Ok(worker) => {
+                known.is_settled = is_old;
                 let is_news = known.worker.as_ref() != Some(&worker);
                 known.worker = Some(worker);
                 known.trouble.take().is_some() || is_news
             }
-            Err(reason) if known.is_settled => {
+            Err(reason) if is_old => {
                 let kept = if known.worker.is_some() { "; its worker stays as it was" } else { "" };
                 complain(&mut known.trouble, &path, format!("{reason}{kept}"))
             }
@@ -283,6 +270,20 @@ mod tests {
         assert_eq!(scene.look(AT_ONCE), None);
         let problems = scene.finds(SETTLE, &["h:4=http://h:4"]);
         assert!(problems[0].starts_with("new.toml") && problems[0].contains("http://"), "{problems:?}");
+    }
+
+    #[test]
+    fn a_worker_comes_when_the_files_that_it_names_do() {
+        let mut scene = Scene::new();
+        let token = scene.folder.path().join("token");
+        scene.write("a.toml", &format!("url = 'http://h:1'\nbearer_file = {token:?}"));
+        assert!(scene.finds(AT_ONCE, &[]).is_empty());
+        let problems = scene.finds(SETTLE, &[]);
+        assert!(problems[0].starts_with("a.toml: bearer_file") && problems[0].contains("cannot be read"), "{problems:?}");
+        assert_eq!(scene.look(10 * SETTLE), None, "it is told once");
+        scene.write("token", "hush");
+        assert!(scene.finds(SETTLE, &["h:1=http://h:1"]).is_empty());
+        assert_eq!(scene.look(SETTLE), None);
     }
 
     #[test]

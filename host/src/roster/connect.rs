@@ -1,12 +1,58 @@
-//! From a worker's configuration to the adapter of its engine.
+//! From a worker's configuration to the adapter of its engine, and the files that this is made of.
 
-use std::sync::Arc;
+use std::{
+    fs::{self, Metadata},
+    os::unix::fs::MetadataExt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use dynamo_engine_api::Engine;
 use dynamo_engine_mock::{MockEngine, MockOptions};
 use dynamo_engine_openai::{Bearer, OpenAiEngine, OpenAiOptions};
+use sha2::{Digest, Sha256};
 
 use crate::config::WorkerConfig;
+
+/// An engine's adapter, with what it was made of.
+#[derive(Clone)]
+pub(super) struct Connection {
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) credentials: Credentials,
+}
+
+/// A worker's token and certificates as they were at one moment: with others, its connection is another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Credentials {
+    bearer: Option<[u8; 32]>,
+    ca: Option<Stamp>,
+}
+
+/// What differs when a file has changed, or is another one under its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    modified: Option<SystemTime>,
+    bytes: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self { modified: metadata.modified().ok(), bytes: metadata.len(), inode: metadata.ino() }
+    }
+}
+
+impl Credentials {
+    /// As they are now. Blocks on the disk where they are files.
+    pub(super) fn of(config: &WorkerConfig) -> Self {
+        let token = config.bearer.as_ref().and_then(|bearer| bearer.read().ok());
+        let ca = config.ca_file.as_ref().and_then(|path| fs::metadata(path).ok());
+        Self { bearer: token.map(|token| Sha256::digest(token).into()), ca: ca.as_ref().map(Stamp::of) }
+    }
+}
+
+/// Longer than any request may take.
+const NO_BOUND: Duration = Duration::from_secs(2 * 365 * 24 * 3600);
 
 /// Checks what [`connect`] would make, without starting anything.
 ///
@@ -19,17 +65,19 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<(), String> {
     OpenAiEngine::new(&config.url, options(config)?).map(drop).map_err(|error| error.to_string())
 }
 
-/// The adapter for a worker's engine. Nothing is sent yet.
+/// The adapter for a worker's engine. Nothing is sent yet. Blocks on the disk.
 ///
 /// # Errors
 /// Says what is wrong and what is accepted.
-pub(super) fn connect(config: &WorkerConfig) -> Result<Arc<dyn Engine>, String> {
-    if config.url.starts_with("mock://") {
-        return MockEngine::from_url(&config.url).map(|engine| Arc::new(engine) as Arc<dyn Engine>).map_err(|e| e.to_string());
-    }
-    OpenAiEngine::new(&config.url, options(config)?)
-        .map(|engine| Arc::new(engine) as Arc<dyn Engine>)
-        .map_err(|error| error.to_string())
+pub(super) fn connect(config: &WorkerConfig) -> Result<Connection, String> {
+    // Taken first: what is written between the two is then seen to be other.
+    let credentials = Credentials::of(config);
+    let engine: Arc<dyn Engine> = if config.url.starts_with("mock://") {
+        Arc::new(MockEngine::from_url(&config.url).map_err(|error| error.to_string())?)
+    } else {
+        Arc::new(OpenAiEngine::new(&config.url, options(config)?).map_err(|error| error.to_string())?)
+    };
+    Ok(Connection { engine, credentials })
 }
 
 /// The adapter's options.
@@ -43,6 +91,8 @@ fn options(config: &WorkerConfig) -> Result<OpenAiOptions, String> {
         bearer: bearer.transpose()?,
         ca_file: config.ca_file.clone(),
         forward_priority: config.forward_priority,
+        // A request's own deadline bounds it.
+        head_timeout: NO_BOUND,
         ..OpenAiOptions::default()
     })
 }

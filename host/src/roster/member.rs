@@ -16,7 +16,10 @@ use dynamo_host_core::{
 };
 use tokio::{sync::Notify, task::AbortHandle};
 
-use super::Origin;
+use super::{
+    Origin,
+    connect::{Connection, Credentials},
+};
 use crate::config::{MAX_RANKS, WorkerConfig};
 
 /// Most models and adapters that are taken from one engine's list.
@@ -29,6 +32,10 @@ pub(super) struct Member {
     pub(super) config: WorkerConfig,
     pub(super) origin: Origin,
     pub(super) engine: Arc<dyn Engine>,
+    /// What its connection was made of.
+    pub(super) credentials: Credentials,
+    /// The connection before this one to the same engine, which some of what runs may need to its end.
+    previous: Option<Arc<dyn Engine>>,
     /// Woken when a request failed to reach it.
     pub(super) probe_now: Notify,
     /// What looks after it; ended when it goes.
@@ -52,8 +59,10 @@ pub(super) struct Standing {
     pub(super) was_probed: bool,
     /// An operator drains it.
     pub(super) is_drained: bool,
-    /// Its source has it no more: it goes when its last request has ended.
+    /// Its source has it no more, or another engine has its place: it goes when its last request has ended.
     pub(super) is_leaving: bool,
+    /// A task waits for that.
+    is_awaited: bool,
     /// Whether there are several ranks, so that requests must say which.
     pub(super) has_ranks: bool,
     /// Workers for which the board has no room.
@@ -71,7 +80,7 @@ pub(super) struct Home<'a> {
 
 impl Member {
     /// A new engine.
-    pub(super) fn new(config: WorkerConfig, origin: Origin, engine: Arc<dyn Engine>, home: &Home<'_>) -> Self {
+    pub(super) fn new(config: WorkerConfig, origin: Origin, connection: Connection, home: &Home<'_>) -> Self {
         let standing = Standing {
             workers: Vec::new(),
             state: WorkerState::Starting,
@@ -82,17 +91,20 @@ impl Member {
             was_probed: false,
             is_drained: false,
             is_leaving: false,
+            is_awaited: false,
             has_ranks: false,
             left_out: 0,
             throughputs: Vec::new(),
         };
-        Self::with(config, origin, engine, standing, home)
+        Self::with(config, origin, connection, None, standing, home)
     }
 
-    /// The same engine under another configuration: what runs on it goes on.
-    pub(super) fn succeed(&self, config: WorkerConfig, origin: Origin, home: &Home<'_>) -> Self {
+    /// The same engine under another configuration, or through another connection: what runs on it goes on.
+    pub(super) fn succeed(&self, config: WorkerConfig, origin: Origin, connection: Connection, home: &Home<'_>) -> Self {
         let standing = {
-            let old = self.standing();
+            let mut old = self.standing();
+            // Nobody waits for the end of what goes on.
+            old.is_leaving = false;
             Standing {
                 workers: old.workers.clone(),
                 trouble: old.trouble.clone(),
@@ -100,16 +112,26 @@ impl Member {
                 cards: old.cards.clone(),
                 ranks: old.ranks.clone(),
                 throughputs: old.throughputs.clone(),
-                is_leaving: false,
+                is_awaited: false,
                 ..*old
             }
         };
-        Self::with(config, origin, Arc::clone(&self.engine), standing, home)
+        let is_rotated = !Arc::ptr_eq(&self.engine, &connection.engine);
+        let previous = if is_rotated { Some(Arc::clone(&self.engine)) } else { self.previous.clone() };
+        Self::with(config, origin, connection, previous, standing, home)
     }
 
-    fn with(config: WorkerConfig, origin: Origin, engine: Arc<dyn Engine>, standing: Standing, home: &Home<'_>) -> Self {
+    fn with(
+        config: WorkerConfig,
+        origin: Origin,
+        connection: Connection,
+        previous: Option<Arc<dyn Engine>>,
+        standing: Standing,
+        home: &Home<'_>,
+    ) -> Self {
+        let Connection { engine, credentials } = connection;
         let (probe_now, task, standing) = (Notify::new(), OnceLock::new(), Mutex::new(standing));
-        let member = Self { config, origin, engine, probe_now, task, standing };
+        let member = Self { config, origin, engine, credentials, previous, probe_now, task, standing };
         member.standing().make_workers(&member.config, home);
         member
     }
@@ -186,6 +208,27 @@ impl Member {
                 worker.load.observed(now_ms);
             }
         }
+    }
+
+    /// Its place is another's, or nobody's: it is probed no more.
+    pub(super) fn end_task(&self) {
+        if let Some(task) = self.task.get() {
+            task.abort();
+        }
+    }
+
+    /// Whether a task is to wait for its last request: no other does yet.
+    pub(super) fn begin_await(&self) -> bool {
+        !std::mem::replace(&mut self.standing().is_awaited, true)
+    }
+
+    /// Whether it is wanted again, so that the task that waits for its last request ends.
+    pub(super) fn ends_await(&self) -> bool {
+        let mut standing = self.standing();
+        if !standing.is_leaving {
+            standing.is_awaited = false;
+        }
+        !standing.is_leaving
     }
 
     /// Requests on all its workers.

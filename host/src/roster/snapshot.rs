@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dynamo_engine_api::Engine;
 use dynamo_host_core::{Candidates, Fleet, RequestFacts, Role, Worker, WorkerId};
 
+use super::Member;
 use crate::{
     error::RequestError,
     models::{self, ListedModel, Listings, ModelNames, Resolved},
@@ -14,7 +15,7 @@ use crate::{
 pub(crate) struct Snapshot {
     pub(super) fleet: Fleet,
     /// In the order of the fleet's workers.
-    pub(super) engines: Vec<Seat>,
+    pub(super) seats: Vec<Seat>,
     pub(super) names: Arc<ModelNames>,
     pub(super) listings: Listings,
     /// Whether some engine, which is to say itself what it serves, has not been reached yet, or some source has not said
@@ -22,10 +23,10 @@ pub(crate) struct Snapshot {
     pub(super) has_unknown_models: bool,
 }
 
-/// Where a worker sits: its engine, and whether that has several ranks.
+/// Where a worker sits: its engine's member, and whether that has several ranks.
 #[derive(Clone)]
 pub(super) struct Seat {
-    pub(super) engine: Arc<dyn Engine>,
+    pub(super) member: Arc<Member>,
     pub(super) has_ranks: bool,
 }
 
@@ -37,7 +38,7 @@ impl Snapshot {
 
     /// The engine behind a worker of this snapshot.
     pub(crate) fn engine(&self, worker: WorkerId) -> &Arc<dyn Engine> {
-        &self.seat(worker).engine
+        &self.seat(worker).member.engine
     }
 
     /// The rank that a request to a worker of this snapshot must name; `None` where the engine has one only.
@@ -46,8 +47,13 @@ impl Snapshot {
     }
 
     fn seat(&self, worker: WorkerId) -> &Seat {
-        let place = self.fleet.workers().binary_search_by_key(&worker, |worker| worker.id);
-        &self.engines[place.expect("the worker is of this snapshot")]
+        self.find(worker).expect("the worker is of this snapshot")
+    }
+
+    /// Where a worker sits that may be of another snapshot.
+    pub(super) fn find(&self, worker: WorkerId) -> Option<&Seat> {
+        let place = self.fleet.workers().binary_search_by_key(&worker, |worker| worker.id).ok()?;
+        self.seats.get(place)
     }
 
     /// All that clients may ask for.

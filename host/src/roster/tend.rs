@@ -103,7 +103,7 @@ impl Roster {
                 let _permit = self.readings.acquire().await;
                 within(LOAD_PATIENCE, member, member.engine.load()).await
             };
-            skip = if read.as_ref().is_ok_and(|loads| !loads.is_empty()) { 0 } else { SILENT_EVERY };
+            skip = skips_after(&read);
             self.take_load(member, read);
         }
     }
@@ -174,6 +174,11 @@ async fn within<T>(
 ) -> Result<T, EngineError> {
     let late = |_| Err(EngineError::Timeout { engine: format!("worker {}", member.config.name), after: patience });
     tokio::time::timeout(patience, work).await.unwrap_or_else(late)
+}
+
+/// How many turns pass before an engine's load is read again. One that cannot be read is not one that says nothing.
+pub(super) fn skips_after(read: &Result<Vec<RankLoad>, EngineError>) -> u32 {
+    if read.as_ref().is_ok_and(Vec::is_empty) { SILENT_EVERY } else { 0 }
 }
 
 /// A pause between three quarters and five quarters of this: engines that were started together are not probed together.

@@ -10,7 +10,11 @@ use dynamo_host_core::{
 };
 use futures_core::future::BoxFuture;
 
-use super::{tend::*, *};
+use super::{
+    connect::{Connection, Credentials},
+    tend::*,
+    *,
+};
 use crate::{config::WorkerConfig, discovery::Found, error::RequestError};
 
 fn config(text: &str) -> WorkerConfig {
@@ -163,14 +167,23 @@ fn configured_ranks_are_not_learnt_anew() {
     assert!(snapshot.fleet().workers().iter().all(|worker| snapshot.rank(worker).is_some()));
 }
 
+fn cut() -> EngineError {
+    EngineError::Broken { engine: "e".to_owned(), reason: "cut".to_owned() }
+}
+
+#[test]
+fn only_an_engine_that_says_nothing_of_its_load_is_asked_less_often() {
+    assert_eq!((skips_after(&Ok(vec![load(0, 1)])), skips_after(&Err(cut()))), (0, 0));
+    assert!(skips_after(&Ok(Vec::new())) > 0);
+}
+
 #[test]
 fn a_reading_that_fails_ages_what_was_known() {
     let roster = of_one(8);
     lists(&roster, &["m"]);
     let e = member(&roster, "e");
     roster.take_load(&e, Ok(vec![load(0, 3)]));
-    let failed = EngineError::Broken { engine: "e".to_owned(), reason: "cut".to_owned() };
-    roster.take_load(&e, Err(failed));
+    roster.take_load(&e, Err(cut()));
     let report = &roster.report()[0];
     assert_eq!(report.queued_requests, Some(3));
     assert!(report.load_trouble.as_ref().unwrap().contains("cut") && report.load_age_ms.is_some());
@@ -196,6 +209,100 @@ fn sources_add_change_and_take_away_their_own() {
     assert_eq!(problems.len(), 2);
 }
 
+/// Names of workers, whence they are, and whether they are on their way out.
+fn members(roster: &Roster) -> Vec<(String, String, bool)> {
+    let rows = roster.report().into_iter();
+    rows.map(|row| (row.name, row.source.to_string(), row.state == WorkerState::Draining)).collect()
+}
+
+#[tokio::test]
+async fn a_worker_that_was_refused_comes_when_whoever_has_its_name_goes() {
+    let roster = roster(8);
+    let (one, other) = (Origin::configuration(), Origin::of_text("file:/x"));
+    roster.apply(&one, found(&["http://h:1,name=a,model=m"]));
+    roster.settle(&member(&roster, "a"), Ok(()), true);
+    roster.apply(&other, found(&["http://h:1,name=a,model=m"]));
+    assert_eq!(roster.problems().len(), 1);
+    roster.apply(&one, found(&[]));
+    assert_eq!(members(&roster), [("a".to_owned(), "file:/x".to_owned(), false)]);
+    assert!(roster.problems().is_empty());
+    candidates(&roster, "m").unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_that_there_was_no_room_for_comes_when_another_has_gone() {
+    let roster = roster(1);
+    let (one, other) = (Origin::configuration(), Origin::of_text("file:/x"));
+    roster.apply(&one, found(&["http://h:1,name=a,model=m"]));
+    roster.apply(&other, found(&["http://h:2,name=b,model=m"]));
+    assert!(roster.problems()[0].problem.reason.contains("raise limits.max_workers"));
+    let request = InFlight::dispatch(Arc::clone(&member(&roster, "a").standing().workers[0].load), 1);
+    roster.apply(&one, found(&[]));
+    roster.apply_again();
+    assert_eq!(members(&roster), [("a".to_owned(), "static".to_owned(), true)]);
+    drop(request);
+    eventually("a is gone", || roster.members().is_empty()).await;
+    roster.apply_again();
+    assert_eq!(members(&roster), [("b".to_owned(), "file:/x".to_owned(), false)]);
+    assert!(roster.problems().is_empty());
+}
+
+#[tokio::test]
+async fn a_worker_is_connected_anew_when_its_token_changes_and_what_runs_goes_on() {
+    let roster = roster(8);
+    let directory = tempfile::tempdir().unwrap();
+    let token = directory.path().join("token");
+    let configured = [format!("http://h:1,name=e,model=m,bearer_file={}", token.display())];
+    let workers = configured.each_ref().map(String::as_str);
+    let origin = Origin::of_text("file:/x");
+    roster.apply(&origin, found(&workers));
+    assert!(roster.report().is_empty() && roster.problems()[0].problem.reason.contains("bearer_file"));
+    std::fs::write(&token, "first").unwrap();
+    roster.apply_again();
+    assert!(roster.problems().is_empty());
+    roster.settle(&member(&roster, "e"), Ok(()), true);
+    let before = member(&roster, "e");
+    let _request = InFlight::dispatch(Arc::clone(&before.standing().workers[0].load), 1);
+    roster.apply_again();
+    assert!(Arc::ptr_eq(&before, &member(&roster, "e")), "nothing has changed");
+    // One that is no token changes nothing, and is told.
+    std::fs::write(&token, "").unwrap();
+    roster.apply_again();
+    assert!(Arc::ptr_eq(&before, &member(&roster, "e")));
+    assert!(roster.problems()[0].problem.reason.contains("holds no token"));
+    std::fs::write(&token, "other").unwrap();
+    roster.apply_again();
+    let after = member(&roster, "e");
+    assert!(!Arc::ptr_eq(&before.engine, &after.engine) && roster.problems().is_empty());
+    assert_eq!((roster.report()[0].active_requests, roster.report()[0].state), (1, WorkerState::Healthy));
+    candidates(&roster, "m").unwrap();
+}
+
+#[test]
+fn a_request_that_found_nobody_takes_only_that_engine_out_of_service() {
+    let roster = roster(8);
+    let origin = Origin::configuration();
+    let unreachable = |roster: &Roster, engine: &Arc<dyn Engine>| {
+        let id = roster.snapshot().fleet().workers()[0].id;
+        roster.report_unreachable(id, engine, &cut());
+    };
+    roster.apply(&origin, found(&["http://h:1,name=e,model=m"]));
+    let engine = Arc::clone(&member(&roster, "e").engine);
+    // Another configuration of the engine that it was.
+    roster.apply(&origin, found(&["http://h:1,name=e,model=m,label.zone=b"]));
+    let present = member(&roster, "e");
+    roster.settle(&present, Ok(()), true);
+    roster.publish();
+    // Whoever changes the roster holds neither up.
+    let held = roster.members();
+    let another: Arc<dyn Engine> = Arc::new(Ranked::default());
+    unreachable(&roster, &another);
+    assert_eq!(present.standing().found(), WorkerState::Healthy);
+    unreachable(&roster, &engine);
+    assert_eq!(present.standing().found(), WorkerState::Unreachable);
+    drop(held);
+}
+
 /// Runs what tasks there are until a condition holds.
 async fn eventually(what: &str, condition: impl Fn() -> bool) {
     for _ in 0..1000 {
@@ -219,8 +326,10 @@ async fn a_worker_that_goes_finishes_what_it_has_and_its_place_is_free_then() {
     roster.apply(&origin, found(&[]));
     assert!(matches!(candidates(&roster, "m"), Err(RequestError::NoWorker { .. })), "it is a candidate no more");
     assert_eq!(roster.report()[0].state, WorkerState::Draining);
-    // It comes back meanwhile: nothing was lost.
+    // It comes back meanwhile: nothing was lost, and nobody waits for its end any more.
     roster.apply(&origin, found(&["http://h:1,name=e,model=m"]));
+    let waits = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    eventually("its end is not awaited", || waits() == 0).await;
     candidates(&roster, "m").unwrap();
     assert_eq!(roster.report()[0].active_requests, 1);
     roster.apply(&origin, found(&[]));
@@ -331,7 +440,8 @@ impl Engine for Ranked {
 async fn the_first_workers_have_their_ranks_and_their_load_is_read_again_and_again() {
     let roster = roster(8);
     let engine = Arc::new(Ranked::default());
-    let member = Member::new(config("http://h:1,name=e"), Origin::configuration(), Arc::clone(&engine) as _, &roster.home());
+    let connection = Connection { engine: Arc::clone(&engine) as _, credentials: Credentials::default() };
+    let member = Member::new(config("http://h:1,name=e"), Origin::configuration(), connection, &roster.home());
     roster.members().insert("e".to_owned(), Arc::new(member));
     roster.start(Duration::from_secs(60)).await;
     assert_eq!(candidates(&roster, "m").unwrap().len(), 2);

@@ -97,7 +97,7 @@ pub(super) fn report(file: String, bytes: &[u8], version: &Arc<PolicyVersion>, f
         Ok(Ok(schema)) => report.settings_schema = schema,
         Ok(Err(error)) => report.find(Level::Error, "settings-schema", format!("settings-schema is not JSON: {error}")),
         Err(fault) => {
-            report.find(Level::Error, "settings-schema", format!("settings-schema failed: {}", plain(&fault.to_string())))
+            report.find(Level::Error, "settings-schema", format!("settings-schema failed: {}", plain(&fault.to_string())));
         }
     }
     let probes = probes::all();
@@ -222,7 +222,7 @@ impl Report {
 fn remembers(version: &Arc<PolicyVersion>, probes: &[Probe], verdicts: &[Option<Verdict>]) -> bool {
     let Ok(mut trial) = version.trial() else { return false };
     let twice = probes.iter().zip(verdicts).chain(probes.iter().zip(verdicts));
-    twice.filter_map(|(probe, fresh)| Some((probe, fresh.as_ref()?))).any(|(probe, fresh)| {
-        trial.route(&probe.call).is_ok_and(|warm| warm.verdict != *fresh)
-    })
+    twice
+        .filter_map(|(probe, fresh)| Some((probe, fresh.as_ref()?)))
+        .any(|(probe, fresh)| trial.route(&probe.call).is_ok_and(|warm| warm.verdict != *fresh))
 }

@@ -10,6 +10,7 @@ use std::{
     net::IpAddr,
 };
 
+use dynamo_engine_openai::UnknownKind;
 use dynamo_host_core::Role;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 
@@ -134,7 +135,7 @@ impl Wishes {
                 "scheme" => return Err(wrong("use http or https".to_owned())),
                 "model" => wishes.model = Some(value.clone()),
                 "role" => wishes.role = value.parse().map_err(wrong)?,
-                "kind" => wishes.kind = Some(value.parse().map_err(wrong)?),
+                "kind" => wishes.kind = Some(value.parse().map_err(|error: UnknownKind| wrong(error.to_string()))?),
                 "ranks" => wishes.ranks = Some(number()?),
                 "block-size" => wishes.block_size = Some(number()?),
                 "forward-priority" => {
