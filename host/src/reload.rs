@@ -4,17 +4,17 @@
 //! nothing: the host goes on with what it last understood, says so once, and shows it in its status until it is mended.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{clock::unix_ms, config::Config, request::Lane, roster::Roster, tasks, telemetry::LogLevel, text::plain};
+use crate::{
+    clock::unix_ms, config::Config, request::Lane, roster::Roster, tasks, telemetry::LogLevel, text::plain, watch::Stamp,
+};
 
 /// How often the file is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -60,22 +60,6 @@ impl ConfigStatus {
     }
 }
 
-/// What differs when a file has changed, or is another one under its name.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    modified: Option<SystemTime>,
-    bytes: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    /// `None`: it is not there.
-    fn of(path: &Path) -> Option<Self> {
-        let metadata = fs::metadata(path).ok()?;
-        Some(Self { modified: metadata.modified().ok(), bytes: metadata.len(), inode: metadata.ino() })
-    }
-}
-
 impl Reload {
     pub(crate) fn new(start: Config, roster: Arc<Roster>, lane: Arc<Lane>, log_level: LogLevel) -> Self {
         let status = ConfigStatus::default();
@@ -107,7 +91,7 @@ impl Reload {
             }
             return;
         };
-        let mut seen = Stamp::of(&path);
+        let mut seen = Stamp::at(&path);
         // What was written while it was first read is read once more.
         let mut is_fresh = true;
         loop {
@@ -115,7 +99,7 @@ impl Reload {
                 () = tokio::time::sleep(LOOK_EVERY) => false,
                 _ = hangup.recv() => true,
             };
-            let stamp = Stamp::of(&path);
+            let stamp = Stamp::at(&path);
             if stamp == seen && !is_asked && !is_fresh {
                 continue;
             }

@@ -1,10 +1,16 @@
-//! Files that are read again when they change: keys, certificates.
+//! Files that are read again when they change: what tells that they have, and a watch over keys and certificates.
 //!
 //! Contract: what is looked at is each file's time, length and identity, once a second, so that a file replaced by
 //! renaming, or a link that now leads elsewhere, is a change too. What cannot be loaded is said once and tried again
 //! at every look; until then what was loaded before stays in force.
 
-use std::{fmt::Display, os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
+use std::{
+    fmt::Display,
+    fs::{self, Metadata},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
 
 use tokio::task::AbortHandle;
 
@@ -12,8 +18,24 @@ use crate::tasks;
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// What tells that a file is another than before; none if it cannot be looked at.
-type Look = Option<(i64, i64, u64, u64)>;
+/// What tells that a file is another than before: written to, or replaced under its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    modified: Option<SystemTime>,
+    bytes: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self { modified: metadata.modified().ok(), bytes: metadata.len(), inode: metadata.ino() }
+    }
+
+    /// `None`: it is not there, or cannot be looked at.
+    pub(crate) fn at(path: &Path) -> Option<Self> {
+        fs::metadata(path).ok().as_ref().map(Self::of)
+    }
+}
 
 /// Reloads whenever one of the files has changed. `what` names it in the log and in the metric
 /// `dynamo_host_reload_failures_total`.
@@ -46,11 +68,10 @@ pub(crate) fn files<E: Display>(
     })
 }
 
-async fn look(paths: &[PathBuf]) -> Vec<Look> {
+async fn look(paths: &[PathBuf]) -> Vec<Option<Stamp>> {
     let mut looks = Vec::with_capacity(paths.len());
     for path in paths {
-        let found = tokio::fs::metadata(path).await.ok();
-        looks.push(found.map(|file| (file.mtime(), file.mtime_nsec(), file.size(), file.ino())));
+        looks.push(tokio::fs::metadata(path).await.ok().as_ref().map(Stamp::of));
     }
     looks
 }

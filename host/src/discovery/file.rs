@@ -17,8 +17,9 @@ use std::{
 use super::{Found, Origin, Problem};
 use crate::{
     config::{WorkerConfig, WrittenWorker},
-    roster::{self, Roster, Stamp},
+    roster::{self, Roster},
     text::plain,
+    watch::Stamp,
 };
 
 /// How often the directory is looked at.

@@ -1,18 +1,13 @@
 //! From a worker's configuration to the adapter of its engine, and the files that this is made of.
 
-use std::{
-    fs::{self, Metadata},
-    os::unix::fs::MetadataExt,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{fs, sync::Arc, time::Duration};
 
 use dynamo_engine_api::Engine;
 use dynamo_engine_mock::{MockEngine, MockOptions};
 use dynamo_engine_openai::{Bearer, OpenAiEngine, OpenAiOptions};
 use sha2::{Digest, Sha256};
 
-use crate::config::WorkerConfig;
+use crate::{config::WorkerConfig, watch::Stamp};
 
 /// An engine's adapter, with what it was made of.
 #[derive(Clone)]
@@ -26,20 +21,6 @@ pub(super) struct Connection {
 pub(super) struct Credentials {
     bearer: Option<[u8; 32]>,
     ca: Option<Stamp>,
-}
-
-/// What differs when a file has changed, or is another one under its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    modified: Option<SystemTime>,
-    bytes: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    pub(crate) fn of(metadata: &Metadata) -> Self {
-        Self { modified: metadata.modified().ok(), bytes: metadata.len(), inode: metadata.ino() }
-    }
 }
 
 impl Credentials {
