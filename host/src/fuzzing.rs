@@ -62,11 +62,7 @@ fn framed<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, Summary) 
             assert!(ending.at.end <= chunk.bytes.len() && ending.at.start < ending.at.end, "it ends outside of itself");
         }
         relayed.extend_from_slice(&chunk.bytes);
-        total.tokens += chunk.summary.tokens;
-        total.finishes += chunk.summary.finishes;
-        total.done |= chunk.summary.done;
-        total.usage = chunk.summary.usage.or(total.usage);
-        total.error = chunk.summary.error.or(total.error.take());
+        total.add(chunk.summary);
     };
     for piece in pieces {
         if let Some(chunk) = framer.push(Bytes::copy_from_slice(piece)).expect("the corpus is below the bound of a frame") {

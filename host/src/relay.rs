@@ -31,7 +31,8 @@ use crate::{
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The header that names who placed the request.
 pub(crate) const POLICY: HeaderName = HeaderName::from_static("x-dynamo-policy");
-const WORKER: HeaderName = HeaderName::from_static("x-dynamo-worker");
+/// The header that names the worker, where workers are exposed.
+pub(crate) const WORKER: HeaderName = HeaderName::from_static("x-dynamo-worker");
 
 /// What the host says about an answer.
 pub(crate) struct Head {

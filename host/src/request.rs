@@ -109,8 +109,12 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
     lane.meters.decode.record(begun.elapsed());
     trace::stage("decode", begun);
 
-    let renamed = resolve(lane, &mut facts, &mut body)?;
-    notes.model = lane.roster.snapshot().fleet().models().get(&facts.model).cloned();
+    let renamed = {
+        let snapshot = lane.roster.snapshot();
+        let renamed = resolve(&snapshot, &mut facts, &mut body)?;
+        notes.model = snapshot.fleet().models().get(&facts.model).cloned();
+        renamed
+    };
     let pinned = lane.routing.pin();
     let priority = facts.priority;
     let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };
@@ -139,8 +143,8 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
 }
 
 /// Finds what the client's name for a model is served as, and has the body say so. Returns the real name if it is another.
-fn resolve(lane: &Lane, facts: &mut RequestFacts, body: &mut Bytes) -> Result<Option<String>, RequestError> {
-    let Resolved { name, model, adapter, is_fallback } = lane.roster.snapshot().resolve(&facts.model)?;
+fn resolve(snapshot: &Snapshot, facts: &mut RequestFacts, body: &mut Bytes) -> Result<Option<String>, RequestError> {
+    let Resolved { name, model, adapter, is_fallback } = snapshot.resolve(&facts.model)?;
     let asked = std::mem::replace(&mut facts.model, model);
     facts.adapter = adapter;
     if name == asked {

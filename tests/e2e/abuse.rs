@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use crate::harness::{
-    client::Client,
+    client::{Client, read_raw},
     eventually,
     host::{Host, MockProcess, chat, streamed},
     soon,
@@ -79,18 +79,6 @@ async fn connect(client: &Client, count: usize) -> Vec<TcpStream> {
     stream::iter(0..count).map(|_| client.socket()).buffer_unordered(32).collect().await
 }
 
-/// Reads an answer's head and as much of its body as comes until the server closes, or until there is `enough`.
-async fn answer(socket: &mut TcpStream, enough: &str) -> String {
-    let mut answer = Vec::new();
-    while !String::from_utf8_lossy(&answer).contains(enough) {
-        match soon("an answer", socket.read_buf(&mut answer)).await {
-            Ok(length) if length > 0 => {}
-            _ => break,
-        }
-    }
-    String::from_utf8_lossy(&answer).into_owned()
-}
-
 #[tokio::test]
 async fn slow_headers_from_many_are_cut_off_while_others_are_served() {
     let many = 300 * scale();
@@ -132,7 +120,7 @@ async fn more_headers_than_there_may_be_are_refused_as_such() {
         let mut socket = host.http.socket().await;
         // It may hang up before it has read all.
         let _ = socket.write_all(format!("GET /live HTTP/1.1\r\nhost: h\r\n{headers}\r\n").as_bytes()).await;
-        let said = answer(&mut socket, "\r\n\r\n").await;
+        let said = read_raw(&mut socket, "\r\n\r\n").await;
         assert!(said.starts_with("HTTP/1.1 431"), "{said}");
     }
     let enough: String = (0..90).map(|at| format!("x-{at}: {at}\r\n")).collect();
@@ -187,7 +175,7 @@ async fn idle_connections_cost_little_and_nobody_else_anything() {
         socket.write_all(b"GET /live HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
     }
     for socket in &mut sockets {
-        assert!(answer(socket, "\"live\"").await.starts_with("HTTP/1.1 200"));
+        assert!(read_raw(socket, "\"live\"").await.starts_with("HTTP/1.1 200"));
     }
     let open = host.http.metric("dynamo_host_connections", &[("listener", "front door")]).await;
     assert!(open >= many as f64, "{open} connections are open");
@@ -201,7 +189,7 @@ async fn one_client_has_as_many_connections_as_it_may() {
     let refused = eventually("one is refused", async || {
         let mut socket = host.http.socket().await;
         socket.write_all(b"GET /live HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
-        let said = answer(&mut socket, "}").await;
+        let said = read_raw(&mut socket, "}").await;
         sockets.push(socket);
         said.contains("429").then_some(said)
     })
@@ -212,7 +200,7 @@ async fn one_client_has_as_many_connections_as_it_may() {
     eventually("it is let in again", async || {
         let mut socket = host.http.socket().await;
         socket.write_all(b"GET /live HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").await.unwrap();
-        answer(&mut socket, "}").await.starts_with("HTTP/1.1 200").then_some(())
+        read_raw(&mut socket, "}").await.starts_with("HTTP/1.1 200").then_some(())
     })
     .await;
 }

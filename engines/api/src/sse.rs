@@ -107,6 +107,17 @@ pub struct Summary {
     pub error: Option<String>,
 }
 
+impl Summary {
+    /// Adds what the frames after these say.
+    pub fn add(&mut self, later: Self) {
+        self.tokens = self.tokens.saturating_add(later.tokens);
+        self.finishes += later.finishes;
+        self.done |= later.done;
+        self.usage = later.usage.or(self.usage);
+        self.error = later.error.or(self.error.take());
+    }
+}
+
 /// Token counts as the engine reports them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Usage {

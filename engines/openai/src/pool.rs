@@ -3,7 +3,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     thread::{self, ThreadId},
     time::{Duration, Instant},
@@ -65,9 +65,8 @@ impl Pool {
 
     /// A connection that was kept and is still good, as far as can be known.
     pub(crate) fn kept(&self) -> Option<Opened> {
-        self.tidy();
+        let mut idle = self.tidied();
         let here = thread::current().id();
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(place) = idle.iter().rposition(|idle| idle.home == here) {
             let Idle { mut connection, .. } = idle.remove(place);
             if connection.is_quiet() {
@@ -79,10 +78,20 @@ impl Pool {
 
     /// Closes those whose time is over.
     pub(crate) fn tidy(&self) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.tidied());
+    }
+
+    /// Those whose time is not over; the others are closed.
+    fn tidied(&self) -> MutexGuard<'_, Vec<Idle>> {
+        let mut idle = self.idle();
         let now = Instant::now();
         let expired = idle.iter().take_while(|idle| now - idle.since >= self.idle_timeout).count();
         idle.drain(..expired);
+        idle
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new connection, encrypted if it shall be. Takes as long as the system lets it: the caller has the bound.
@@ -98,7 +107,7 @@ impl Pool {
         if !connection.is_reusable() || !connection.is_quiet() {
             return;
         }
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle();
         if idle.len() < self.max_idle {
             idle.push(Idle { connection, since: Instant::now(), home: thread::current().id() });
         }

@@ -2,15 +2,13 @@
 
 use std::time::Duration;
 
-use http::{HeaderName, HeaderValue, Method};
+use http::{HeaderValue, Method};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::{
     config::Cors,
-    relay::{POLICY, REQUEST_ID},
+    relay::{POLICY, REQUEST_ID, WORKER},
 };
-
-const WORKER: HeaderName = HeaderName::from_static("x-dynamo-worker");
 
 /// Answers preflights, and says on each answer which pages may read it. Credentials are keys in headers, never cookies.
 pub(super) fn layer(cors: &Cors) -> CorsLayer {

@@ -8,7 +8,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use dynamo_host_core::WorkerState;
+use dynamo_host_core::{Fleet, WorkerState};
 use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::json;
 
@@ -17,7 +17,7 @@ use crate::{error::Audience, roster::WorkerReport};
 
 /// 200 while at least one worker can serve.
 pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
-    let ready = healthy_workers(&door);
+    let ready = ready_workers(door.lane.roster.snapshot().fleet());
     let (status, word) = if ready > 0 { (StatusCode::OK, "ready") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready") };
     (status, Json(json!({ "status": word, "ready_workers": ready }))).into_response()
 }
@@ -26,14 +26,15 @@ pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
 /// may know workers: anybody may ask here.
 pub(super) async fn health(State(door): State<Arc<Door>>) -> Response {
     let snapshot = door.lane.roster.snapshot();
-    let workers = snapshot.fleet().workers();
-    let ready = healthy_workers(&door);
-    let (status, word) = match ready {
-        0 => (StatusCode::SERVICE_UNAVAILABLE, "down"),
-        ready if ready == workers.len() => (StatusCode::OK, "healthy"),
+    // Both of one snapshot: in another there may be more that are ready.
+    let ready = ready_workers(snapshot.fleet());
+    let others = snapshot.fleet().workers().len() - ready;
+    let (status, word) = match (ready, others) {
+        (0, _) => (StatusCode::SERVICE_UNAVAILABLE, "down"),
+        (_, 0) => (StatusCode::OK, "healthy"),
         _ => (StatusCode::OK, "degraded"),
     };
-    let mut body = json!({ "status": word, "ready_workers": ready, "other_workers": workers.len() - ready });
+    let mut body = json!({ "status": word, "ready_workers": ready, "other_workers": others });
     if door.lane.audience() == Audience::Operator {
         let troubles = door.lane.roster.report().into_iter().filter(|worker| worker.state != WorkerState::Healthy);
         let trouble = |worker: WorkerReport| json!({ "worker": worker.name, "state": worker.state, "reason": worker.trouble });
@@ -42,8 +43,8 @@ pub(super) async fn health(State(door): State<Arc<Door>>) -> Response {
     (status, Json(body)).into_response()
 }
 
-fn healthy_workers(door: &Door) -> usize {
-    door.lane.roster.snapshot().fleet().workers().iter().filter(|worker| worker.state.is_eligible()).count()
+fn ready_workers(fleet: &Fleet) -> usize {
+    fleet.workers().iter().filter(|worker| worker.state.is_eligible()).count()
 }
 
 pub(super) async fn metrics(State(door): State<Arc<Door>>) -> Response {

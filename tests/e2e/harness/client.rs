@@ -145,14 +145,7 @@ impl Client {
         let mut socket = self.socket().await;
         // The server may close before it has read everything.
         let _ = soon("bytes are sent", socket.write_all(bytes)).await;
-        let mut answer = Vec::new();
-        while !String::from_utf8_lossy(&answer).contains(enough) {
-            match soon("an answer", socket.read_buf(&mut answer)).await {
-                Ok(length) if length > 0 => {}
-                _ => break,
-            }
-        }
-        String::from_utf8_lossy(&answer).into_owned()
+        read_raw(&mut socket, enough).await
     }
 
     /// A connection of its own.
@@ -160,6 +153,18 @@ impl Client {
         let address = self.base.strip_prefix("http://").unwrap();
         soon("a connection", TcpStream::connect(address)).await.unwrap()
     }
+}
+
+/// Reads what comes until the server closes, or until it has `enough`.
+pub(crate) async fn read_raw(socket: &mut TcpStream, enough: &str) -> String {
+    let mut answer = Vec::new();
+    while !String::from_utf8_lossy(&answer).contains(enough) {
+        match soon("an answer", socket.read_buf(&mut answer)).await {
+            Ok(length) if length > 0 => {}
+            _ => break,
+        }
+    }
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 impl Reply {

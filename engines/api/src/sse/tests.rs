@@ -20,11 +20,7 @@ fn read_all(pieces: &[&[u8]]) -> (Vec<u8>, Summary) {
     let mut take = |chunk: Option<Chunk>| {
         let Some(chunk) = chunk else { return };
         bytes.extend_from_slice(&chunk.bytes);
-        total.tokens += chunk.summary.tokens;
-        total.finishes += chunk.summary.finishes;
-        total.done |= chunk.summary.done;
-        total.usage = chunk.summary.usage.or(total.usage);
-        total.error = chunk.summary.error.or(total.error.take());
+        total.add(chunk.summary);
     };
     for piece in pieces {
         take(framer.push(Bytes::copy_from_slice(piece)).unwrap());
