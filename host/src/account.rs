@@ -59,26 +59,30 @@ pub(crate) struct Account {
 const CLIENT_LEFT: u16 = 499;
 
 impl Account {
+    /// `cached_tokens`: what the worker is believed to hold of the prompt.
     pub(crate) fn open(
         lane: &Lane,
         facts: &RequestFacts,
         worker: &Worker,
+        cached_tokens: u32,
         version: Option<Arc<PolicyVersion>>,
         accepted: Instant,
     ) -> Self {
         lane.meters.in_flight.increment(1.0);
+        let tokens = facts.prompt.tokens;
+        let uncached = tokens.saturating_sub(cached_tokens);
         Self {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
             observer: lane.observer.clone(),
             clock: lane.clock,
             version,
-            in_flight: InFlight::dispatch(Arc::clone(&worker.load), facts.prompt.tokens),
+            in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
             decision_id: facts.decision_id,
             endpoint: facts.endpoint,
-            prompt_tokens: facts.prompt.tokens,
+            prompt_tokens: tokens,
             accepted,
             dispatched: Instant::now(),
             first_token: None,
@@ -143,7 +147,7 @@ impl Account {
 
     fn tokens(&mut self, count: u32) {
         self.output_tokens = self.output_tokens.saturating_add(count);
-        self.in_flight.tokens(count);
+        self.in_flight.tokens(count, self.clock.now_ms());
     }
 }
 

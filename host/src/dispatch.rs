@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Instant};
 
 use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
-use dynamo_host_core::{RequestFacts, Worker};
+use dynamo_host_core::{Held, RequestFacts, Worker};
 use futures_util::StreamExt;
 use http::StatusCode;
 
@@ -69,7 +69,8 @@ impl<'a> Dispatch<'a> {
             }
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
-            let account = Account::open(self.lane, facts, worker, placing.observed_version(), self.accepted);
+            let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
+            let account = Account::open(self.lane, facts, worker, cached, placing.observed_version(), self.accepted);
             let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);

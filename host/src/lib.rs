@@ -24,6 +24,7 @@ mod meters;
 mod models;
 mod observe;
 mod policies;
+mod prefixes;
 mod relay;
 mod reload;
 mod request;

@@ -16,7 +16,8 @@ use arc_swap::ArcSwap;
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, GenerateRequest};
-use dynamo_host_core::{Candidates, RequestFacts, answer::Verdict};
+use dynamo_host_core::{Candidates, Overlap, RequestFacts, answer::Verdict};
+use dynamo_host_index::Prompt;
 use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, PolicyVersion, RouteCall, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -31,6 +32,7 @@ use crate::{
     meters::RequestMeters,
     models::Resolved,
     observe::Observer,
+    prefixes::Prefixes,
     relay::Patience,
     roster::{Roster, Snapshot},
     trace,
@@ -47,6 +49,7 @@ const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");
 pub(crate) struct Lane {
     pub(crate) routing: Arc<RoutingSlot>,
     pub(crate) roster: Arc<Roster>,
+    pub(crate) prefixes: Prefixes,
     pub(crate) clock: Clock,
     /// Changed when the configuration is.
     pub(crate) limits: ArcSwap<Limits>,
@@ -115,13 +118,14 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
         notes.model = snapshot.fleet().models().get(&facts.model).cloned();
         renamed
     };
+    let prompt = lane.prefixes.read(&mut facts, &body);
     let pinned = lane.routing.pin();
     let priority = facts.priority;
     let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };
     let mut dispatch = Dispatch::new(lane, ask, at);
     loop {
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
-        let placing = match place(lane, &pinned, &mut facts, &patience, notes).await {
+        let placing = match place(lane, &pinned, &mut facts, &prompt, &patience, notes).await {
             Ok(placing) => placing,
             // Every worker has failed it: what the last one failed with says more.
             Err(error @ RequestError::NoWorker { .. }) => return Err(dispatch.into_failure().map_or(error, RequestError::from)),
@@ -161,6 +165,8 @@ fn resolve(snapshot: &Snapshot, facts: &mut RequestFacts, body: &mut Bytes) -> R
 pub(crate) struct Placing {
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) candidates: Arc<Candidates>,
+    /// What the workers held of the prompt when it was ranked.
+    pub(crate) overlap: Arc<Overlap>,
     pub(crate) rows: Vec<u32>,
     /// `x-dynamo-policy`.
     pub(crate) policy: String,
@@ -181,6 +187,7 @@ async fn place(
     lane: &Lane,
     pinned: &Pinned,
     facts: &mut RequestFacts,
+    prompt: &Prompt,
     patience: &Patience,
     notes: &mut Notes,
 ) -> Result<Placing, RequestError> {
@@ -191,9 +198,11 @@ async fn place(
         let snapshot = lane.roster.snapshot();
         let candidates = snapshot.candidates(facts)?;
         facts.holds = holds;
+        let overlap = lane.prefixes.overlap(facts, prompt);
         let call = RouteCall {
             request: Arc::new(facts.clone()),
             candidates: Arc::clone(&candidates),
+            overlap: Some(Arc::clone(&overlap)),
             now_ms: lane.clock.now_ms(),
             unix_ms: unix_ms(),
             // Asked again, a policy that decides by chance must not repeat itself.
@@ -214,7 +223,7 @@ async fn place(
         match verdict {
             Verdict::Place(ranking) => {
                 let rows = ranking.rows().to_vec();
-                return Ok(Placing { snapshot, candidates, rows, policy, by, held });
+                return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, held });
             }
             Verdict::Reject(rejection) if matches!(by, DecidedBy::Nobody(_)) => {
                 return Err(RequestError::PolicyFailed(rejection));

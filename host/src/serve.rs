@@ -8,6 +8,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use dynamo_host_index::PrefixIndexes;
 use dynamo_host_policy::{Limits as PolicyLimits, Now, PolicyRuntime, RuntimeError};
 use dynamo_host_store::StoreError;
 use tokio::{net::TcpListener, sync::watch};
@@ -23,6 +24,7 @@ use crate::{
     meters::{self, RequestMeters},
     observe::Observer,
     policies::{Policies, Wishes},
+    prefixes::Prefixes,
     reload::Reload,
     request::Lane,
     roster::{Roster, RosterError},
@@ -98,6 +100,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let lane = Arc::new(Lane {
         routing: Arc::clone(policies.routing()),
         roster: Arc::clone(&roster),
+        prefixes: Prefixes::new(PrefixIndexes::new()),
         clock,
         limits: ArcSwap::from_pointee(config.limits.clone()),
         meters: RequestMeters::new(),

@@ -12,7 +12,7 @@ pub mod conformance;
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-pub use dynamo_host_core::Endpoint;
+pub use dynamo_host_core::{Endpoint, EngineHash, KvEvent, StoredBlocks, Tier};
 use futures_core::{Stream, future::BoxFuture};
 use http::{HeaderMap, StatusCode};
 pub use sse::{Chunk, Summary, Usage};
@@ -33,11 +33,48 @@ pub trait Engine: Send + Sync + 'static {
         Box::pin(async { Ok(Vec::new()) })
     }
 
+    /// What its ranks hold of KV, as it changes; `None` if the engine does not tell. There is one reader: an engine may hand
+    /// out each event once only.
+    fn kv_events(&self) -> Option<KvUpdates> {
+        None
+    }
+
+    /// Token ids of a request's prompt as the engine would compute them; `None` if it cannot say.
+    fn tokenize(&self, _endpoint: Endpoint, _body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {
+        Box::pin(async { Ok(None) })
+    }
+
     /// Sends a request and waits for the beginning of its answer: a whole body, or the head of a stream.
     ///
     /// # Cancel safety
     /// Dropping the future, or the reply that it returned, ends the engine's work on the request.
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>>;
+}
+
+/// What an engine tells of its KV, in order. It does not end by itself: the adapter connects again for as long as it is
+/// polled, and says so by [`KvUpdate::Reset`]. Dropping it closes the connection.
+pub type KvUpdates = Pin<Box<dyn Stream<Item = KvUpdate> + Send>>;
+
+/// A piece of what an engine tells of its KV.
+#[derive(Clone, Debug, PartialEq)]
+pub enum KvUpdate {
+    /// Changes of one rank, in order.
+    Events {
+        /// The rank.
+        rank: u32,
+        /// The changes.
+        events: Vec<KvEvent>,
+        /// How old they were when they came, by the engine's clock and ours; `None` if the engine does not say.
+        lag: Option<Duration>,
+    },
+    /// Nothing that was told before is known to be so any more: the engine started anew, or some of its events are lost for
+    /// good. What follows builds upon nothing.
+    Reset {
+        /// The rank; `None`: all of them.
+        rank: Option<u32>,
+        /// Why, for logs and metrics: `restart`, `gap`, `disconnected`.
+        cause: &'static str,
+    },
 }
 
 /// A model as an engine describes it.

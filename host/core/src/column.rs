@@ -17,7 +17,7 @@ impl U64Column {
         &[("worker-id", Self::WorkerId), ("engine-key", Self::EngineKey), ("pool-key", Self::PoolKey)];
 }
 
-/// Columns of `u32`, by what they hold.
+/// Columns of `u32`, by what they hold. Those of cached tokens are [`Tier::COLUMNS`](crate::Tier::COLUMNS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum U32Column {
     /// Data-parallel rank.
@@ -28,16 +28,12 @@ pub enum U32Column {
     State,
     /// Tokens per block.
     BlockSize,
-    /// Prefix tokens in device memory.
-    CachedDeviceTokens,
-    /// Further prefix tokens in host memory.
-    CachedHostTokens,
-    /// Further prefix tokens on disk.
-    CachedDiskTokens,
-    /// Further prefix tokens at a remote store or peer.
-    CachedRemoteTokens,
     /// Prompt tokens without a first token.
     ActivePrefillTokens,
+    /// Of those, what has to be computed.
+    ActiveUncachedTokens,
+    /// Time since the last progress in prefill.
+    PrefillBusyMs,
     /// Context tokens that decode.
     ActiveDecodeTokens,
     /// Requests in flight.
@@ -69,11 +65,9 @@ impl U32Column {
         ("role", Self::Role),
         ("state", Self::State),
         ("block-size", Self::BlockSize),
-        ("cached-device-tokens", Self::CachedDeviceTokens),
-        ("cached-host-tokens", Self::CachedHostTokens),
-        ("cached-disk-tokens", Self::CachedDiskTokens),
-        ("cached-remote-tokens", Self::CachedRemoteTokens),
         ("active-prefill-tokens", Self::ActivePrefillTokens),
+        ("active-uncached-tokens", Self::ActiveUncachedTokens),
+        ("prefill-busy-ms", Self::PrefillBusyMs),
         ("active-decode-tokens", Self::ActiveDecodeTokens),
         ("active-requests", Self::ActiveRequests),
         ("queued-requests", Self::QueuedRequests),

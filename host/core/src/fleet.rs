@@ -13,6 +13,7 @@ use crate::{
     UNKNOWN,
     column::{F32Column, U32Column, U64Column, topology_label},
     id::{self, WorkerId},
+    kv::{Overlap, Tier},
     load::{Load, LoadBoard, Recent, Reported},
     worker::{Role, Worker},
 };
@@ -220,6 +221,8 @@ impl Candidates {
             U32Column::State => self.iter().map(|_| 0).collect(),
             U32Column::BlockSize => self.block_size(),
             U32Column::ActivePrefillTokens => self.board.gather(Load::ActivePrefillTokens, &self.slots),
+            U32Column::ActiveUncachedTokens => self.board.gather(Load::ActiveUncachedTokens, &self.slots),
+            U32Column::PrefillBusyMs => self.board.gather_prefill_busy_ms(&self.slots, now_ms),
             U32Column::ActiveDecodeTokens => self.board.gather(Load::ActiveDecodeTokens, &self.slots),
             U32Column::ActiveRequests => self.board.gather(Load::ActiveRequests, &self.slots),
             U32Column::RecentAgeMs => self.board.gather_recent_age_ms(&self.slots, now_ms),
@@ -232,12 +235,14 @@ impl Candidates {
             U32Column::LoadAgeMs => self.board.gather_load_age_ms(&self.slots, now_ms),
             U32Column::AdapterLoaded if self.have_adapter => self.iter().map(|_| 1).collect(),
             // No adapter is asked for, or not observed by this host yet: the contract's word for it is "unknown".
-            U32Column::AdapterLoaded
-            | U32Column::CachedDeviceTokens
-            | U32Column::CachedHostTokens
-            | U32Column::CachedDiskTokens
-            | U32Column::CachedRemoteTokens => self.unknown(),
+            U32Column::AdapterLoaded => self.unknown(),
         }
+    }
+
+    /// A column of what the workers hold of the request's prefix in one tier; unknown if nobody has looked.
+    #[must_use]
+    pub fn cached_column(&self, tier: Tier, overlap: Option<&Overlap>) -> Arc<[u32]> {
+        Overlap::column(overlap, tier, &self.slots)
     }
 
     /// Tokens per KV block: as configured, else as the engine reports it.

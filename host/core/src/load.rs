@@ -23,11 +23,13 @@ pub enum Load {
     ActiveRequests,
     /// Prompt tokens of requests without a first token.
     ActivePrefillTokens,
+    /// Of those, what the worker did not hold when it was given them: what it has to compute.
+    ActiveUncachedTokens,
     /// Context tokens of requests that decode.
     ActiveDecodeTokens,
 }
 
-const COLUMNS: usize = 3;
+const COLUMNS: usize = 4;
 
 /// Columns of what engines report, [`UNKNOWN`] where one does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +92,8 @@ pub struct LoadBoard {
     reported: [Box<[AtomicU32]>; REPORTED],
     /// When a slot's engine last reported, in milliseconds of the host's clock; `u64::MAX`: never.
     reported_ms: Box<[AtomicU64]>,
+    /// When a slot last made progress in prefill: a prompt was done, or the first came; in milliseconds of the host's clock.
+    prefill_ms: Box<[AtomicU64]>,
     recent: [Box<[AtomicU32]>; RECENT],
     /// When a slot's recent values were last observed, in milliseconds of the host's clock; `u64::MAX`: never.
     observed_ms: Box<[AtomicU64]>,
@@ -106,6 +110,7 @@ impl LoadBoard {
             columns: std::array::from_fn(|_| all(0)),
             reported: std::array::from_fn(|_| all(UNKNOWN)),
             reported_ms: never(),
+            prefill_ms: never(),
             recent: std::array::from_fn(|_| all(f32::NAN.to_bits())),
             observed_ms: never(),
             free: Mutex::new((0..workers).rev().collect()),
@@ -120,8 +125,9 @@ impl LoadBoard {
         for (columns, blank) in [(&self.columns[..], 0), (&self.reported[..], UNKNOWN), (&self.recent[..], f32::NAN.to_bits())] {
             columns.iter().for_each(|column| column[index as usize].store(blank, Relaxed));
         }
-        self.reported_ms[index as usize].store(u64::MAX, Relaxed);
-        self.observed_ms[index as usize].store(u64::MAX, Relaxed);
+        for times in [&self.reported_ms, &self.prefill_ms, &self.observed_ms] {
+            times[index as usize].store(u64::MAX, Relaxed);
+        }
         Some(Arc::new(LoadSlot { board: Arc::clone(self), index, served: AtomicU64::new(0), output_tokens: AtomicU64::new(0) }))
     }
 
@@ -130,6 +136,17 @@ impl LoadBoard {
     pub fn gather(&self, load: Load, slots: &[u32]) -> Arc<[u32]> {
         let column = &self.columns[load as usize];
         slots.iter().map(|&slot| column[slot as usize].load(Relaxed)).collect()
+    }
+
+    /// Reads for how long `slots` have had prompts in prefill without progress, in their order; 0 for those without any.
+    #[must_use]
+    pub fn gather_prefill_busy_ms(&self, slots: &[u32], now_ms: u64) -> Arc<[u32]> {
+        let waiting = &self.columns[Load::ActivePrefillTokens as usize];
+        let busy = |&slot: &u32| match waiting[slot as usize].load(Relaxed) {
+            0 => 0,
+            _ => age_ms(&self.prefill_ms[slot as usize], now_ms),
+        };
+        slots.iter().map(busy).collect()
     }
 
     /// Reads one column of what engines report at `slots`, in their order.
@@ -263,10 +280,16 @@ impl LoadSlot {
         self.board.recent[recent as usize][self.index as usize].store(value.to_bits(), Relaxed);
     }
 
-    fn add(&self, load: Load, by: u32) {
+    /// Adds to a column and returns what was there.
+    fn add(&self, load: Load, by: u32) -> u32 {
         // Saturating, and short of the value that means "unknown".
-        let _ = self.board.columns[load as usize][self.index as usize]
-            .fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_add(by).min(UNKNOWN - 1)));
+        self.board.columns[load as usize][self.index as usize]
+            .fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_add(by).min(UNKNOWN - 1)))
+            .unwrap_or_default()
+    }
+
+    fn prefill_progress(&self, now_ms: u64) {
+        self.board.prefill_ms[self.index as usize].store(now_ms, Relaxed);
     }
 
     fn sub(&self, load: Load, by: u32) {
@@ -287,24 +310,31 @@ impl Drop for LoadSlot {
 pub struct InFlight {
     slot: Arc<LoadSlot>,
     prefill: u32,
+    uncached: u32,
     decode: u32,
 }
 
 impl InFlight {
-    /// Books a request with a prompt of this many tokens.
+    /// Books a request with a prompt of this many tokens, of which so many are to be computed. `now_ms` is the host's
+    /// clock.
     #[must_use]
-    pub fn dispatch(slot: Arc<LoadSlot>, prompt_tokens: u32) -> Self {
+    pub fn dispatch(slot: Arc<LoadSlot>, prompt_tokens: u32, uncached_tokens: u32, now_ms: u64) -> Self {
         slot.served.fetch_add(1, Relaxed);
         slot.add(Load::ActiveRequests, 1);
-        slot.add(Load::ActivePrefillTokens, prompt_tokens);
-        Self { slot, prefill: prompt_tokens, decode: 0 }
+        if slot.add(Load::ActivePrefillTokens, prompt_tokens) == 0 {
+            slot.prefill_progress(now_ms);
+        }
+        slot.add(Load::ActiveUncachedTokens, uncached_tokens);
+        Self { slot, prefill: prompt_tokens, uncached: uncached_tokens, decode: 0 }
     }
 
     /// Tokens came out: the first ones end the prefill, all of them grow the context.
-    pub fn tokens(&mut self, count: u32) {
+    pub fn tokens(&mut self, count: u32, now_ms: u64) {
         let grown = if self.prefill > 0 {
             let prompt = std::mem::take(&mut self.prefill);
             self.slot.sub(Load::ActivePrefillTokens, prompt);
+            self.slot.sub(Load::ActiveUncachedTokens, std::mem::take(&mut self.uncached));
+            self.slot.prefill_progress(now_ms);
             prompt.saturating_add(count)
         } else {
             count
@@ -324,6 +354,7 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.slot.sub(Load::ActivePrefillTokens, self.prefill);
+        self.slot.sub(Load::ActiveUncachedTokens, self.uncached);
         self.slot.sub(Load::ActiveDecodeTokens, self.decode);
         self.slot.sub(Load::ActiveRequests, 1);
     }

@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn fewer_requests_win_then_fewer_prompt_tokens() {
         let set = candidates(3);
-        let load = |row: u32, tokens| InFlight::dispatch(Arc::clone(&set.worker(row).load), tokens);
+        let load = |row: u32, tokens| InFlight::dispatch(Arc::clone(&set.worker(row).load), tokens, tokens, 0);
         let _in_flight = [load(0, 10), load(1, 5), load(2, 1), load(2, 1)];
         assert_eq!(least_loaded(&set, 0).rows(), [1, 0, 2]);
     }

@@ -21,7 +21,7 @@ use crate::{call::Guest, limits::Limits};
 
 /// Package and version of the contract that this host speaks. Older 0.1 guests link against it, since the host
 /// only ever adds imports.
-pub(crate) const VERSION: &str = "0.1.0";
+pub(crate) const VERSION: &str = "0.1.1";
 
 /// Interfaces that a routing policy may import.
 pub(crate) const ROUTER_IMPORTS: &[&str] =

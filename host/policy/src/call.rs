@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Answer, Candidates, RequestFacts};
+use dynamo_host_core::{Answer, Candidates, Overlap, RequestFacts};
 use wasmtime::ResourceLimiter;
 
 use crate::{fault::Refusal, limits::Limits, runtime::Now, state::SlotState};
@@ -14,6 +14,8 @@ pub struct RouteCall {
     pub request: Arc<RequestFacts>,
     /// The workers that may serve it.
     pub candidates: Arc<Candidates>,
+    /// What workers hold of its prompt's prefix; `None` if nobody has looked.
+    pub overlap: Option<Arc<Overlap>>,
     /// The host's monotonic clock.
     pub now_ms: u64,
     /// Wall clock.

@@ -27,11 +27,12 @@ pub fn fleet(count: u32) -> SyntheticFleet {
     let workers = (0..count)
         .map(|i| {
             let load = board.claim().expect("the board has a slot per worker");
+            let dispatch = |tokens| InFlight::dispatch(Arc::clone(&load), tokens, tokens, 0);
             // One request in prefill and up to seven that decode, no two workers quite alike.
-            in_flight.push(InFlight::dispatch(Arc::clone(&load), i.wrapping_mul(2_654_435_761) >> 16));
+            in_flight.push(dispatch(i.wrapping_mul(2_654_435_761) >> 16));
             for request in 0..i % 8 {
-                let mut decoding = InFlight::dispatch(Arc::clone(&load), (i * 37 + request * 811) % 4000);
-                decoding.tokens(i % 100 + 1);
+                let mut decoding = dispatch((i * 37 + request * 811) % 4000);
+                decoding.tokens(i % 100 + 1, 0);
                 in_flight.push(decoding);
             }
             let spec = WorkerSpec {
@@ -74,6 +75,7 @@ pub fn route_call(fleet: &SyntheticFleet, seed: u64) -> RouteCall {
     RouteCall {
         request: Arc::new(request),
         candidates: Arc::clone(&fleet.candidates),
+        overlap: None,
         now_ms: 1,
         unix_ms: 1,
         seed,

@@ -236,7 +236,7 @@ async fn a_worker_that_there_was_no_room_for_comes_when_another_has_gone() {
     roster.apply(&one, found(&["http://h:1,name=a,model=m"]));
     roster.apply(&other, found(&["http://h:2,name=b,model=m"]));
     assert!(roster.problems()[0].problem.reason.contains("raise limits.max_workers"));
-    let request = InFlight::dispatch(Arc::clone(&member(&roster, "a").standing().workers[0].load), 1);
+    let request = InFlight::dispatch(Arc::clone(&member(&roster, "a").standing().workers[0].load), 1, 1, 0);
     roster.apply(&one, found(&[]));
     roster.apply_again();
     assert_eq!(members(&roster), [("a".to_owned(), "static".to_owned(), true)]);
@@ -262,7 +262,7 @@ async fn a_worker_is_connected_anew_when_its_token_changes_and_what_runs_goes_on
     assert!(roster.problems().is_empty());
     roster.settle(&member(&roster, "e"), Ok(()), true);
     let before = member(&roster, "e");
-    let _request = InFlight::dispatch(Arc::clone(&before.standing().workers[0].load), 1);
+    let _request = InFlight::dispatch(Arc::clone(&before.standing().workers[0].load), 1, 1, 0);
     roster.apply_again();
     assert!(Arc::ptr_eq(&before, &member(&roster, "e")), "nothing has changed");
     // One that is no token changes nothing, and is told.
@@ -322,7 +322,7 @@ async fn a_worker_that_goes_finishes_what_it_has_and_its_place_is_free_then() {
     roster.settle(&member(&roster, "e"), Ok(()), true);
     roster.publish();
     candidates(&roster, "m").unwrap();
-    let request = InFlight::dispatch(Arc::clone(&member(&roster, "e").standing().workers[0].load), 1);
+    let request = InFlight::dispatch(Arc::clone(&member(&roster, "e").standing().workers[0].load), 1, 1, 0);
     roster.apply(&origin, found(&[]));
     assert!(matches!(candidates(&roster, "m"), Err(RequestError::NoWorker { .. })), "it is a candidate no more");
     assert_eq!(roster.report()[0].state, WorkerState::Draining);
@@ -346,7 +346,7 @@ async fn another_configuration_of_the_same_engine_keeps_what_runs_and_another_en
     roster.apply(&origin, found(&["http://h:1,name=e,model=m"]));
     roster.settle(&member(&roster, "e"), Ok(()), true);
     let before = member(&roster, "e");
-    let _request = InFlight::dispatch(Arc::clone(&before.standing().workers[0].load), 1);
+    let _request = InFlight::dispatch(Arc::clone(&before.standing().workers[0].load), 1, 1, 0);
     roster.apply(&origin, found(&["http://h:1,name=e,model=m,label.zone=b"]));
     let after = member(&roster, "e");
     assert!(Arc::ptr_eq(&before.engine, &after.engine));

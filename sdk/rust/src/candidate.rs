@@ -101,6 +101,18 @@ impl<'a> Candidate<'a> {
         self.candidates.active_prefill_tokens()[self.row as usize]
     }
 
+    /// See [`Candidates::active_uncached_tokens`].
+    #[must_use]
+    pub fn active_uncached_tokens(self) -> u32 {
+        self.candidates.active_uncached_tokens()[self.row as usize]
+    }
+
+    /// See [`Candidates::prefill_busy_ms`].
+    #[must_use]
+    pub fn prefill_busy_ms(self) -> u32 {
+        self.candidates.prefill_busy_ms()[self.row as usize]
+    }
+
     /// See [`Candidates::active_decode_tokens`].
     #[must_use]
     pub fn active_decode_tokens(self) -> u32 {

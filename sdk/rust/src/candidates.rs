@@ -39,6 +39,8 @@ pub struct Candidates {
     pub(crate) cached_disk_tokens: OnceCell<Vec<u32>>,
     pub(crate) cached_remote_tokens: OnceCell<Vec<u32>>,
     pub(crate) active_prefill_tokens: OnceCell<Vec<u32>>,
+    pub(crate) active_uncached_tokens: OnceCell<Vec<u32>>,
+    pub(crate) prefill_busy_ms: OnceCell<Vec<u32>>,
     pub(crate) active_decode_tokens: OnceCell<Vec<u32>>,
     pub(crate) active_requests: OnceCell<Vec<u32>>,
     pub(crate) queued_requests: OnceCell<Vec<u32>>,
@@ -138,6 +140,18 @@ impl Candidates {
     /// Prompt tokens of requests that were sent and have not answered their first token.
     pub fn active_prefill_tokens(&self) -> &[u32] {
         self.pull(&self.active_prefill_tokens, host::active_prefill_tokens, UNKNOWN)
+    }
+
+    /// Of [`active_prefill_tokens`](Self::active_prefill_tokens), those that the worker did not hold when it was given the
+    /// request, as far as the host knew: what it has to compute.
+    pub fn active_uncached_tokens(&self) -> &[u32] {
+        self.pull(&self.active_uncached_tokens, host::active_uncached_tokens, UNKNOWN)
+    }
+
+    /// Milliseconds since the worker last ended a prefill, or since the first prompt came to an idle one, whichever is
+    /// later; 0 if it has nothing to prefill.
+    pub fn prefill_busy_ms(&self) -> &[u32] {
+        self.pull(&self.prefill_busy_ms, host::prefill_busy_ms, UNKNOWN)
     }
 
     /// Context tokens (prompt and output) of requests that are decoding.

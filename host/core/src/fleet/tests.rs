@@ -31,7 +31,7 @@ fn rows_are_in_ascending_id_and_load_follows_its_worker() {
     let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
     assert!(candidates.u64_column(U64Column::WorkerId).is_sorted());
     for row in 0..candidates.count() {
-        let _busy = InFlight::dispatch(Arc::clone(&candidates.worker(row).load), 7);
+        let _busy = InFlight::dispatch(Arc::clone(&candidates.worker(row).load), 7, 7, 0);
         let column = candidates.u32_column(U32Column::ActivePrefillTokens, 0);
         let expected: Vec<u32> = (0..4).map(|r| if r == row { 7 } else { 0 }).collect();
         assert_eq!(*column, *expected);

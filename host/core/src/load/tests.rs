@@ -11,10 +11,10 @@ fn loads(slot: &LoadSlot) -> [u32; 3] {
 #[test]
 fn a_request_moves_from_prefill_to_decode_and_leaves_nothing() {
     let slot = LoadBoard::new(1).claim().unwrap();
-    let mut request = InFlight::dispatch(Arc::clone(&slot), 100);
+    let mut request = InFlight::dispatch(Arc::clone(&slot), 100, 100, 0);
     assert_eq!(loads(&slot), [1, 100, 0]);
-    request.tokens(1);
-    request.tokens(2);
+    request.tokens(1, 0);
+    request.tokens(2, 0);
     assert_eq!(loads(&slot), [1, 0, 103]);
     drop(request);
     assert_eq!(loads(&slot), [0, 0, 0]);
@@ -24,7 +24,7 @@ fn a_request_moves_from_prefill_to_decode_and_leaves_nothing() {
 fn a_slot_returns_only_when_its_last_request_has_ended() {
     let board = LoadBoard::new(1);
     let slot = board.claim().unwrap();
-    let request = InFlight::dispatch(Arc::clone(&slot), 5);
+    let request = InFlight::dispatch(Arc::clone(&slot), 5, 5, 0);
     drop(slot);
     assert!(board.claim().is_none(), "the slot is still in use");
     drop(request);
@@ -58,9 +58,9 @@ fn what_an_engine_reports_is_known_with_its_age_and_what_it_does_not_say_is_not(
 #[test]
 fn output_tokens_are_counted_whatever_becomes_of_the_request() {
     let slot = LoadBoard::new(1).claim().unwrap();
-    let mut request = InFlight::dispatch(Arc::clone(&slot), 100);
-    request.tokens(2);
-    request.tokens(3);
+    let mut request = InFlight::dispatch(Arc::clone(&slot), 100, 100, 0);
+    request.tokens(2, 0);
+    request.tokens(3, 0);
     drop(request);
     assert_eq!(slot.output_tokens(), 5);
 }
@@ -80,9 +80,9 @@ proptest! {
         let slot = LoadBoard::new(1).claim().unwrap();
         let mut open: Vec<InFlight> = Vec::new();
         for (prompt, tokens, end) in steps {
-            open.push(InFlight::dispatch(Arc::clone(&slot), prompt));
+            open.push(InFlight::dispatch(Arc::clone(&slot), prompt, prompt, 0));
             for request in &mut open {
-                request.tokens(tokens);
+                request.tokens(tokens, 0);
             }
             if end {
                 open.swap_remove(0);

@@ -3,7 +3,7 @@
 use std::{mem::size_of_val, sync::Arc};
 
 use dynamo_host_core::{
-    Candidates,
+    Candidates, Tier,
     column::{F32Column, U32Column, U64Column},
 };
 use wasmtime::component::{ComponentNamedList, ComponentType, Lift, Lower};
@@ -18,6 +18,14 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     }
     for &(name, column) in U32Column::ALL {
         define_column(interface, name, move |candidates, now_ms, ()| (candidates.u32_column(column, now_ms), 0))?;
+    }
+    for (name, tier) in Tier::COLUMNS {
+        define(interface, name, move |guest: &mut Guest, (): ()| {
+            let call = guest.route(name)?;
+            let column = call.candidates.cached_column(tier, call.overlap.as_deref());
+            let bytes = size_of_val(&*column);
+            Ok((column, bytes))
+        })?;
     }
     for &(name, column) in F32Column::ALL {
         define_column(interface, name, move |candidates, _, ()| (candidates.f32_column(column), 0))?;

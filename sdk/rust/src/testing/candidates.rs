@@ -148,6 +148,18 @@ impl Candidates {
         Self { active_prefill_tokens: column(self.count(), values), ..self }
     }
 
+    /// Gives [`active_uncached_tokens`](Self::active_uncached_tokens).
+    #[must_use]
+    pub fn with_active_uncached_tokens(self, values: impl Into<Vec<u32>>) -> Self {
+        Self { active_uncached_tokens: column(self.count(), values), ..self }
+    }
+
+    /// Gives [`prefill_busy_ms`](Self::prefill_busy_ms).
+    #[must_use]
+    pub fn with_prefill_busy_ms(self, values: impl Into<Vec<u32>>) -> Self {
+        Self { prefill_busy_ms: column(self.count(), values), ..self }
+    }
+
     /// Gives [`active_decode_tokens`](Self::active_decode_tokens).
     #[must_use]
     pub fn with_active_decode_tokens(self, values: impl Into<Vec<u32>>) -> Self {

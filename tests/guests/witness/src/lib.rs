@@ -23,6 +23,7 @@ impl Router for Witness {
             explain("request", || facts(request));
             explain("keys", || keys(candidates));
             explain("u32", || u32_columns(candidates));
+            explain("added", || added_columns(candidates));
             explain("f32", || f32_columns(candidates));
             explain("named", || named(candidates));
             explain("services", services);
@@ -122,6 +123,15 @@ fn u32_columns(candidates: &Candidates) -> Vec<f32> {
         candidates.up_seconds(),
         candidates.adapter_loaded(),
     ];
+    sums(&columns)
+}
+
+/// Columns that were added since the first release.
+fn added_columns(candidates: &Candidates) -> Vec<f32> {
+    sums(&[candidates.active_uncached_tokens(), candidates.prefill_busy_ms()])
+}
+
+fn sums(columns: &[&[u32]]) -> Vec<f32> {
     columns.iter().map(|column| column.iter().map(|&value| value as f32).sum()).collect()
 }
 
