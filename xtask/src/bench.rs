@@ -1,8 +1,13 @@
 //! `cargo xtask bench`: what is measured against others, side by side in one run.
 
+mod processes;
+mod prompts;
 mod proxy;
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
@@ -26,6 +31,8 @@ pub(crate) enum What {
     },
     /// CPU, latency, memory and start-up as a proxy, beside vLLM's router and the SGLang model gateway
     Proxy(proxy::Options),
+    /// Prompts of 100,000 tokens through the host: what reading, hashing and routing them costs
+    Prompts(prompts::Options),
 }
 
 /// Numbers of candidates.
@@ -36,7 +43,19 @@ pub(crate) fn run(what: &What) -> Result<()> {
         What::Policy { rounds } => policy(*rounds),
         What::Swap { streams } => swap(*streams),
         What::Proxy(options) => proxy::run(options),
+        What::Prompts(options) => prompts::run(options),
     }
+}
+
+/// Builds the host, the load generator and the fake engine for release; returns where the last two are.
+fn build_load() -> Result<PathBuf> {
+    println!("Building the host, the generator and the engine for release");
+    run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host"]))?;
+    let target = paths::target().join("bench");
+    let mut cargo = run::cargo();
+    cargo.current_dir(paths::root().join("bench")).env("CARGO_TARGET_DIR", &target);
+    run::check(cargo.args(["build", "--quiet", "--release", "--package", "load"]))?;
+    Ok(target.join("release"))
 }
 
 /// The black-box test of swaps, with more load than CI has time for.

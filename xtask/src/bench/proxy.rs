@@ -8,7 +8,6 @@
 //! A contender that cannot be installed or started is reported and left out: networks differ, and the others count.
 
 mod contenders;
-mod processes;
 mod report;
 
 use std::{
@@ -22,10 +21,13 @@ use serde_json::Value;
 
 use self::{
     contenders::Contender,
-    processes::{Engines, Router},
     report::{Point, Report},
 };
-use crate::{paths, policies, run};
+use super::{
+    build_load,
+    processes::{Engines, Router, free_port},
+};
+use crate::{policies, run};
 
 /// Tokens of each stream.
 const TOKENS: u64 = 32;
@@ -71,7 +73,8 @@ pub(crate) enum Mode {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let tools = build()?;
+    policies::build()?;
+    let tools = build_load()?;
     let (mut contenders, skipped) = contenders::prepare(&options.only)?;
     let mut report = Report::new(options, &contenders, skipped);
     let modes = options.mode.map_or_else(|| vec![Mode::Unpaced, Mode::Paced], |mode| vec![mode]);
@@ -105,18 +108,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// Builds all of ours; returns where the generator and the engine are.
-fn build() -> Result<PathBuf> {
-    policies::build()?;
-    println!("Building the host, the generator and the engine for release");
-    run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host"]))?;
-    let target = paths::target().join("bench");
-    let mut cargo = run::cargo();
-    cargo.current_dir(paths::root().join("bench")).env("CARGO_TARGET_DIR", &target);
-    run::check(cargo.args(["build", "--quiet", "--release", "--package", "load"]))?;
-    Ok(target.join("release"))
-}
-
 /// One contender's turn in one mode.
 struct Bench<'a> {
     options: &'a Options,
@@ -127,7 +118,9 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn measure(&self, contender: &Contender, engines: &Engines, report: &mut Report) -> Result<()> {
-        let router = Router::start(contender, engines.urls())?;
+        let port = free_port()?;
+        let command = contender.command(port, engines.urls())?;
+        let router = command.map(|command| Router::start(contender.name, port, command)).transpose()?;
         let urls = router.as_ref().map_or_else(|| engines.urls().to_vec(), |router| vec![router.url().to_owned()]);
         let warm_up = if self.mode == Mode::Paced { 64 } else { 500 };
         self.load(&urls, warm_up, 32, 0)?;

@@ -1,5 +1,5 @@
-//! A closed-loop load generator: each of `--concurrency` connections streams one chat completion after another until
-//! `--requests` are done. Every stream is checked: status, each token in its order, a finish reason, `[DONE]`.
+//! A load generator: each of `--concurrency` connections streams one chat completion after another until `--requests` are
+//! done; with `--rate`, each at its own time, from which its times are counted then. Every stream is checked: status, each token in its order, a finish reason, `[DONE]`.
 //!
 //! Prints one JSON object. Times are as the client sees them: a token's time is that of the read that brought it, so
 //! tokens that came together have a gap of zero.
@@ -40,6 +40,18 @@ struct Arguments {
     /// Another seed, other prompts: what a cache has seen in one run it has not seen in the next
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Streams begun in a second, evenly; without it each begins when a connection is free
+    #[arg(long)]
+    rate: Option<f64>,
+    /// Bytes of a prompt
+    #[arg(long, default_value_t = 200)]
+    prompt_bytes: usize,
+    /// How many of them are one of `--documents`, which come again and again; the rest is new in every prompt
+    #[arg(long, default_value_t = 0)]
+    shared_bytes: usize,
+    /// Different beginnings
+    #[arg(long, default_value_t = 1)]
+    documents: u64,
     /// How long a stream may take before it counts as failed
     #[arg(long, default_value_t = 10)]
     timeout_s: u64,
@@ -62,6 +74,8 @@ struct Run {
     arguments: Arguments,
     next: Cell<u64>,
     samples: RefCell<Samples>,
+    documents: Vec<String>,
+    begun: Instant,
     text: Finder<'static>,
     finish: Finder<'static>,
 }
@@ -75,9 +89,10 @@ async fn main() -> ExitCode {
         samples: RefCell::default(),
         text: Finder::new(r#""content":""#),
         finish: Finder::new(r#""finish_reason":""#),
+        documents: (0..arguments.documents).map(|number| words(!number, arguments.shared_bytes)).collect(),
+        begun: Instant::now(),
         arguments,
     });
-    let begun = Instant::now();
     let local = task::LocalSet::new();
     let all = async {
         let mut tasks = JoinSet::new();
@@ -89,7 +104,7 @@ async fn main() -> ExitCode {
         }
     };
     local.run_until(all).await;
-    print(&run, begun.elapsed());
+    print(&run, run.begun.elapsed());
     ExitCode::SUCCESS
 }
 
@@ -138,8 +153,15 @@ async fn stream(run: &Run, open: &mut Option<Connection>, address: &str, serial:
         Some(connection) => connection,
         None => Connection::new(TcpStream::connect(address).await?)?,
     };
-    let request = request(&run.arguments, address, serial);
-    let begun = Instant::now();
+    let request = request(run, address, serial);
+    let begun = match run.arguments.rate {
+        None => Instant::now(),
+        Some(rate) => {
+            let due = run.begun + Duration::from_secs_f64(serial as f64 / rate);
+            time::sleep_until(due.into()).await;
+            due
+        }
+    };
     connection.stream.write_all(request.as_bytes()).await?;
     let mut response = connection.response().await?;
     let mut text = Vec::with_capacity(8 * 1024);
@@ -227,11 +249,12 @@ impl Progress {
     }
 }
 
-fn request(arguments: &Arguments, address: &str, serial: u64) -> String {
-    let Arguments { model, tokens, seed, .. } = arguments;
+fn request(run: &Run, address: &str, serial: u64) -> String {
+    let Arguments { model, tokens, seed, prompt_bytes, shared_bytes, documents, .. } = &run.arguments;
+    let shared = &run.documents[(serial % documents) as usize];
     let body = format!(
-        r#"{{"model":"{model}","messages":[{{"role":"user","content":"{}"}}],"max_tokens":{tokens},"stream":true}}"#,
-        prompt(seed.wrapping_shl(32) ^ serial)
+        r#"{{"model":"{model}","messages":[{{"role":"user","content":"{shared}{}"}}],"max_tokens":{tokens},"stream":true}}"#,
+        words(seed.wrapping_shl(32) ^ serial, prompt_bytes.saturating_sub(*shared_bytes))
     );
     format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
@@ -239,15 +262,15 @@ fn request(arguments: &Arguments, address: &str, serial: u64) -> String {
     )
 }
 
-/// About 200 bytes of words, different from the first word on.
-fn prompt(seed: u64) -> String {
+/// About so many bytes of words, different from the first word on.
+fn words(seed: u64, bytes: usize) -> String {
     const WORDS: [&str; 16] = [
         "river", "engine", "seven", "cloud", "letter", "paper", "green", "window", "answer", "summer", "market", "silver",
         "number", "garden", "morning", "winter",
     ];
-    let mut text = format!("{seed:x}");
+    let mut text = if bytes == 0 { String::new() } else { format!("{seed:x}") };
     let mut state = seed;
-    while text.len() < 200 {
+    while text.len() < bytes {
         // SplitMix64 (Steele, Lea and Flood, 2014).
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -284,7 +307,7 @@ fn quantiles(samples: &mut [u32]) -> serde_json::Value {
     samples.sort_unstable();
     let at = |quantile: f64| samples.get(((samples.len().max(1) - 1) as f64 * quantile).round() as usize).copied();
     let sum: f64 = samples.iter().copied().map(f64::from).sum();
-    serde_json::json!({"p50": at(0.5), "p99": at(0.99), "mean": sum / samples.len().max(1) as f64, "max": samples.last()})
+    serde_json::json!({"p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "mean": sum / samples.len().max(1) as f64, "max": samples.last()})
 }
 
 /// User and system time of this process, from `/proc/self/stat`; its unit is 1/100 s on all of Linux's platforms of today.

@@ -5,13 +5,13 @@
 
 use std::{
     collections::BTreeMap,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context, Result};
 
+use super::super::processes::free_port;
 use crate::{paths, run, system};
 
 /// One of those who are compared.
@@ -129,11 +129,6 @@ impl Contender {
         };
         Ok(Some(command))
     }
-}
-
-/// A port that nobody listens on at this moment.
-pub(super) fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).context("there is no free port")?.port())
 }
 
 /// The peers' Python environment.

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -17,7 +17,6 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::contenders::{self, Contender};
 use crate::{paths, run};
 
 /// How long a contender may take to answer for the first time.
@@ -72,6 +71,11 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     Some(text.rsplit(')').next()?.split_whitespace().map(str::to_owned).collect())
 }
 
+/// A port that nobody listens on at this moment.
+pub(super) fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).context("there is no free port")?.port())
+}
+
 /// A running contender.
 pub(super) struct Router {
     tree: Tree,
@@ -80,11 +84,9 @@ pub(super) struct Router {
 }
 
 impl Router {
-    /// Starts a contender and waits until a chat completion through it succeeds. `None` if there is nothing to start.
-    pub(super) fn start(contender: &Contender, engines: &[String]) -> Result<Option<Self>> {
-        let port = contenders::free_port()?;
-        let Some(mut command) = contender.command(port, engines)? else { return Ok(None) };
-        let log = log_file(contender.name)?;
+    /// Starts what listens on `port` and waits until a chat completion through it succeeds.
+    pub(super) fn start(name: &str, port: u16, mut command: Command) -> Result<Self> {
+        let log = log_file(name)?;
         let output = File::create(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let begun = Instant::now();
@@ -101,7 +103,7 @@ impl Router {
             ensure!(begun.elapsed() < START, "no answer within {} s ({last:#}): {}", START.as_secs(), tail(&log));
             thread::sleep(POLL);
         }
-        Ok(Some(Self { tree, url: format!("http://127.0.0.1:{port}"), ready_after: begun.elapsed() }))
+        Ok(Self { tree, url: format!("http://127.0.0.1:{port}"), ready_after: begun.elapsed() })
     }
 
     pub(super) fn url(&self) -> &str {
