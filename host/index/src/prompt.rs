@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Hash of a block's tokens and of all before it, equal on every host.
 pub type SequenceHash = u64;
@@ -28,14 +28,20 @@ impl Salt {
 /// Hashes of the whole blocks of `tokens`; `parent` is the hash of the block before them, or the salt.
 #[must_use]
 pub fn sequence_hashes(parent: u64, block_size: u32, tokens: &[u32]) -> Vec<SequenceHash> {
+    if block_size == 0 {
+        return Vec::new();
+    }
     let mut parent = parent;
-    let mut bytes = Vec::with_capacity(block_size as usize * 4);
+    // The parent lies before the tokens: a seed would have xxh3 derive its secret anew for each block.
+    let mut bytes = vec![0; 8 + block_size as usize * 4];
     tokens
         .chunks_exact(block_size as usize)
         .map(|block| {
-            bytes.clear();
-            bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
-            parent = xxh3_64_with_seed(&bytes, parent);
+            bytes[..8].copy_from_slice(&parent.to_le_bytes());
+            for (place, token) in bytes[8..].as_chunks_mut().0.iter_mut().zip(block) {
+                *place = token.to_le_bytes();
+            }
+            parent = xxh3_64(&bytes);
             parent
         })
         .collect()
