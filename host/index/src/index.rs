@@ -132,14 +132,17 @@ impl PrefixIndexes {
         let mut all: Vec<Held> = Vec::new();
         for Index { block_size, runs, .. } in indexes.iter().filter(|index| &*index.model == model) {
             let found = runs.find(&prompt.hashes(*block_size));
-            all.reserve_exact(found.len());
-            for Found { who, blocks } in found {
-                all.push(Held { slot: (who >> 32) as u32, tokens: blocks.map(|blocks| blocks.saturating_mul(*block_size)) });
-            }
+            let held = |Found { who, blocks }| Held {
+                slot: (who >> 32) as u32,
+                tokens: blocks.map(|blocks: u32| blocks.saturating_mul(*block_size)),
+            };
+            all.extend(found.into_iter().map(held));
         }
         // A worker may have several parts: by block size, of events and expected, or an old one that is about to go.
-        all.sort_unstable_by_key(|held| (held.slot, std::cmp::Reverse(held.total())));
-        all.dedup_by_key(|held| held.slot);
+        if !all.is_sorted_by(|a, b| a.slot < b.slot) {
+            all.sort_unstable_by_key(|held| (held.slot, std::cmp::Reverse(held.total())));
+            all.dedup_by_key(|held| held.slot);
+        }
         Overlap::new(all)
     }
 

@@ -21,5 +21,5 @@ mod runs;
 mod worker;
 
 pub use index::{BYTES_PER_BLOCK, IndexLimits, IndexStats, PrefixIndexes};
-pub use prompt::{Prompt, Salt, SequenceHash, sequence_hashes};
-pub use worker::{DEFAULT_CAPACITY_TOKENS, WorkerKv};
+pub use prompt::{BlockHash, Prompt, Salt, SequenceHash, block_hashes, chain, sequence_hashes};
+pub use worker::{DEFAULT_CAPACITY_TOKENS, HashedBlocks, WorkerKv};

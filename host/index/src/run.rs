@@ -23,8 +23,13 @@ pub(crate) struct Run {
     /// With room for more; those beyond `len` say nothing.
     hashes: Arc<[AtomicU64]>,
     len: AtomicU32,
-    /// In ascending `who`.
-    holders: Box<[Holder]>,
+    holders: Holders,
+}
+
+/// In ascending `who`. Most runs have one holder: it lies in the run.
+enum Holders {
+    One(Holder),
+    Many(Box<[Holder]>),
 }
 
 /// What one part holds of a run: at least one block.
@@ -40,7 +45,7 @@ pub(crate) struct Holder {
 impl Run {
     pub(crate) fn new(hashes: &[SequenceHash], holder: Holder) -> Self {
         let len = AtomicU32::new(hashes.len() as u32);
-        Self { hashes: hashes.iter().copied().map(AtomicU64::new).collect(), len, holders: Box::new([holder]) }
+        Self { hashes: hashes.iter().copied().map(AtomicU64::new).collect(), len, holders: Holders::One(holder) }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -52,7 +57,7 @@ impl Run {
     }
 
     pub(crate) fn holders(&self) -> &[Holder] {
-        &self.holders
+        self.holders.as_slice()
     }
 
     /// How many of `hashes` lie here one after the other, from the block at `from` on. A hash stands for all before it, so
@@ -90,20 +95,20 @@ impl Run {
         let room = end.max((len + len / 8 + 4).min(MAX_BLOCKS));
         let more = more.iter().copied().chain(std::iter::repeat(0)).take(room - len);
         let hashes = self.hashes[..len].iter().map(|hash| hash.load(Ordering::Relaxed)).chain(more).map(AtomicU64::new).collect();
-        Some(Self { hashes, len: AtomicU32::new(end as u32), holders: self.holders.iter().map(Holder::copy).collect() })
+        Some(Self { hashes, len: AtomicU32::new(end as u32), holders: Holders::of(self.holders().iter().map(Holder::copy)) })
     }
 
     pub(crate) fn find(&self, who: Who) -> Result<usize, usize> {
-        self.holders.binary_search_by_key(&who, |holder| holder.who)
+        self.holders().binary_search_by_key(&who, |holder| holder.who)
     }
 
     /// The same blocks, with a holder in place of another, or more, or one less.
     pub(crate) fn with(&self, at: Result<usize, usize>, holder: Option<Holder>) -> Self {
         let (at, after) = at.map_or_else(|at| (at, at), |at| (at, at + 1));
-        let holders: Box<[Holder]> =
-            self.holders[..at].iter().map(Holder::copy).chain(holder).chain(self.holders[after..].iter().map(Holder::copy)).collect();
+        let (before, behind) = (&self.holders()[..at], &self.holders()[after..]);
+        let holders = Holders::of(before.iter().map(Holder::copy).chain(holder).chain(behind.iter().map(Holder::copy)));
         // Hashes that nobody holds any more go when they are the larger part.
-        let held = holders.iter().map(Holder::end).max().unwrap_or(0);
+        let held = holders.as_slice().iter().map(Holder::end).max().unwrap_or(0);
         let hashes = if held * 2 < self.hashes.len() && self.hashes.len() > 32 {
             self.hashes[..held].iter().map(|hash| AtomicU64::new(hash.load(Ordering::Relaxed))).collect()
         } else {
@@ -115,14 +120,31 @@ impl Run {
 
     /// Whether hardly anything of it is held any more, so that it is worth a copy.
     pub(crate) fn is_sparse(&self) -> bool {
-        self.hashes.len() > 32 && self.holders.iter().all(|holder| holder.end() * 2 < self.hashes.len())
+        self.hashes.len() > 32 && self.holders().iter().all(|holder| holder.end() * 2 < self.hashes.len())
     }
 
     /// Memory, with its part of the tables that lead to it.
     pub(crate) fn bytes(&self) -> usize {
-        let scattered = self.holders.iter().filter_map(|holder| holder.scattered.as_ref()).map(|tiers| 48 + tiers.len());
+        let scattered = self.holders().iter().filter_map(|holder| holder.scattered.as_ref()).map(|tiers| 48 + tiers.len());
+        let listed = if let Holders::Many(holders) = &self.holders { size_of_val(&**holders) + 16 } else { 0 };
         // Two allocations' counts and padding beside the run itself, its slot, and its entry among the heads.
-        size_of::<Self>() + 32 + 48 + 24 + self.hashes.len() * 8 + size_of_val(&*self.holders) + scattered.sum::<usize>()
+        size_of::<Self>() + 32 + 16 + 40 + self.hashes.len() * 8 + listed + scattered.sum::<usize>()
+    }
+}
+
+impl Holders {
+    fn of(mut holders: impl Iterator<Item = Holder>) -> Self {
+        match (holders.next(), holders.next()) {
+            (Some(one), None) => Self::One(one),
+            (one, two) => Self::Many(one.into_iter().chain(two).chain(holders).collect()),
+        }
+    }
+
+    fn as_slice(&self) -> &[Holder] {
+        match self {
+            Self::One(holder) => std::slice::from_ref(holder),
+            Self::Many(holders) => holders,
+        }
     }
 }
 

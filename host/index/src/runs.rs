@@ -74,6 +74,8 @@ impl Runs {
                 break;
             }
             if rest.len() == chain.len() {
+                found.reserve_exact(run.holders().len());
+                active.reserve_exact(run.holders().len());
                 for holder in run.holders() {
                     let mut blocks = [0; 4];
                     let count = holder.count(common, &mut blocks);
@@ -251,6 +253,14 @@ impl Runs {
 /// Goes on with those of `active` who hold more.
 fn go_on(holders: &[Holder], common: usize, found: &mut [Found], active: &mut Vec<u32>) {
     let mut kept = 0;
+    if active.len() * 8 < holders.len() {
+        active.retain(|&at| {
+            let found = &mut found[at as usize];
+            let at = holders.binary_search_by_key(&found.who, |holder| holder.who);
+            at.is_ok_and(|at| holders[at].count(common, &mut found.blocks) == common)
+        });
+        return;
+    }
     let mut from = 0;
     for holder in holders {
         let before = active[from..].partition_point(|&at| found[at as usize].who < holder.who);

@@ -1,6 +1,7 @@
 //! One worker's part in the indexes.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
@@ -12,7 +13,7 @@ use crate::{
     expected::Expected,
     index::{Counters, PrefixIndexes},
     places::{Place, Places},
-    prompt::{Prompt, Salt, SequenceHash, sequence_hashes},
+    prompt::{BlockHash, Prompt, Salt, SequenceHash, block_hashes, chained},
     run::{Tiers, Who},
     runs::{Placed, Runs},
 };
@@ -21,6 +22,23 @@ use crate::{
 pub const DEFAULT_CAPACITY_TOKENS: u32 = 262_144;
 
 const ALL_TIERS: Tiers = 0b1111;
+
+/// Blocks of one sequence that an engine holds now, their tokens hashed: [`StoredBlocks`] without token ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HashedBlocks<'a> {
+    /// The block before the first; `None` at the start of a sequence.
+    pub parent: Option<EngineHash>,
+    /// The engine's hashes.
+    pub hashes: Cow<'a, [EngineHash]>,
+    /// Hashes of the tokens of each ([`block_hashes`]).
+    pub blocks: Cow<'a, [BlockHash]>,
+    /// Tokens of a block.
+    pub block_size: u32,
+    /// Where they lie.
+    pub tier: Tier,
+    /// What keeps them apart; it counts at the start of a sequence.
+    pub salt: Salt,
+}
 
 /// What one worker holds. Applying is for one thread at a time; lookups go on meanwhile.
 pub struct WorkerKv {
@@ -39,6 +57,9 @@ struct Part {
     /// Blocks that the engine knows by more than one hash.
     aliases: HashMap<Place, Alias>,
     expected: Option<Expected>,
+    /// Kept for its memory.
+    group: Group,
+    chain: Vec<SequenceHash>,
 }
 
 /// The tiers of a block by the engine's hashes of it.
@@ -98,16 +119,17 @@ impl WorkerKv {
         self.indexes.prune();
     }
 
-    fn store(&self, stored: &StoredBlocks) {
-        let StoredBlocks { parent, hashes, tokens, block_size, tier, adapter, cache_salt } = stored;
+    /// Takes over that blocks are there, whose tokens are hashed already: the hashing is most of the work, and token ids need not travel.
+    pub fn apply_hashed(&self, stored: &HashedBlocks) {
+        let HashedBlocks { parent, hashes, blocks, block_size, tier, salt } = stored;
         if *block_size == 0 {
             return;
         }
         let mut parts = self.parts();
         let counters = self.indexes.counters();
         let part = self.part(&mut parts, *block_size);
-        let (after, salt) = match parent {
-            None => (None, Salt::new(&self.model, adapter.as_deref(), cache_salt.as_deref()).0),
+        let (after, parent) = match parent {
+            None => (None, salt.0),
             Some(parent) => {
                 let place = part.places.get(parent.0);
                 let Some((place, hash)) = place.and_then(|place| Some((place, part.runs.hash(place)?))) else {
@@ -117,17 +139,36 @@ impl WorkerKv {
                 (Some(place), hash)
             }
         };
-        let whole = (tokens.len() / *block_size as usize).min(hashes.len());
-        let room = counters.reserve(whole);
-        let chain = sequence_hashes(salt, *block_size, &tokens[..room * *block_size as usize]);
+        let room = counters.reserve(blocks.len().min(hashes.len()));
+        let mut chain = std::mem::take(&mut part.chain);
+        chain.clear();
+        chain.extend(chained(parent, &blocks[..room]));
         part.store(after, &hashes[..room], &chain, 1 << *tier as u8, counters);
+        // A long prompt's is not kept.
+        if chain.capacity() <= 4_096 {
+            part.chain = chain;
+        }
+    }
+
+    fn store(&self, stored: &StoredBlocks) {
+        let StoredBlocks { parent, hashes, tokens, block_size, tier, adapter, cache_salt } = stored;
+        let blocks = block_hashes(*block_size, tokens);
+        let salt = Salt::new(&self.model, adapter.as_deref(), cache_salt.as_deref());
+        self.apply_hashed(&HashedBlocks {
+            parent: *parent,
+            hashes: hashes.into(),
+            blocks: blocks.into(),
+            block_size: *block_size,
+            tier: *tier,
+            salt,
+        });
     }
 
     /// Its part of this block size.
     fn part<'a>(&self, parts: &'a mut Vec<Part>, block_size: u32) -> &'a mut Part {
         let at = parts.iter().position(|part| part.block_size == block_size).unwrap_or_else(|| {
             let (runs, who) = (self.indexes.runs(&self.model, block_size), self.indexes.next_who(self.slot));
-            parts.push(Part { block_size, runs, who, places: Places::default(), aliases: HashMap::new(), expected: None });
+            parts.push(Part::new(block_size, runs, who));
             parts.len() - 1
         });
         &mut parts[at]
@@ -152,6 +193,11 @@ impl fmt::Debug for WorkerKv {
 }
 
 impl Part {
+    fn new(block_size: u32, runs: Arc<Runs>, who: Who) -> Self {
+        let (places, aliases, group, chain) = (Places::default(), HashMap::new(), Group::default(), Vec::new());
+        Self { block_size, runs, who, places, aliases, expected: None, group, chain }
+    }
+
     /// Stores blocks, for each of which room is reserved; gives back the room of those that were there.
     fn store(
         &mut self,
@@ -217,10 +263,11 @@ impl Part {
         let tiers: Tiers = 1 << tier as u8;
         let (before, bytes) = (self.places.len(), self.places.bytes());
         self.places.warm(hashes.iter().map(|hash| hash.0));
-        let mut group = Group::default();
+        let mut group = std::mem::take(&mut self.group);
         for hash in hashes {
-            let Some(place) = self.places.get(hash.0) else { continue };
-            if self.aliases.contains_key(&place) {
+            let Some(place) = self.places.remove(hash.0) else { continue };
+            if !self.aliases.is_empty() && self.aliases.contains_key(&place) {
+                self.places.insert(hash.0, place);
                 self.remove_alias(hash.0, place, tiers);
                 continue;
             }
@@ -232,23 +279,30 @@ impl Part {
             group.blocks.push(place.offset);
         }
         self.remove_group(&mut group, tiers);
+        self.group = group;
         self.places.shrink();
         counters.blocks.fetch_sub((before - self.places.len()) as u64, Ordering::Relaxed);
         counters.changed_bytes(bytes, self.places.bytes());
     }
 
-    /// Removes blocks of one run.
+    /// Removes blocks of one run, whose hashes were taken out; those that are still held in other tiers come back.
     fn remove_group(&mut self, group: &mut Group, tiers: Tiers) {
         let Group { run, hashes, blocks } = group;
         if !blocks.is_empty() {
-            if !blocks.is_sorted_by(|a, b| a >= b) {
-                blocks.sort_unstable_by(|a, b| b.cmp(a));
-            }
-            let are_gone = self.runs.release(*run, blocks, self.who, tiers);
-            for &hash in &*hashes {
-                let is_gone = |places: &Places| places.get(hash).is_some_and(|place| self.runs.tiers(place, self.who) == 0);
-                if are_gone || is_gone(&self.places) {
-                    self.places.remove(hash);
+            let is_sorted = blocks.is_sorted_by(|a, b| a >= b);
+            let sorted: Cow<'_, [u16]> = if is_sorted {
+                Cow::Borrowed(blocks)
+            } else {
+                let mut sorted = blocks.clone();
+                sorted.sort_unstable_by(|a, b| b.cmp(a));
+                Cow::Owned(sorted)
+            };
+            if !self.runs.release(*run, &sorted, self.who, tiers) {
+                for (hash, offset) in hashes.iter().zip(&*blocks) {
+                    let place = Place { run: *run, offset: *offset };
+                    if self.runs.tiers(place, self.who) != 0 {
+                        self.places.insert(*hash, place);
+                    }
                 }
             }
         }

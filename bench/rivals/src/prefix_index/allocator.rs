@@ -1,4 +1,4 @@
-//! The system's allocator, counting live bytes, for both contenders alike.
+//! The system's allocator, counting live bytes, for both contenders alike; and what else the system says of the process.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -66,4 +66,13 @@ pub(crate) fn live() -> i64 {
 pub(crate) fn rss() -> i64 {
     let status = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     status.split(' ').nth(1).and_then(|pages| pages.parse::<i64>().ok()).unwrap_or(0) * 4096
+}
+
+/// User and system time of all threads so far.
+pub(crate) fn cpu_seconds() -> f64 {
+    let schedule = |task: std::io::Result<std::fs::DirEntry>| {
+        let text = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<f64>().ok()
+    };
+    std::fs::read_dir("/proc/self/task").map_or(0.0, |tasks| tasks.filter_map(schedule).sum::<f64>() / 1e9)
 }

@@ -1,9 +1,9 @@
-//! dynamo-host's index.
+//! dynamo-host's index, fed with token ids or, as Dynamo's, with hashes of the blocks' tokens.
 
 use std::{sync::Arc, thread::JoinHandle};
 
 use dynamo_host_core::{EngineHash, KvEvent, StoredBlocks, Tier};
-use dynamo_host_index::{PrefixIndexes, Prompt, Salt, WorkerKv};
+use dynamo_host_index::{HashedBlocks, PrefixIndexes, Prompt, Salt, WorkerKv};
 
 use crate::{
     contender::Contender,
@@ -12,7 +12,7 @@ use crate::{
 
 const MODEL: &str = "bench";
 
-pub(crate) struct Ours {
+pub(crate) struct Ours<const TOKENS: bool> {
     indexes: Arc<PrefixIndexes>,
     block_size: u64,
     workers: Vec<Arc<WorkerKv>>,
@@ -20,21 +20,26 @@ pub(crate) struct Ours {
     threads: Vec<JoinHandle<()>>,
 }
 
+pub(crate) enum Fed {
+    Tokens(KvEvent),
+    Hashes(HashedBlocks<'static>),
+}
+
 enum Task {
-    Apply(usize, KvEvent),
+    Apply(usize, Fed),
     Replace(usize, Arc<WorkerKv>),
     Flush(flume::Sender<()>),
 }
 
-impl Ours {
+impl<const TOKENS: bool> Ours<TOKENS> {
     fn join_all(indexes: &Arc<PrefixIndexes>, workers: usize) -> Vec<Arc<WorkerKv>> {
         (0..workers).map(|slot| Arc::new(indexes.join(MODEL, slot as u32))).collect()
     }
 }
 
-impl Contender for Ours {
+impl<const TOKENS: bool> Contender for Ours<TOKENS> {
     type Key = Prompt;
-    type Event = KvEvent;
+    type Event = Fed;
 
     fn new(workers: usize, threads: usize, block_size: u32) -> Self {
         let indexes = PrefixIndexes::new();
@@ -47,7 +52,8 @@ impl Contender for Ours {
                 std::thread::spawn(move || {
                     for task in tasks {
                         match task {
-                            Task::Apply(worker, event) => workers[worker].apply(&event),
+                            Task::Apply(worker, Fed::Tokens(event)) => workers[worker].apply(&event),
+                            Task::Apply(worker, Fed::Hashes(stored)) => workers[worker].apply_hashed(&stored),
                             Task::Replace(worker, kv) => workers[worker] = kv,
                             Task::Flush(done) => done.send(()).expect("the main thread waits"),
                         }
@@ -59,29 +65,44 @@ impl Contender for Ours {
     }
 
     fn key(blocks: &[u64], block_size: u32) -> Prompt {
-        let prompt = Prompt::new(Salt::new(MODEL, None, None), tokens(blocks, block_size).into(), true);
+        let salt = Salt::new(MODEL, None, None);
+        let prompt = match TOKENS {
+            true => Prompt::new(salt, tokens(blocks, block_size).into(), true),
+            false => Prompt::of_blocks(salt, block_size, blocks),
+        };
         // Theirs is asked with hashes, too.
-        prompt.hashes(block_size);
+        drop(prompt.hashes(block_size));
         prompt
     }
 
-    fn event(_: usize, event: &Event, block_size: u32) -> KvEvent {
-        match event {
-            Event::Stored { parent, blocks } => {
-                let contents: Vec<u64> = blocks.iter().map(|&(_, content)| content).collect();
-                KvEvent::Stored(StoredBlocks {
-                    parent: parent.map(EngineHash),
-                    hashes: blocks.iter().map(|&(engine, _)| EngineHash(engine)).collect(),
-                    tokens: tokens(&contents, block_size),
-                    block_size,
-                    tier: Tier::Device,
-                    adapter: None,
-                    cache_salt: None,
-                })
-            }
+    fn event(_: usize, event: &Event, block_size: u32) -> Fed {
+        let (parent, blocks) = match event {
+            Event::Stored { parent, blocks } => (parent.map(EngineHash), blocks),
             Event::Removed(hashes) => {
-                KvEvent::Removed { hashes: hashes.iter().copied().map(EngineHash).collect(), tier: Tier::Device }
+                let hashes = hashes.iter().copied().map(EngineHash).collect();
+                return Fed::Tokens(KvEvent::Removed { hashes, tier: Tier::Device });
             }
+        };
+        let hashes: Vec<EngineHash> = blocks.iter().map(|&(engine, _)| EngineHash(engine)).collect();
+        let contents: Vec<u64> = blocks.iter().map(|&(_, content)| content).collect();
+        match TOKENS {
+            true => Fed::Tokens(KvEvent::Stored(StoredBlocks {
+                parent,
+                hashes,
+                tokens: tokens(&contents, block_size),
+                block_size,
+                tier: Tier::Device,
+                adapter: None,
+                cache_salt: None,
+            })),
+            false => Fed::Hashes(HashedBlocks {
+                parent,
+                hashes: hashes.into(),
+                blocks: contents.into(),
+                block_size,
+                tier: Tier::Device,
+                salt: Salt::new(MODEL, None, None),
+            }),
         }
     }
 
@@ -90,7 +111,7 @@ impl Contender for Ours {
         overlap.held().iter().map(|held| u64::from(held.total()) / self.block_size).sum()
     }
 
-    fn send(&self, worker: usize, event: KvEvent) {
+    fn send(&self, worker: usize, event: Fed) {
         self.lanes[worker % self.lanes.len()].send(Task::Apply(worker, event)).expect("its threads run");
     }
 
@@ -116,7 +137,7 @@ impl Contender for Ours {
     }
 }
 
-impl Drop for Ours {
+impl<const TOKENS: bool> Drop for Ours<TOKENS> {
     fn drop(&mut self) {
         self.lanes.clear();
         for thread in self.threads.drain(..) {
