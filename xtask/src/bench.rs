@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: what is measured against others, side by side in one run.
 
+mod index;
 mod processes;
 mod prompts;
 mod proxy;
@@ -29,6 +30,8 @@ pub(crate) enum What {
         #[arg(long, default_value_t = 40)]
         streams: usize,
     },
+    /// The prefix index: throughput, lookups and memory, beside Dynamo 1.6.1's
+    Index(index::Options),
     /// CPU, latency, memory and start-up as a proxy, beside vLLM's router and the SGLang model gateway
     Proxy(proxy::Options),
     /// Prompts of 100,000 tokens through the host: what reading, hashing and routing them costs
@@ -42,6 +45,7 @@ pub(crate) fn run(what: &What) -> Result<()> {
     match what {
         What::Policy { rounds } => policy(*rounds),
         What::Swap { streams } => swap(*streams),
+        What::Index(options) => index::run(options),
         What::Proxy(options) => proxy::run(options),
         What::Prompts(options) => prompts::run(options),
     }

@@ -1,53 +1,147 @@
-//! All indexes of a host, and each worker's part in them.
+//! All indexes of a host: by model and block size, with one bound for all.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering},
+    },
 };
 
-use dynamo_host_core::{EngineHash, Held, KvEvent, Overlap, StoredBlocks, Tier};
+use arc_swap::ArcSwap;
+use dynamo_host_core::{Held, Overlap};
 
-use crate::prompt::{Prompt, Salt, SequenceHash, sequence_hashes};
+use crate::{
+    prompt::Prompt,
+    run::Who,
+    runs::{Found, Runs},
+    worker::WorkerKv,
+};
 
-/// The prefix indexes of a host, by model and block size.
-#[derive(Debug, Default)]
-pub struct PrefixIndexes {
-    indexes: Mutex<HashMap<(Arc<str>, u32), Holders>>,
+/// What the indexes may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexLimits {
+    /// Blocks, each counted once for every worker that holds it. Each costs about [`BYTES_PER_BLOCK`]. A block beyond them is
+    /// not taken up and counted as refused: its worker's part is incomplete then, and never wrong.
+    pub max_blocks: u64,
 }
 
-/// Tiers, as bits, in which workers hold a block, by their slots.
-type Holders = HashMap<SequenceHash, BTreeMap<u32, u8>>;
+/// What a held block costs in the index, in bytes, where prompts have some ten blocks of their own; measured by a test. A prompt's
+/// part that is its own costs about 200 bytes more, however short it is.
+pub const BYTES_PER_BLOCK: u64 = 48;
 
-impl PrefixIndexes {
-    /// No index yet.
-    #[must_use]
-    pub fn new() -> Arc<Self> {
-        Arc::default()
+impl Default for IndexLimits {
+    /// 16,777,216 blocks: about 800 MB when full, and the KV cache of a thousand workers of a million tokens in blocks of 64.
+    fn default() -> Self {
+        Self { max_blocks: 1 << 24 }
+    }
+}
+
+/// How the indexes do, in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IndexStats {
+    /// Blocks, each counted once for every worker that holds it.
+    pub blocks: u64,
+    /// Workers that joined and did not leave.
+    pub workers: u64,
+    /// Memory that they take.
+    pub bytes: u64,
+    /// Blocks that were not taken up since there was no room. Never falls.
+    pub refused: u64,
+    /// Stored events that were left out since their parent was not known. Never falls.
+    pub unknown_parents: u64,
+    /// Hashes that an engine gave to other tokens than before: they mean the new ones now. Never falls.
+    pub hash_collisions: u64,
+}
+
+/// The prefix indexes of a host, by model and block size.
+#[derive(Default)]
+pub struct PrefixIndexes {
+    limits: IndexLimits,
+    /// Read as a whole by lookups; changed only when a pair of model and block size comes or goes.
+    indexes: ArcSwap<Vec<Index>>,
+    changes: Mutex<()>,
+    next_part: AtomicU32,
+    counters: Counters,
+}
+
+#[derive(Clone)]
+struct Index {
+    model: Arc<str>,
+    block_size: u32,
+    runs: Arc<Runs>,
+}
+
+/// Counted by all parts.
+#[derive(Default)]
+pub(crate) struct Counters {
+    max_blocks: u64,
+    pub(crate) blocks: AtomicU64,
+    pub(crate) workers: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) unknown_parents: AtomicU64,
+    pub(crate) hash_collisions: AtomicU64,
+    bytes: AtomicI64,
+}
+
+impl Counters {
+    /// Counts so many more blocks, or as many as there is room for.
+    pub(crate) fn reserve(&self, blocks: usize) -> usize {
+        let asked = blocks as u64;
+        let before = self.blocks.fetch_add(asked, Ordering::Relaxed);
+        let room = self.max_blocks.saturating_sub(before).min(asked);
+        if room < asked {
+            self.blocks.fetch_sub(asked - room, Ordering::Relaxed);
+            self.refused.fetch_add(asked - room, Ordering::Relaxed);
+        }
+        room as usize
     }
 
-    /// What the workers of a model hold of a prompt's prefix.
+    pub(crate) fn changed_bytes(&self, before: usize, now: usize) {
+        if before != now {
+            self.bytes.fetch_add(now as i64 - before as i64, Ordering::Relaxed);
+        }
+    }
+}
+
+impl PrefixIndexes {
+    /// No index yet, within the default limits.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Self::with_limits(IndexLimits::default())
+    }
+
+    /// No index yet.
+    #[must_use]
+    pub fn with_limits(limits: IndexLimits) -> Arc<Self> {
+        let counters = Counters { max_blocks: limits.max_blocks, ..Counters::default() };
+        Arc::new(Self { limits, counters, ..Self::default() })
+    }
+
+    /// What it may take.
+    #[must_use]
+    pub fn limits(&self) -> IndexLimits {
+        self.limits
+    }
+
+    /// What the workers of a model hold of a prompt's prefix: the longest chain of its leading blocks, each counted in the
+    /// nearest tier that holds it. Waits for nobody.
     #[must_use]
     pub fn overlap(&self, model: &str, prompt: &Prompt) -> Overlap {
-        let indexes = self.lock();
-        let mut all = Vec::new();
-        for ((_, block_size), holders) in indexes.iter().filter(|((of, _), _)| &**of == model) {
-            let mut held: BTreeMap<u32, ([u32; 4], usize)> = BTreeMap::new();
-            for (nth, hash) in prompt.hashes(*block_size).iter().enumerate() {
-                let Some(workers) = holders.get(hash) else { break };
-                let mut any = false;
-                for (&slot, &tiers) in workers {
-                    let (tokens, blocks) = held.entry(slot).or_default();
-                    if *blocks == nth && tiers != 0 {
-                        tokens[tiers.trailing_zeros() as usize] += block_size;
-                        *blocks += 1;
-                        any = true;
-                    }
-                }
-                if !any {
-                    break;
-                }
-            }
-            all.extend(held.into_iter().filter(|(_, (_, blocks))| *blocks > 0).map(|(slot, (tokens, _))| Held { slot, tokens }));
+        let indexes = self.indexes.load();
+        let mut all: Vec<Held> = Vec::new();
+        for Index { block_size, runs, .. } in indexes.iter().filter(|index| &*index.model == model) {
+            let found = runs.find(&prompt.hashes(*block_size));
+            let held = |Found { who, blocks }| Held {
+                slot: (who >> 32) as u32,
+                tokens: blocks.map(|blocks: u32| blocks.saturating_mul(*block_size)),
+            };
+            all.extend(found.into_iter().map(held));
+        }
+        // A worker may have several parts: by block size, of events and expected, or an old one that is about to go.
+        if !all.is_sorted_by(|a, b| a.slot < b.slot) {
+            all.sort_unstable_by_key(|held| (held.slot, std::cmp::Reverse(held.total())));
+            all.dedup_by_key(|held| held.slot);
         }
         Overlap::new(all)
     }
@@ -55,124 +149,64 @@ impl PrefixIndexes {
     /// A worker's part, empty; what it held is forgotten when it is dropped.
     #[must_use]
     pub fn join(self: &Arc<Self>, model: &str, slot: u32) -> WorkerKv {
-        WorkerKv { indexes: Arc::clone(self), model: model.into(), slot, blocks: Mutex::default() }
+        self.counters.workers.fetch_add(1, Ordering::Relaxed);
+        WorkerKv::new(Arc::clone(self), model.into(), slot)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<(Arc<str>, u32), Holders>> {
-        self.indexes.lock().unwrap_or_else(PoisonError::into_inner)
+    /// How they do.
+    #[must_use]
+    pub fn stats(&self) -> IndexStats {
+        let Counters { blocks, workers, refused, unknown_parents, hash_collisions, bytes, .. } = &self.counters;
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let runs: usize = self.indexes.load().iter().map(|index| index.runs.bytes()).sum();
+        IndexStats {
+            blocks: count(blocks),
+            workers: count(workers),
+            bytes: bytes.load(Ordering::Relaxed).max(0) as u64 + runs as u64,
+            refused: count(refused),
+            unknown_parents: count(unknown_parents),
+            hash_collisions: count(hash_collisions),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// A holder that never was before, of this slot.
+    pub(crate) fn next_who(&self, slot: u32) -> Who {
+        u64::from(slot) << 32 | u64::from(self.next_part.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The runs of a model and block size.
+    pub(crate) fn runs(&self, model: &Arc<str>, block_size: u32) -> Arc<Runs> {
+        let _turn = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let indexes = self.indexes.load();
+        if let Some(index) = indexes.iter().find(|index| index.block_size == block_size && index.model == *model) {
+            return Arc::clone(&index.runs);
+        }
+        let runs = Arc::new(Runs::new());
+        let index = Index { model: Arc::clone(model), block_size, runs: Arc::clone(&runs) };
+        self.indexes.store(Arc::new(indexes.iter().cloned().chain([index]).collect()));
+        runs
+    }
+
+    /// Lets go of indexes that no worker has a part in.
+    pub(crate) fn prune(&self) {
+        let _turn = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let indexes = self.indexes.load_full();
+        let is_used = |index: &&Index| Arc::strong_count(&index.runs) > 1;
+        if indexes.iter().any(|index| !is_used(&index)) {
+            self.indexes.store(Arc::new(indexes.iter().filter(is_used).cloned().collect()));
+        }
     }
 }
 
-/// What one worker holds. Applying is for one thread at a time; lookups go on meanwhile.
-#[derive(Debug)]
-pub struct WorkerKv {
-    indexes: Arc<PrefixIndexes>,
-    model: Arc<str>,
-    slot: u32,
-    /// The engine's hashes: ours, the block size, and tiers as bits.
-    blocks: Mutex<HashMap<EngineHash, (SequenceHash, u32, u8)>>,
-}
-
-impl WorkerKv {
-    /// Takes over a change. What cannot be placed (its parent is not known) is left out.
-    pub fn apply(&self, event: &KvEvent) {
-        match event {
-            KvEvent::Stored(stored) => self.store(stored),
-            KvEvent::Removed { hashes, tier } => hashes.iter().for_each(|&hash| self.remove(hash, *tier)),
-            KvEvent::Cleared => self.clear(),
-        }
-    }
-
-    /// Forgets all that it holds.
-    pub fn clear(&self) {
-        let hashes: Vec<EngineHash> = self.blocks().keys().copied().collect();
-        for hash in hashes {
-            Tier::ALL.into_iter().for_each(|tier| self.remove(hash, tier));
-        }
-    }
-
-    fn store(&self, stored: &StoredBlocks) {
-        let StoredBlocks { parent, hashes, tokens, block_size, tier, adapter, cache_salt } = stored;
-        let mut blocks = self.blocks();
-        let parent = match parent {
-            None => Salt::new(&self.model, adapter.as_deref(), cache_salt.as_deref()).0,
-            Some(parent) => match blocks.get(parent) {
-                Some((ours, ..)) => *ours,
-                None => return,
-            },
-        };
-        let mut indexes = self.indexes.lock();
-        let holders = indexes.entry((Arc::clone(&self.model), *block_size)).or_default();
-        for (hash, ours) in hashes.iter().zip(sequence_hashes(parent, *block_size, tokens)) {
-            blocks.entry(*hash).or_insert((ours, *block_size, 0)).2 |= 1 << *tier as u8;
-            *holders.entry(ours).or_default().entry(self.slot).or_default() |= 1 << *tier as u8;
-        }
-    }
-
-    fn remove(&self, hash: EngineHash, tier: Tier) {
-        let mut blocks = self.blocks();
-        let Some((ours, block_size, tiers)) = blocks.get_mut(&hash) else { return };
-        *tiers &= !(1 << tier as u8);
-        let (ours, block_size, left) = (*ours, *block_size, *tiers);
-        if left == 0 {
-            blocks.remove(&hash);
-        }
-        let mut indexes = self.indexes.lock();
-        let Some(holders) = indexes.get_mut(&(Arc::clone(&self.model), block_size)) else { return };
-        let Some(workers) = holders.get_mut(&ours) else { return };
-        workers.insert(self.slot, left);
-        if left == 0 {
-            workers.remove(&self.slot);
-        }
-        if workers.is_empty() {
-            holders.remove(&ours);
-        }
-    }
-
-    fn blocks(&self) -> MutexGuard<'_, HashMap<EngineHash, (SequenceHash, u32, u8)>> {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for WorkerKv {
-    fn drop(&mut self) {
-        self.clear();
+impl fmt::Debug for PrefixIndexes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PrefixIndexes").field("stats", &self.stats()).finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn stored(parent: Option<u64>, hashes: &[u64], tokens: &[u32], tier: Tier) -> KvEvent {
-        KvEvent::Stored(StoredBlocks {
-            parent: parent.map(EngineHash),
-            hashes: hashes.iter().copied().map(EngineHash).collect(),
-            tokens: tokens.to_vec(),
-            block_size: 2,
-            tier,
-            adapter: None,
-            cache_salt: None,
-        })
-    }
-
-    #[test]
-    fn a_worker_holds_what_its_events_say_until_they_say_otherwise() {
-        let indexes = PrefixIndexes::new();
-        let prompt = Prompt::new(Salt::new("m", None, None), [1, 2, 3, 4, 5].into(), true);
-        let held = |slot| indexes.overlap("m", &prompt).of(slot).map(|held| held.tokens);
-        let a = indexes.join("m", 3);
-        a.apply(&stored(None, &[10], &[1, 2], Tier::Device));
-        a.apply(&stored(Some(10), &[11], &[3, 4], Tier::Host));
-        a.apply(&stored(Some(99), &[12], &[5, 6], Tier::Device));
-        assert_eq!(held(3), Some([2, 2, 0, 0]));
-        let b = indexes.join("m", 4);
-        b.apply(&stored(None, &[7], &[1, 2], Tier::Device));
-        assert_eq!(held(4), Some([2, 0, 0, 0]));
-        a.apply(&KvEvent::Removed { hashes: vec![EngineHash(10)], tier: Tier::Device });
-        assert_eq!((held(3), held(4)), (None, Some([2, 0, 0, 0])));
-        drop(b);
-        drop(a);
-        assert!(indexes.lock().values().all(HashMap::is_empty));
-    }
-}
+mod tests;

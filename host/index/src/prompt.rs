@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Hash of a block's tokens and of all before it, equal on every host.
 pub type SequenceHash = u64;
@@ -25,20 +25,45 @@ impl Salt {
     }
 }
 
+/// Hash of a block's tokens alone.
+pub type BlockHash = u64;
+
+/// Hashes of the whole blocks of `tokens`, each by itself.
+#[must_use]
+pub fn block_hashes(block_size: u32, tokens: &[u32]) -> Vec<BlockHash> {
+    if block_size == 0 {
+        return Vec::new();
+    }
+    let mut bytes = vec![0; block_size as usize * 4];
+    let hash = |block: &[u32]| {
+        for (place, token) in bytes.as_chunks_mut().0.iter_mut().zip(block) {
+            *place = token.to_le_bytes();
+        }
+        xxh3_64(&bytes)
+    };
+    tokens.chunks_exact(block_size as usize).map(hash).collect()
+}
+
+/// Chains the hashes of consecutive blocks; `parent` is the hash of the block before them, or the salt.
+#[must_use]
+pub fn chain(parent: u64, blocks: &[BlockHash]) -> Vec<SequenceHash> {
+    chained(parent, blocks).collect()
+}
+
+pub(crate) fn chained(mut parent: u64, blocks: &[BlockHash]) -> impl ExactSizeIterator<Item = SequenceHash> {
+    blocks.iter().map(move |block| {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&parent.to_le_bytes());
+        bytes[8..].copy_from_slice(&block.to_le_bytes());
+        parent = xxh3_64(&bytes);
+        parent
+    })
+}
+
 /// Hashes of the whole blocks of `tokens`; `parent` is the hash of the block before them, or the salt.
 #[must_use]
 pub fn sequence_hashes(parent: u64, block_size: u32, tokens: &[u32]) -> Vec<SequenceHash> {
-    let mut parent = parent;
-    let mut bytes = Vec::with_capacity(block_size as usize * 4);
-    tokens
-        .chunks_exact(block_size as usize)
-        .map(|block| {
-            bytes.clear();
-            bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
-            parent = xxh3_64_with_seed(&bytes, parent);
-            parent
-        })
-        .collect()
+    chain(parent, &block_hashes(block_size, tokens))
 }
 
 /// A prompt's tokens, hashed once for each block size that is asked for.
@@ -55,6 +80,13 @@ impl Prompt {
     #[must_use]
     pub fn new(salt: Salt, tokens: Arc<[u32]>, is_exact: bool) -> Self {
         Self { salt, tokens, is_exact, hashes: Mutex::default() }
+    }
+
+    /// Of blocks of one size that are hashed already ([`block_hashes`]): it is known in no other size, and its tokens are not.
+    #[must_use]
+    pub fn of_blocks(salt: Salt, block_size: u32, blocks: &[BlockHash]) -> Self {
+        let hashes = Mutex::new(vec![(block_size, chain(salt.0, blocks).into())]);
+        Self { salt, tokens: Arc::new([]), is_exact: true, hashes }
     }
 
     /// Its tokens.
