@@ -18,8 +18,8 @@ pub(crate) const MODEL: &str = "simulated";
 /// Before the names of a profile's fields, as labels of a worker: `signal("profile.prefill_ms_per_token")`.
 const PROFILE_LABEL: &str = "profile.";
 
-/// The engine that is simulated if nothing else is said. Its times are those of Dynamo's `mocker`; see
-/// `docs/simulator.md` for how closely it follows it.
+/// The engine that is simulated if nothing else is said: prefill takes what it takes in Dynamo's `mocker`, and decode what
+/// makes round-robin come to the figures of Dynamo's own replay (`docs/simulator.md`).
 #[must_use]
 pub fn default_profile() -> Profile {
     Profile {
@@ -28,6 +28,9 @@ pub fn default_profile() -> Profile {
         max_num_seqs: 256,
         max_num_batched_tokens: 8192,
         max_model_len: 131_072,
+        decode_ms_base: 6.0,
+        decode_ms_per_sequence: 0.0,
+        decode_ms_per_context_token: 4.5e-5,
         ..Profile::default()
     }
 }
