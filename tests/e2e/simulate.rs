@@ -25,7 +25,9 @@ async fn policies_stand_side_by_side_and_the_same_seed_writes_the_same_files() {
         let policies = ["--policy", "routing=native", "--policy", &round_robin, "--policy", &least_loaded];
         let more = ["--workers", "1,kv_blocks=4096", "--json", &json, "--html", &html];
         let finished = run(&[&["simulate", "--trace", &trace], &policies[..], &more].concat()).await;
-        for part in ["native", "round-robin", "least-loaded {\"prefill_token\":2.0}", "bound: pooled LRU", "4096 blocks of 64 tokens"] {
+        for part in
+            ["native", "round-robin", "least-loaded {\"prefill_token\":2.0}", "bound: pooled LRU", "4096 blocks of 64 tokens"]
+        {
             assert!(finished.succeeded().contains(part), "{part}: {}", finished.stdout);
         }
         assert_eq!(finished.stderr, "");

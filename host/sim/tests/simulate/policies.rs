@@ -31,12 +31,14 @@ fn round_robin_takes_turns() {
 
 /// At every request, since none of a trace says what its output may be at most.
 fn hostile(mode: &str) -> Contender {
-    component("guests", "hostile", &format!(r#"{{"mode": "{mode}", "at_max_output_tokens": 4294967295}}"#))
+    // Not at the probe, which comes when virtual time begins.
+    let settings = r#"{"mode": "MODE", "at_max_output_tokens": 4294967295, "from_unix_ms": 1700000000001}"#;
+    component("guests", "hostile", &settings.replace("MODE", mode))
 }
 
 #[test]
 fn a_request_that_is_held_is_asked_for_again_and_decided_natively_in_the_end() {
-    let tally = run(&trace(&[(0, &[(1, 100)], 1)]), &options(1), &hostile("hold"));
+    let tally = run(&trace(&[(1, &[(1, 100)], 1)]), &options(1), &hostile("hold"));
     let fallbacks: Vec<_> = tally.fallbacks.iter().map(|(cause, count)| (cause.as_str(), *count)).collect();
     assert_eq!((fallbacks, tally.decisions), (vec![("hold-exhausted", 1)], 9));
     // Eight times held for a millisecond.
@@ -45,13 +47,13 @@ fn a_request_that_is_held_is_asked_for_again_and_decided_natively_in_the_end() {
 
 #[test]
 fn a_request_that_is_refused_is_counted_and_the_run_goes_on() {
-    let row = Row::new(run(&trace(&[(0, &[(1, 100)], 1), (5, &[(1, 100)], 1)]), &options(1), &hostile("reject")));
+    let row = Row::new(run(&trace(&[(1, &[(1, 100)], 1), (5, &[(1, 100)], 1)]), &options(1), &hostile("reject")));
     assert_eq!((row.rejected, row.served, row.decisions), (2, 0, 2));
 }
 
 #[test]
 fn a_policy_that_fails_is_named_by_cause_and_the_native_fallback_serves() {
-    let requests: Vec<(u64, &[(u32, u32)], u32)> = (0..40).map(|nth| (nth * 300, &[(1, 100)][..], 1)).collect();
+    let requests: Vec<(u64, &[(u32, u32)], u32)> = (0..40).map(|nth| (nth * 300 + 1, &[(1, 100)][..], 1)).collect();
     let row = Row::new(run(&trace(&requests), &options(2), &hostile("out-of-range")));
     assert_eq!((row.served, row.fallbacks.values().sum::<u64>()), (40, 40));
     assert!(row.fallbacks["answer-out-of-range"] >= 8 && row.fallbacks["quarantined"] > 0, "{:?}", row.fallbacks);

@@ -57,19 +57,16 @@ fn too_little_kv_memory_preempts_and_loses_nobody() {
 
 #[test]
 fn bounds_are_those_of_one_cache_and_no_queue() {
-    let trace = trace(&[(0, &[(1, 640)], 9), (0, &[(2, 640)], 9), (0, &[(1, 640), (3, 64)], 9), (1, &[(2, 640), (4, 64)], 9)]);
+    let trace = trace(&[(0, &[(1, 640)], 1), (0, &[(2, 640)], 1), (0, &[(1, 640), (3, 64)], 1), (1, &[(2, 640), (4, 64)], 1)]);
     let found = bounds(&trace, &options(2).workers).unwrap();
     assert_eq!((found.infinite.ttft.mean, found.infinite.ttft.max), ((740.0 + 740.0 + 164.0 + 164.0) / 4.0, 740.0));
     assert_eq!((found.infinite.reuse, found.pooled.reuse), (1280.0 / 2688.0, 1280.0 / 2688.0));
-    // Two engines of 10 blocks hold both of the prompts of ten blocks, until a third one's eleventh block evicts one.
-    let small = Profile { kv_blocks: 10, max_model_len: 640, ..profile() };
-    let error = bounds(&trace, &[small.clone(), small]).unwrap_err().to_string();
-    assert!(error.contains("max_model_len=640"), "{error}");
-    let small = Profile { kv_blocks: 11, max_model_len: 704, ..profile() };
-    let found = bounds(&trace, &[small.clone(), small]).unwrap();
-    assert_eq!((found.pooled.reuse, found.infinite.reuse), (1280.0 / 2688.0, 1280.0 / 2688.0));
-    let one = Profile { kv_blocks: 11, max_model_len: 704, ..profile() };
-    assert_eq!(bounds(&trace, &[one]).unwrap().pooled.reuse, 0.0);
+    // Two engines of 12 blocks hold both of the prompts of ten blocks. In one engine alone the second prompt leaves two
+    // blocks of the first, and the third request, of eleven blocks, one of the second.
+    let small = Profile { kv_blocks: 12, max_model_len: 768, ..profile() };
+    let pooled = |workers: &[Profile]| bounds(&trace, workers).unwrap().pooled.reuse;
+    assert_eq!(pooled(&[small.clone(), small.clone()]), 1280.0 / 2688.0);
+    assert_eq!(pooled(&[small]), (2.0 + 1.0) * 64.0 / 2688.0);
 }
 
 #[test]
