@@ -9,6 +9,7 @@ mod dashboard;
 mod key;
 mod mock;
 mod policy;
+mod simulate;
 mod worker;
 
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, process::ExitCode};
@@ -52,6 +53,8 @@ enum Command {
         #[command(flatten)]
         output: OutputFlags,
     },
+    /// Replay a trace in virtual time, and see policies side by side before they touch traffic
+    Simulate(Box<simulate::SimulateFlags>),
     /// An engine without a GPU: vLLM's endpoints over a model of an engine
     MockEngine(MockFlags),
     /// Write what a release carries: man pages, completions, a dashboard
@@ -297,6 +300,7 @@ pub fn main() -> ExitCode {
             Ok(config) => exit(2, run(true, serve::run(config))),
             Err(error) => exit(2, Err(error)),
         },
+        Command::Simulate(flags) => exit(1, simulate::run(&flags)),
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
         Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
         Command::Assets { directory } => exit(1, assets::write(&directory)),

@@ -167,6 +167,24 @@ impl EngineModel {
         self.running.is_empty() && self.waiting_count == 0
     }
 
+    /// Sequences that wait.
+    #[must_use]
+    pub fn waiting(&self) -> u32 {
+        self.waiting_count as u32
+    }
+
+    /// KV blocks that are free or hold only reusable cache.
+    #[must_use]
+    pub fn free_blocks(&self) -> u32 {
+        self.cache.free() as u32
+    }
+
+    /// Sequences thrown out of the KV cache so far.
+    #[must_use]
+    pub fn preemptions(&self) -> u64 {
+        self.stats.preemptions
+    }
+
     /// Gauges and totals.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {

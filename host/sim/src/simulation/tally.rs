@@ -1,0 +1,116 @@
+//! What is counted of a run.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use dynamo_host_core::Load;
+use dynamo_host_policy::{DecidedBy, Decision};
+
+use crate::{
+    engine::Engine,
+    samples::{Intervals, Samples},
+    trace::TraceRequest,
+};
+
+/// What is counted of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Name of what decided, as it was given.
+    pub name: String,
+    /// `name@version` of the policy.
+    pub policy: String,
+    /// From a request's arrival to its first token, in milliseconds.
+    pub ttft: Samples,
+    /// From a request's arrival to its last token, in milliseconds.
+    pub e2e: Samples,
+    /// From one token of a request to the next, in milliseconds.
+    pub(crate) itl: Intervals,
+    /// Requests that were refused.
+    pub rejected: u64,
+    /// Prompt tokens.
+    pub prompt_tokens: u64,
+    /// Those that the engine had in its cache at the first admission.
+    pub cached_tokens: u64,
+    /// Output tokens.
+    pub output_tokens: u64,
+    /// Sequences that engines threw out of their KV memory, to be computed again.
+    pub preemptions: u64,
+    /// Decisions, those that held included.
+    pub decisions: u64,
+    /// Fuel of the policy's decisions.
+    pub fuel: u64,
+    /// Decisions that were another's, by cause.
+    pub fallbacks: BTreeMap<String, u64>,
+    /// From the first arrival to the last token.
+    pub makespan: Duration,
+    /// Share of that time in which each worker computed.
+    pub busy: Vec<f64>,
+    /// Requests in flight on each worker, at regular times.
+    pub load: Vec<Vec<u32>>,
+    /// Time between those.
+    pub sample_every: Duration,
+    /// Time that decisions took, with their look into the index, by the wall clock.
+    pub deciding: Duration,
+    /// Time that the run took, by the wall clock.
+    pub wall: Duration,
+}
+
+impl Tally {
+    pub(super) fn new(name: &str, policy: String, workers: usize) -> Self {
+        Self { name: name.to_owned(), policy, busy: vec![0.0; workers], ..Self::default() }
+    }
+
+    /// Requests that have ended.
+    pub(super) fn ended(&self) -> u64 {
+        self.e2e.count() + self.rejected
+    }
+
+    pub(super) fn come(&mut self, request: &TraceRequest, at: Duration) {
+        self.prompt_tokens += u64::from(request.prompt_tokens());
+        self.makespan = self.makespan.max(at);
+    }
+
+    pub(super) fn decided(&mut self, decision: &Decision, elapsed: Duration) {
+        self.decisions += 1;
+        self.fuel += decision.fuel;
+        self.deciding += elapsed;
+        if let DecidedBy::Fallback(failed) | DecidedBy::LastGood(_, failed) | DecidedBy::Nobody(failed) = &decision.by {
+            *self.fallbacks.entry(failed.cause.to_string()).or_default() += 1;
+        }
+    }
+
+    pub(super) fn begun(&mut self, ttft_ms: f64, cached_tokens: u32) {
+        self.ttft.add(ttft_ms);
+        self.cached_tokens += u64::from(cached_tokens);
+    }
+
+    pub(super) fn end(&mut self, e2e_ms: f64, output_tokens: u32, now: Duration) {
+        self.e2e.add(e2e_ms);
+        self.output_tokens += u64::from(output_tokens);
+        self.makespan = self.makespan.max(now);
+    }
+
+    pub(super) fn sample(&mut self, engines: &[Engine]) {
+        self.load.push(engines.iter().map(|engine| engine.load.get(Load::ActiveRequests)).collect());
+    }
+
+    pub(super) fn close(&mut self, engines: &[Engine], wall: Duration) {
+        let makespan = self.makespan.as_secs_f64().max(f64::MIN_POSITIVE);
+        self.busy = engines.iter().map(|engine| engine.busy.as_secs_f64() / makespan).collect();
+        self.preemptions = engines.iter().map(|engine| engine.model.preemptions()).sum();
+        self.wall = wall;
+    }
+
+    /// The busiest worker's time over the mean of all: 1 is even.
+    #[must_use]
+    pub fn imbalance(&self) -> f64 {
+        let mean = self.busy.iter().sum::<f64>() / self.busy.len().max(1) as f64;
+        let most = self.busy.iter().copied().fold(0.0, f64::max);
+        if mean > 0.0 { most / mean } else { 1.0 }
+    }
+
+    /// Share of the prompt tokens that were cached.
+    #[must_use]
+    pub fn reuse(&self) -> f64 {
+        self.cached_tokens as f64 / self.prompt_tokens.max(1) as f64
+    }
+}

@@ -1,0 +1,139 @@
+//! What can be typed after `simulate`, and what it means.
+
+use std::{fs, path::PathBuf};
+
+use dynamo_engine_mock::{MockOptions, Profile};
+use dynamo_host_core::{SlotKind, SlotName};
+use dynamo_host_policy::{Limits, read_component};
+use dynamo_host_sim::{Contender, default_profile};
+
+use crate::{cli::Output, config::read_settings};
+
+/// Policies side by side over a trace, in virtual time.
+#[derive(clap::Args)]
+pub(crate) struct SimulateFlags {
+    /// What comes: a Mooncake JSONL or an Azure CSV file, or synthetic:requests=N,rate=R,…
+    #[arg(long, value_name = "FILE|synthetic:KEY=VALUE,…")]
+    pub(super) trace: String,
+    /// How many workers there are, with properties of their engines such as kv_blocks=4096 [default: 8]; may be repeated
+    /// for a mixed fleet
+    #[arg(long, value_name = "N[,KEY=VALUE…]")]
+    workers: Vec<String>,
+    /// What decides: a component, with its settings as JSON or @FILE, or native; may be repeated: all stand side by side
+    /// [default: routing=native]
+    #[arg(long = "policy", value_name = "SLOT=FILE.wasm[,JSON|,@FILE]")]
+    policies: Vec<String>,
+    /// Requests come this many times as fast as in the trace
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub(super) speed: f64,
+    /// What engines hold and how fast they are, as `dynamo-host profile` writes it [default: the built-in profile]
+    #[arg(long, value_name = "FILE.json")]
+    engine_profile: Option<PathBuf>,
+    /// Tokens of a KV block, of all engines
+    #[arg(long, value_name = "TOKENS")]
+    block_size: Option<u32>,
+    /// KV blocks of each engine
+    #[arg(long, value_name = "N")]
+    kv_blocks: Option<u32>,
+    /// Only the first so many requests of the trace
+    #[arg(long, value_name = "N")]
+    pub(super) limit: Option<usize>,
+    /// Seed of all that is left to chance: the same one gives the same report
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) seed: u64,
+    /// How often the load of each engine is read
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) load_interval_ms: u64,
+    /// How late the index hears of what an engine has cached
+    #[arg(long, value_name = "MS", default_value_t = 5)]
+    pub(super) kv_event_lag_ms: u64,
+    /// Policies that are simulated at once [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(super) threads: Option<usize>,
+    /// Write the report as a page with plots, which needs nothing else to be seen
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
+    /// Write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(super) json: Option<PathBuf>,
+    /// How to print the report
+    #[arg(long, default_value = "text")]
+    pub(super) output: Output,
+}
+
+impl SimulateFlags {
+    /// The engines, one for each worker.
+    pub(super) fn workers(&self) -> Result<Vec<Profile>, String> {
+        let base = self.profile()?;
+        let groups = if self.workers.is_empty() { vec!["8".to_owned()] } else { self.workers.clone() };
+        let mut workers = Vec::new();
+        for group in &groups {
+            let mut parts = group.split(',');
+            let count = parts.next().and_then(|count| count.parse::<usize>().ok()).filter(|count| (1..=100_000).contains(count));
+            let count =
+                count.ok_or_else(|| format!("--workers {group}: begin with a number of 1 to 100000, as in 8,kv_blocks=4096"))?;
+            let mut options = MockOptions { profile: base.clone(), ..MockOptions::default() };
+            for part in parts {
+                let (key, value) = part.split_once('=').ok_or_else(|| format!("--workers {group}: {part:?} is not KEY=VALUE"))?;
+                options.set(key, value).map_err(|error| format!("--workers {group}: {error}"))?;
+            }
+            options.profile.validate().map_err(|error| format!("--workers {group}: {error}"))?;
+            workers.extend(std::iter::repeat_n(options.profile, count));
+        }
+        Ok(workers)
+    }
+
+    fn profile(&self) -> Result<Profile, String> {
+        let mut profile = match &self.engine_profile {
+            None => default_profile(),
+            Some(path) => {
+                let text = fs::read_to_string(path)
+                    .map_err(|error| format!("--engine-profile {} cannot be read: {error}", path.display()))?;
+                serde_json::from_str(&text).map_err(|error| {
+                    format!("--engine-profile {}: {error}; write one with: dynamo-host profile URL", path.display())
+                })?
+            }
+        };
+        profile.block_size = self.block_size.unwrap_or(profile.block_size);
+        profile.kv_blocks = self.kv_blocks.unwrap_or(profile.kv_blocks);
+        Ok(profile)
+    }
+
+    /// What decides, each with a name of its own.
+    pub(super) fn contenders(&self) -> Result<Vec<Contender>, String> {
+        let given = if self.policies.is_empty() { vec!["routing=native".to_owned()] } else { self.policies.clone() };
+        let mut contenders: Vec<Contender> = given.iter().map(|given| contender(given)).collect::<Result<_, _>>()?;
+        for at in 1..contenders.len() {
+            let (before, here) = contenders.split_at_mut(at);
+            let count = before.iter().filter(|other| other.name == here[0].name).count();
+            if count > 0 {
+                here[0].name = format!("{} #{}", here[0].name, count + 1);
+            }
+        }
+        Ok(contenders)
+    }
+}
+
+/// Reads `SLOT=FILE.wasm[,JSON|,@FILE]`.
+fn contender(given: &str) -> Result<Contender, String> {
+    const USE: &str =
+        "use routing=native or routing=FILE.wasm, with settings routing=FILE.wasm,{\"key\": 1} or routing=FILE.wasm,@FILE";
+    let (slot, rest) = given.split_once('=').ok_or_else(|| format!("--policy {given}: {USE}"))?;
+    let slot: SlotName = slot.parse().map_err(|error| format!("--policy {given}: {error}"))?;
+    if slot.kind != SlotKind::Routing {
+        return Err(format!("--policy {given}: only the slot routing is simulated yet; {USE}"));
+    }
+    if rest == "native" {
+        return Ok(Contender { name: "native".to_owned(), policy: None });
+    }
+    // A file's name may hold a comma; settings begin with { or @.
+    let cut = [",{", ",@"].iter().filter_map(|mark| rest.find(mark)).min();
+    let (file, settings) = cut.map_or((rest, None), |at| (&rest[..at], Some(&rest[at + 1..])));
+    let path = PathBuf::from(file);
+    let bytes = read_component(&path, Limits::default().component_bytes).map_err(|error| format!("--policy {file}: {error}"))?;
+    let settings = settings
+        .map_or_else(|| Ok("{}".to_owned()), |settings| read_settings("--policy", settings).map_err(|error| error.to_string()))?;
+    let stem = path.file_stem().map_or_else(|| file.to_owned(), |stem| stem.to_string_lossy().into_owned());
+    let name = if settings == "{}" { stem } else { format!("{stem} {settings}") };
+    Ok(Contender { name, policy: Some((bytes, settings)) })
+}
