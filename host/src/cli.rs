@@ -9,6 +9,7 @@ mod dashboard;
 mod key;
 mod mock;
 mod policy;
+mod receipts;
 mod worker;
 
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, process::ExitCode};
@@ -36,6 +37,9 @@ enum Command {
     /// Write, build, check, measure, activate, list and roll back policies
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// What was decided, why, and what became of it
+    #[command(subcommand)]
+    Receipts(receipts::ReceiptsCommand),
     /// API keys of the front door
     #[command(subcommand)]
     Key(KeyCommand),
@@ -159,6 +163,8 @@ enum PolicyCommand {
         #[command(flatten)]
         output: OutputFlags,
     },
+    /// Have a component decide again what receipts tell of, and say where it would have decided otherwise
+    Replay(policy::ReplayFlags),
     /// Measure a component's decisions, beside the native fallback's
     Bench {
         /// The component
@@ -308,6 +314,7 @@ pub fn main() -> ExitCode {
             }
             WorkerCommand::Resume { name, admin, output } => exit(1, run(false, worker::resume(&name, &admin, output.output))),
         },
+        Command::Receipts(command) => exit(1, receipts::run(&command)),
         Command::Config(ConfigCommand::Check { file, output }) => exit(1, config::check(&file, output.output)),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {
@@ -327,6 +334,7 @@ pub fn main() -> ExitCode {
             }
             PolicyCommand::Inspect { file, output } => exit(1, policy::inspect(&file, output.output)),
             PolicyCommand::Check { file, settings, output } => exit(1, policy::check(&file, settings.as_deref(), output.output)),
+            PolicyCommand::Replay(flags) => exit(1, policy::replay(&flags)),
             PolicyCommand::Bench { file, settings, candidates, rounds, output } => {
                 exit(1, policy::bench(&file, settings.as_deref(), &candidates, rounds, output.output))
             }

@@ -25,6 +25,7 @@ mod models;
 mod observe;
 mod policies;
 mod prefixes;
+mod receipts;
 mod relay;
 mod reload;
 mod request;
