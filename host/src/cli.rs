@@ -9,6 +9,7 @@ mod dashboard;
 mod key;
 mod mock;
 mod policy;
+mod profile;
 mod receipts;
 mod worker;
 
@@ -56,6 +57,8 @@ enum Command {
         #[command(flatten)]
         output: OutputFlags,
     },
+    /// Measure a live engine and write its profile, for policies, simulations and planning
+    Profile(profile::ProfileFlags),
     /// An engine without a GPU: vLLM's endpoints over a model of an engine
     MockEngine(MockFlags),
     /// Write what a release carries: man pages, completions, a dashboard
@@ -303,6 +306,7 @@ pub fn main() -> ExitCode {
             Ok(config) => exit(2, run(true, serve::run(config))),
             Err(error) => exit(2, Err(error)),
         },
+        Command::Profile(flags) => exit(1, run(false, profile::run(flags))),
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
         Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
         Command::Assets { directory } => exit(1, assets::write(&directory)),

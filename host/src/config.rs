@@ -5,6 +5,7 @@
 
 mod door;
 mod limits;
+mod profile;
 mod worker;
 
 use std::{

@@ -67,17 +67,22 @@ async fn nothing_is_left_of_requests_that_end_in_any_way() {
     let silent = Scripted::start(|mut connection| async move { connection.hung_up().await }).await;
     let of = |url: &str, model: &str| format!("{url},name={model},model={model}");
     let workers = [
-        of(dies.url(), "dies"),
+        of(dies.url(), "m"),
         of(&refusing.url(), "refusing"),
         of(&breaking.url(), "breaking"),
         of(&half.url(), "half"),
         of(&incomplete.url(), "incomplete"),
         of(&silent.url(), "silent"),
         // One that breaks and one that serves: requests are tried again.
-        format!("{},name=breaks-too,model=m", breaking.url()),
+        format!("{},name=breaks-too,model=tried", breaking.url()),
     ];
     let mut arguments: Vec<&str> = workers.iter().flat_map(|worker| ["--worker", worker.as_str()]).collect();
-    arguments.extend(["--worker", "mock://serves?model=m&speedup=50", "--worker", "mock://slow?model=slow&decode_ms_base=20"]);
+    arguments.extend([
+        "--worker",
+        "mock://serves?model=tried&speedup=50",
+        "--worker",
+        "mock://slow?model=slow&decode_ms_base=20",
+    ]);
     let limits = "[limits]\nrequest_timeout_s = 5\nstream_idle_s = 2\n";
     let policy = components::policy("round-robin");
     arguments.extend(["--routing", &policy]);
@@ -88,7 +93,7 @@ async fn nothing_is_left_of_requests_that_end_in_any_way() {
         let http = host.http.clone();
         requests.spawn(async move { drop(http.post(CHAT, body.to_string()).await) });
     };
-    for model in ["refusing", "breaking", "half", "incomplete", "silent", "m"] {
+    for model in ["refusing", "breaking", "half", "incomplete", "silent", "tried"] {
         for _ in 0..4 {
             ask(of_model(chat(5), model));
             ask(of_model(streamed(chat(5)), model));
@@ -109,7 +114,7 @@ async fn nothing_is_left_of_requests_that_end_in_any_way() {
     // An engine that is killed while it streams.
     let mut streams = Vec::new();
     for _ in 0..4 {
-        let mut stream = host.http.open(CHAT, &of_model(streamed(chat(30_000)), "dies")).await;
+        let mut stream = host.http.open(CHAT, &of_model(streamed(chat(30_000)), "m")).await;
         stream.event().await;
         streams.push(stream);
     }

@@ -27,6 +27,7 @@ mod openai_client;
 mod outcomes;
 mod persistence;
 mod policies;
+mod profile;
 mod quarantine;
 mod receipts;
 mod refusals;
