@@ -13,7 +13,13 @@ use dynamo_host_core::{
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
-use crate::{clock::Clock, meters::RequestMeters, observe::Observer, request::Lane};
+use crate::{
+    clock::{Clock, unix_ms},
+    meters::RequestMeters,
+    observe::Observer,
+    receipts::{Hex, OutcomeLine, Recorder},
+    request::{Lane, Placing},
+};
 
 /// How a request ended: `outcomes.end` of the contract.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -25,6 +31,17 @@ pub(crate) enum End {
     Rejected = 3,
 }
 
+impl End {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+            Self::Rejected => "rejected",
+        }
+    }
+}
+
 /// One request on one worker, from dispatch to its end. Closing it is dropping it: there is no way out without.
 pub(crate) struct Account {
     pub(crate) meters: RequestMeters,
@@ -33,12 +50,15 @@ pub(crate) struct Account {
     observer: Observer,
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
+    recorder: Option<Recorder>,
     in_flight: InFlight,
     worker: WorkerId,
     spec: Arc<WorkerSpec>,
     decision_id: u64,
     endpoint: Endpoint,
     prompt_tokens: u32,
+    /// What the worker is believed to hold of the prompt.
+    cached_tokens: u32,
     /// When the client's request came.
     accepted: Instant,
     /// When this worker was given it.
@@ -65,7 +85,7 @@ impl Account {
         facts: &RequestFacts,
         worker: &Worker,
         cached_tokens: u32,
-        version: Option<Arc<PolicyVersion>>,
+        placing: &Placing,
         accepted: Instant,
     ) -> Self {
         lane.meters.in_flight.increment(1.0);
@@ -76,13 +96,15 @@ impl Account {
             span: tracing::Span::current(),
             observer: lane.observer.clone(),
             clock: lane.clock,
-            version,
+            version: placing.observed_version(),
+            recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
             decision_id: facts.decision_id,
             endpoint: facts.endpoint,
             prompt_tokens: tokens,
+            cached_tokens,
             accepted,
             dispatched: Instant::now(),
             first_token: None,
@@ -123,6 +145,15 @@ impl Account {
     /// All that a whole answer says of its tokens.
     pub(crate) fn usage(&mut self, usage: Usage) {
         self.tokens(usage.completion_tokens);
+        self.correct(usage);
+    }
+
+    /// What the engine counted is better than what was estimated, in the books too.
+    fn correct(&mut self, usage: Usage) {
+        // Some leave the prompt out until the end; none has an empty one.
+        if usage.prompt_tokens > 0 {
+            self.in_flight.correct(usage.prompt_tokens, cached(&usage));
+        }
         self.usage = Some(usage);
     }
 
@@ -139,7 +170,9 @@ impl Account {
             self.last_token = Some(now);
             self.tokens(summary.tokens);
         }
-        self.usage = summary.usage.or(self.usage);
+        if let Some(usage) = summary.usage {
+            self.correct(usage);
+        }
         if summary.done {
             self.end = End::Done;
         }
@@ -173,6 +206,7 @@ impl Drop for Account {
                 load.observed(self.clock.now_ms());
             }
         }
+        let reported = self.usage.as_ref().and_then(cached);
         let usage = self.usage.unwrap_or(Usage {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.output_tokens,
@@ -186,6 +220,28 @@ impl Drop for Account {
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
             self.meters.seconds.record(self.accepted.elapsed());
             count_request(self.endpoint.label(), &self.spec.model, self.status);
+        }
+        if let Some(reported) = reported {
+            self.meters.prefix_predicted.increment(u64::from(self.cached_tokens));
+            self.meters.prefix_reported.increment(u64::from(reported));
+        }
+        if let Some(recorder) = self.recorder.take() {
+            let ms = |ms: f32| Some(ms).filter(|ms| ms.is_finite());
+            recorder.outcome(OutcomeLine {
+                v: crate::receipts::VERSION,
+                id: Hex(self.decision_id),
+                unix_ms: unix_ms(),
+                worker: Hex(self.worker.0),
+                name: self.spec.name.clone(),
+                end: self.end.label().to_owned(),
+                status: (!self.is_abandoned).then_some(self.status.as_u16()),
+                ttft_ms: ms(ttft_ms),
+                itl_ms: ms(itl_ms),
+                prompt_tokens: usage.prompt_tokens,
+                output_tokens: usage.completion_tokens,
+                cached_predicted: self.cached_tokens,
+                cached_reported: reported,
+            });
         }
         if let Some(version) = self.version.take() {
             let row = OutcomeRow {
@@ -203,6 +259,11 @@ impl Drop for Account {
             tracing::debug!(parent: &self.span, status, tokens, ttft_ms, itl_ms, "request ended");
         }
     }
+}
+
+/// Prompt tokens that an engine says were cached.
+fn cached(usage: &Usage) -> Option<u32> {
+    usage.prompt_tokens_details?.cached_tokens
 }
 
 /// Counts a request that has been answered, or left. `model` must be one that is served: clients may not make labels.

@@ -9,6 +9,8 @@ mod dashboard;
 mod key;
 mod mock;
 mod policy;
+mod profile;
+mod receipts;
 mod simulate;
 mod worker;
 
@@ -37,6 +39,9 @@ enum Command {
     /// Write, build, check, measure, activate, list and roll back policies
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// What was decided, why, and what became of it
+    #[command(subcommand)]
+    Receipts(receipts::ReceiptsCommand),
     /// API keys of the front door
     #[command(subcommand)]
     Key(KeyCommand),
@@ -55,6 +60,8 @@ enum Command {
     },
     /// Replay a trace in virtual time, and see policies side by side before they touch traffic
     Simulate(Box<simulate::SimulateFlags>),
+    /// Measure a live engine and write its profile, for policies, simulations and planning
+    Profile(profile::ProfileFlags),
     /// An engine without a GPU: vLLM's endpoints over a model of an engine
     MockEngine(MockFlags),
     /// Write what a release carries: man pages, completions, a dashboard
@@ -162,6 +169,8 @@ enum PolicyCommand {
         #[command(flatten)]
         output: OutputFlags,
     },
+    /// Have a component decide again what receipts tell of, and say where it would have decided otherwise
+    Replay(policy::ReplayFlags),
     /// Measure a component's decisions, beside the native fallback's
     Bench {
         /// The component
@@ -301,6 +310,7 @@ pub fn main() -> ExitCode {
             Err(error) => exit(2, Err(error)),
         },
         Command::Simulate(flags) => exit(1, simulate::run(&flags)),
+        Command::Profile(flags) => exit(1, run(false, profile::run(flags))),
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
         Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
         Command::Assets { directory } => exit(1, assets::write(&directory)),
@@ -312,6 +322,7 @@ pub fn main() -> ExitCode {
             }
             WorkerCommand::Resume { name, admin, output } => exit(1, run(false, worker::resume(&name, &admin, output.output))),
         },
+        Command::Receipts(command) => exit(1, receipts::run(&command)),
         Command::Config(ConfigCommand::Check { file, output }) => exit(1, config::check(&file, output.output)),
         Command::Policy(command) => match command {
             PolicyCommand::Activate { slot, file, settings, admin, output } => {
@@ -331,6 +342,7 @@ pub fn main() -> ExitCode {
             }
             PolicyCommand::Inspect { file, output } => exit(1, policy::inspect(&file, output.output)),
             PolicyCommand::Check { file, settings, output } => exit(1, policy::check(&file, settings.as_deref(), output.output)),
+            PolicyCommand::Replay(flags) => exit(1, policy::replay(&flags)),
             PolicyCommand::Bench { file, settings, candidates, rounds, output } => {
                 exit(1, policy::bench(&file, settings.as_deref(), &candidates, rounds, output.output))
             }

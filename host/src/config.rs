@@ -5,6 +5,7 @@
 
 mod door;
 mod limits;
+mod profile;
 mod worker;
 
 use std::{
@@ -31,6 +32,7 @@ use crate::{
     discovery::Discovery,
     models::{ModelNames, NameConfig, NamesError},
     policies::Seed,
+    receipts::ReceiptsConfig,
     telemetry::LogFormat,
     tls::TlsFiles,
     trace::Otlp,
@@ -72,6 +74,10 @@ pub(crate) enum ConfigError {
     CorsOrigin { origin: String },
     #[error(transparent)]
     Otlp(#[from] crate::trace::OtlpError),
+    #[error("{0}")]
+    Receipts(String),
+    #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
+    ReceiptsNowhere,
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
 }
@@ -109,6 +115,9 @@ pub(crate) struct ServeFlags {
     /// Directory that keeps active policies over restarts; without it nothing is kept
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Whether decisions are written down in the state directory: on or off [default: on if there is one]
+    #[arg(long, value_name = "on|off")]
+    receipts: Option<Switch>,
     /// File of API keys (TOML), see dynamo-host key new; without it nobody is asked for one
     #[arg(long, value_name = "FILE")]
     keys: Option<PathBuf>,
@@ -126,6 +135,13 @@ pub(crate) struct ServeFlags {
     log_level: Option<String>,
 }
 
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -139,6 +155,7 @@ struct File {
     log_level: Option<String>,
     discovery: Vec<String>,
     routing: Routing,
+    receipts: ReceiptsConfig,
     auth: door::Auth,
     cors: Option<Cors>,
     tls: Option<TlsFiles>,
@@ -177,6 +194,8 @@ pub(crate) struct Config {
     pub(crate) log_level: String,
     pub(crate) limits: Limits,
     pub(crate) door: DoorConfig,
+    /// `None`: off.
+    pub(crate) receipts: Option<ReceiptsConfig>,
 }
 
 impl Config {
@@ -220,6 +239,7 @@ impl Config {
             ("tls", self.door.tls != running.door.tls),
             ("admin_tls", self.door.admin_tls != running.door.admin_tls),
             ("otlp", self.door.otlp != running.door.otlp),
+            ("receipts", self.receipts != running.receipts),
         ]
         .into_iter()
         .filter_map(|(key, differs)| differs.then_some(key))
@@ -269,6 +289,8 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
+        let state_dir = flags.state_dir.or(file.state_dir);
+        let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
             flags: flags_given,
             http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080))),
@@ -279,7 +301,7 @@ impl Config {
             models,
             routing,
             routing_on_error: flags.routing_on_error.or(file.routing.on_error),
-            state_dir: flags.state_dir.or(file.state_dir),
+            state_dir,
             expose_worker: flags.expose_worker || file.expose_worker,
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
@@ -288,11 +310,21 @@ impl Config {
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
             )?,
+            receipts,
         };
         if config.admin_token.is_none() && !is_loopback(config.admin.ip()) {
             return Err(ConfigError::AdminOpen { address: config.admin });
         }
         Ok(config)
+    }
+}
+
+/// Whether there are receipts, and which: on where they have a place, unless somebody says otherwise.
+fn receipts(written: ReceiptsConfig, flag: Option<Switch>, has_place: bool) -> Result<Option<ReceiptsConfig>, ConfigError> {
+    written.check().map_err(ConfigError::Receipts)?;
+    match flag.map(|switch| switch == Switch::On).or(written.enabled) {
+        Some(true) if !has_place => Err(ConfigError::ReceiptsNowhere),
+        is_on => Ok(is_on.unwrap_or(has_place).then_some(written)),
     }
 }
 

@@ -70,7 +70,7 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let account = Account::open(self.lane, facts, worker, cached, placing.observed_version(), self.accepted);
+            let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
             let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);

@@ -25,6 +25,8 @@ mod models;
 mod observe;
 mod policies;
 mod prefixes;
+mod profile;
+mod receipts;
 mod relay;
 mod reload;
 mod request;

@@ -90,6 +90,21 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ("dynamo_host_policy_telemetry_dropped_total", Kind::Counter, "Log lines and metric updates of policies over their quota"),
     ("dynamo_host_policy_counter_total", Kind::Counter, "Counters that policies keep, by policy and name"),
     ("dynamo_host_policy_gauge", Kind::Gauge, "Gauges that policies keep, by policy and name"),
+    (
+        "dynamo_host_prefix_hit_tokens_total",
+        Kind::Counter,
+        "Cached prompt tokens of requests whose engine reports them, by kind: as predicted when they were placed, and as reported",
+    ),
+    (
+        "dynamo_host_receipts_dropped_total",
+        Kind::Counter,
+        "Lines of receipts that were lost, by cause: queue (full), disk, unwritable",
+    ),
+    (
+        "dynamo_host_receipts_skipped_total",
+        Kind::Counter,
+        "Requests without a receipt, since receipts.max_per_second was reached",
+    ),
     ("dynamo_host_task_panics_total", Kind::Counter, "Background tasks that panicked"),
 ];
 
@@ -129,6 +144,8 @@ pub(crate) struct RequestMeters {
     pub(crate) seconds: Histogram,
     pub(crate) prompt_tokens: Counter,
     pub(crate) output_tokens: Counter,
+    pub(crate) prefix_predicted: Counter,
+    pub(crate) prefix_reported: Counter,
     pub(crate) decode: Histogram,
     pub(crate) route: Histogram,
     pub(crate) dispatch: Histogram,
@@ -138,6 +155,7 @@ pub(crate) struct RequestMeters {
 impl RequestMeters {
     pub(crate) fn new() -> Self {
         let stage = |stage: &'static str| histogram!("dynamo_host_stage_seconds", "stage" => stage);
+        let hit = |kind: &'static str| counter!("dynamo_host_prefix_hit_tokens_total", "kind" => kind);
         Self {
             in_flight: gauge!("dynamo_host_requests_in_flight"),
             ttft: histogram!("dynamo_host_time_to_first_token_seconds"),
@@ -145,6 +163,8 @@ impl RequestMeters {
             seconds: histogram!("dynamo_host_request_seconds"),
             prompt_tokens: counter!("dynamo_host_prompt_tokens_total"),
             output_tokens: counter!("dynamo_host_output_tokens_total"),
+            prefix_predicted: hit("predicted"),
+            prefix_reported: hit("reported"),
             decode: stage("decode"),
             route: stage("route"),
             dispatch: stage("dispatch"),

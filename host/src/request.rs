@@ -33,6 +33,7 @@ use crate::{
     models::Resolved,
     observe::Observer,
     prefixes::Prefixes,
+    receipts::{Receipts, Recorder},
     relay::Patience,
     roster::{Roster, Snapshot},
     trace,
@@ -55,6 +56,7 @@ pub(crate) struct Lane {
     pub(crate) limits: ArcSwap<Limits>,
     pub(crate) meters: RequestMeters,
     pub(crate) observer: Observer,
+    pub(crate) receipts: Receipts,
     pub(crate) expose_worker: bool,
     /// Numbers decisions; also their seed.
     pub(crate) decisions: AtomicU64,
@@ -122,10 +124,11 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
     let pinned = lane.routing.pin();
     let priority = facts.priority;
     let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };
+    let recorder = lane.receipts.sample();
     let mut dispatch = Dispatch::new(lane, ask, at);
     loop {
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
-        let placing = match place(lane, &pinned, &mut facts, &prompt, &patience, notes).await {
+        let placing = match place(lane, &pinned, &mut facts, &prompt, &patience, recorder.as_ref(), notes).await {
             Ok(placing) => placing,
             // Every worker has failed it: what the last one failed with says more.
             Err(error @ RequestError::NoWorker { .. }) => return Err(dispatch.into_failure().map_or(error, RequestError::from)),
@@ -171,6 +174,8 @@ pub(crate) struct Placing {
     /// `x-dynamo-policy`.
     pub(crate) policy: String,
     by: DecidedBy,
+    /// Where it is recorded, if it is.
+    pub(crate) recorder: Option<Recorder>,
     /// For how long the policy held the request.
     held: Duration,
 }
@@ -189,6 +194,7 @@ async fn place(
     facts: &mut RequestFacts,
     prompt: &Prompt,
     patience: &Patience,
+    recorder: Option<&Recorder>,
     notes: &mut Notes,
 ) -> Result<Placing, RequestError> {
     let mut changes = lane.roster.changes();
@@ -207,14 +213,18 @@ async fn place(
             unix_ms: unix_ms(),
             // Asked again, a policy that decides by chance must not repeat itself.
             seed: facts.decision_id ^ u64::from(holds) << 60,
-            explain: false,
+            explain: recorder.is_some(),
         };
+        let draft = recorder.map(|recorder| recorder.draft(&call));
         let decision = if holds < MAX_HOLDS {
             lane.routing.decide(pinned, call)
         } else {
             let detail = format!("it held the request {MAX_HOLDS} times");
             lane.routing.decide_instead_of(pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail })
         };
+        if let Some(draft) = draft {
+            draft.close(&decision);
+        }
         lane.meters.route.record(begun.elapsed());
         trace::stage("route", begun);
         let Decision { verdict, by, .. } = decision;
@@ -223,7 +233,8 @@ async fn place(
         match verdict {
             Verdict::Place(ranking) => {
                 let rows = ranking.rows().to_vec();
-                return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, held });
+                let recorder = recorder.cloned();
+                return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
             }
             Verdict::Reject(rejection) if matches!(by, DecidedBy::Nobody(_)) => {
                 return Err(RequestError::PolicyFailed(rejection));

@@ -32,7 +32,13 @@ use dynamo_engine_api::{Engine, EngineError};
 use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerId, WorkerState};
 use tokio::sync::{Notify, Semaphore, watch};
 
-pub(crate) use self::{connect::check, drained::DrainedError, report::WorkerReport, snapshot::Snapshot, sources::check_all};
+pub(crate) use self::{
+    connect::{check, engine},
+    drained::DrainedError,
+    report::WorkerReport,
+    snapshot::Snapshot,
+    sources::check_all,
+};
 use self::{
     drained::Drained,
     member::{Home, Member},

@@ -25,6 +25,7 @@ use crate::{
     observe::Observer,
     policies::{Policies, Wishes},
     prefixes::Prefixes,
+    receipts::Receipts,
     reload::Reload,
     request::Lane,
     roster::{Roster, RosterError},
@@ -35,6 +36,9 @@ use crate::{
 
 /// How long the first probes may delay the start.
 const FIRST_PROBES: Duration = Duration::from_secs(1);
+
+/// How long receipts that wait to be written may delay the end.
+const LAST_RECEIPTS: Duration = Duration::from_secs(5);
 
 /// Why the host does not run.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +101,10 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     }
     roster.start(FIRST_PROBES).await;
 
+    let receipts = match (&config.receipts, &config.state_dir) {
+        (Some(receipts), Some(state_dir)) => Receipts::start(receipts, state_dir, policies.routing().name()),
+        _ => Receipts::off(),
+    };
     let lane = Arc::new(Lane {
         routing: Arc::clone(policies.routing()),
         roster: Arc::clone(&roster),
@@ -105,6 +113,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         limits: ArcSwap::from_pointee(config.limits.clone()),
         meters: RequestMeters::new(),
         observer: Observer::start(),
+        receipts: receipts.clone(),
         expose_worker: config.expose_worker,
         // Another run decides with other seeds.
         decisions: AtomicU64::new(unix_ms() << 20),
@@ -162,6 +171,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         _ = servers => {}
         () = patience => tracing::warn!("stopped with requests still running"),
     }
+    receipts.flush(LAST_RECEIPTS).await;
     if let Some(traces) = traces {
         traces.stop().await;
     }

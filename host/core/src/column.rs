@@ -1,5 +1,54 @@
 //! Columns: one value per candidate, in row order; what policies read instead of records.
 
+use std::sync::Arc;
+
+/// A column as it was read.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Column {
+    /// Identities.
+    U64(Arc<[u64]>),
+    /// Amounts and codes; [`UNKNOWN`](crate::UNKNOWN) where one is not known.
+    U32(Arc<[u32]>),
+    /// Measures; NaN where one is not known.
+    F32(Arc<[f32]>),
+}
+
+impl Column {
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::U64(values) => values.len(),
+            Self::U32(values) => values.len(),
+            Self::F32(values) => values.len(),
+        }
+    }
+
+    /// Whether it has no rows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl From<Arc<[u64]>> for Column {
+    fn from(values: Arc<[u64]>) -> Self {
+        Self::U64(values)
+    }
+}
+
+impl From<Arc<[u32]>> for Column {
+    fn from(values: Arc<[u32]>) -> Self {
+        Self::U32(values)
+    }
+}
+
+impl From<Arc<[f32]>> for Column {
+    fn from(values: Arc<[f32]>) -> Self {
+        Self::F32(values)
+    }
+}
+
 /// Columns of `u64`, by what they hold: identities that cannot change within a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum U64Column {
@@ -15,6 +64,12 @@ impl U64Column {
     /// Every column with its name in the contract (`dynamo:policy/candidates`).
     pub const ALL: &[(&'static str, Self)] =
         &[("worker-id", Self::WorkerId), ("engine-key", Self::EngineKey), ("pool-key", Self::PoolKey)];
+
+    /// Its name in the contract.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL[self as usize].0
+    }
 }
 
 /// Columns of `u32`, by what they hold. Those of cached tokens are [`Tier::COLUMNS`](crate::Tier::COLUMNS).
@@ -80,6 +135,12 @@ impl U32Column {
         ("up-seconds", Self::UpSeconds),
         ("adapter-loaded", Self::AdapterLoaded),
     ];
+
+    /// Its name in the contract.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL[self as usize].0
+    }
 }
 
 /// Columns of `f32`, by what they hold.
@@ -106,10 +167,28 @@ impl F32Column {
         ("error-rate", Self::ErrorRate),
         ("preference", Self::Preference),
     ];
+
+    /// Its name in the contract.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL[self as usize].0
+    }
 }
 
 /// Label that holds a worker's placement domain at a topology level of the contract.
 #[must_use]
 pub fn topology_label(level: u32) -> Option<&'static str> {
     ["host", "rack", "zone", "region"].get(level as usize).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_column_stands_in_its_table_where_its_name_is_looked_for() {
+        assert!(U64Column::ALL.iter().all(|(name, column)| column.name() == *name));
+        assert!(U32Column::ALL.iter().all(|(name, column)| column.name() == *name));
+        assert!(F32Column::ALL.iter().all(|(name, column)| column.name() == *name));
+    }
 }

@@ -4,11 +4,15 @@
 //! worker that is not eligible. Identities and other columns that cannot change within a snapshot are
 //! computed once per snapshot; load is read when it is asked for.
 
+mod recorded;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, OnceLock},
 };
 
+use self::recorded::Recorded;
+pub use self::recorded::RecordedError;
 use crate::{
     UNKNOWN,
     column::{F32Column, U32Column, U64Column, topology_label},
@@ -142,6 +146,8 @@ pub struct Candidates {
     unknown: OnceLock<Arc<[u32]>>,
     block_size: OnceLock<Arc<[u32]>>,
     labels: OnceLock<BTreeMap<String, Label>>,
+    /// What the columns were when somebody decided, of a set that is made of a receipt.
+    recorded: Option<Box<Recorded>>,
 }
 
 /// One label over all rows.
@@ -170,6 +176,7 @@ impl Candidates {
             unknown: OnceLock::new(),
             block_size: OnceLock::new(),
             labels: OnceLock::new(),
+            recorded: None,
         }
     }
 
@@ -204,6 +211,9 @@ impl Candidates {
     /// A column of identities.
     #[must_use]
     pub fn u64_column(&self, column: U64Column) -> Arc<[u64]> {
+        if let Some(recorded) = self.recorded.as_ref().and_then(|recorded| recorded.u64_column(column)) {
+            return recorded;
+        }
         let value = |worker: &Worker| match column {
             U64Column::WorkerId => worker.id.0,
             U64Column::EngineKey => id::key(worker.spec.name.as_bytes()),
@@ -215,6 +225,9 @@ impl Candidates {
     /// A column of `u32`. `now_ms` is the host's monotonic clock.
     #[must_use]
     pub fn u32_column(&self, column: U32Column, now_ms: u64) -> Arc<[u32]> {
+        if let Some(recorded) = &self.recorded {
+            return recorded.u32_column(column.name()).unwrap_or_else(|| self.unknown());
+        }
         match column {
             U32Column::DpRank => self.iter().map(|worker| worker.spec.rank).collect(),
             U32Column::Role => self.iter().map(|worker| worker.spec.role.code()).collect(),
@@ -242,6 +255,9 @@ impl Candidates {
     /// A column of what the workers hold of the request's prefix in one tier; unknown if nobody has looked.
     #[must_use]
     pub fn cached_column(&self, tier: Tier, overlap: Option<&Overlap>) -> Arc<[u32]> {
+        if let Some(recorded) = &self.recorded {
+            return recorded.u32_column(tier.column()).unwrap_or_else(|| self.unknown());
+        }
         Overlap::column(overlap, tier, &self.slots)
     }
 
@@ -258,6 +274,9 @@ impl Candidates {
     /// A column of `f32`.
     #[must_use]
     pub fn f32_column(&self, column: F32Column) -> Arc<[f32]> {
+        if let Some(recorded) = &self.recorded {
+            return recorded.f32_column(column).unwrap_or_else(|| self.iter().map(|_| f32::NAN).collect());
+        }
         match column {
             F32Column::RecentTtftMs => self.board.gather_recent(Recent::TtftMs, &self.slots),
             F32Column::RecentItlMs => self.board.gather_recent(Recent::ItlMs, &self.slots),

@@ -32,6 +32,12 @@ impl Tier {
         ("cached-remote-tokens", Self::Remote),
     ];
 
+    /// Its column of the contract.
+    #[must_use]
+    pub fn column(self) -> &'static str {
+        Self::COLUMNS[self as usize].0
+    }
+
     /// Metric label.
     #[must_use]
     pub fn label(self) -> &'static str {

@@ -15,7 +15,8 @@ pub mod slot;
 pub mod worker;
 
 pub use answer::{Answer, AnswerFault, Ranking, Rejection};
-pub use fleet::{Candidates, Fleet, FleetError};
+pub use column::Column;
+pub use fleet::{Candidates, Fleet, FleetError, RecordedError};
 pub use id::WorkerId;
 pub use kv::{EngineHash, Held, KvEvent, Overlap, StoredBlocks, Tier};
 pub use load::{Load, LoadBoard, LoadReport, LoadSlot};

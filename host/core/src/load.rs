@@ -280,12 +280,14 @@ impl LoadSlot {
         self.board.recent[recent as usize][self.index as usize].store(value.to_bits(), Relaxed);
     }
 
-    /// Adds to a column and returns what was there.
-    fn add(&self, load: Load, by: u32) -> u32 {
-        // Saturating, and short of the value that means "unknown".
-        self.board.columns[load as usize][self.index as usize]
-            .fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_add(by).min(UNKNOWN - 1)))
-            .unwrap_or_default()
+    /// Adds to a column as much as it can hold, and says what was there and how much was added: who gives back more than
+    /// that would take of others'.
+    fn add(&self, load: Load, by: u32) -> (u32, u32) {
+        // Short of the value that means "unknown".
+        let sum = |before: u32| before.saturating_add(by).min(UNKNOWN - 1);
+        let cell = &self.board.columns[load as usize][self.index as usize];
+        let before = cell.fetch_update(Relaxed, Relaxed, |before| Some(sum(before))).unwrap_or_default();
+        (before, sum(before) - before)
     }
 
     fn prefill_progress(&self, now_ms: u64) {
@@ -306,9 +308,14 @@ impl Drop for LoadSlot {
 
 /// One request on one worker's account, from dispatch until dropped: a request that leaves by any way
 /// leaves no trace.
+///
+/// Invariant: what it holds of a column is what it added to it, so that nothing drifts, however long and at whatever load.
 #[derive(Debug)]
 pub struct InFlight {
     slot: Arc<LoadSlot>,
+    /// Tokens of its prompt, as far as is known by now.
+    prompt: u32,
+    in_prefill: bool,
     prefill: u32,
     uncached: u32,
     decode: u32,
@@ -321,33 +328,57 @@ impl InFlight {
     pub fn dispatch(slot: Arc<LoadSlot>, prompt_tokens: u32, uncached_tokens: u32, now_ms: u64) -> Self {
         slot.served.fetch_add(1, Relaxed);
         slot.add(Load::ActiveRequests, 1);
-        if slot.add(Load::ActivePrefillTokens, prompt_tokens) == 0 {
+        let (before, prefill) = slot.add(Load::ActivePrefillTokens, prompt_tokens);
+        if before == 0 {
             slot.prefill_progress(now_ms);
         }
-        slot.add(Load::ActiveUncachedTokens, uncached_tokens);
-        Self { slot, prefill: prompt_tokens, uncached: uncached_tokens, decode: 0 }
+        let (_, uncached) = slot.add(Load::ActiveUncachedTokens, uncached_tokens);
+        Self { slot, prompt: prompt_tokens, in_prefill: true, prefill, uncached, decode: 0 }
     }
 
     /// Tokens came out: the first ones end the prefill, all of them grow the context.
     pub fn tokens(&mut self, count: u32, now_ms: u64) {
-        let grown = if self.prefill > 0 {
-            let prompt = std::mem::take(&mut self.prefill);
-            self.slot.sub(Load::ActivePrefillTokens, prompt);
+        let grown = if std::mem::take(&mut self.in_prefill) {
+            self.slot.sub(Load::ActivePrefillTokens, std::mem::take(&mut self.prefill));
             self.slot.sub(Load::ActiveUncachedTokens, std::mem::take(&mut self.uncached));
             self.slot.prefill_progress(now_ms);
-            prompt.saturating_add(count)
+            self.prompt.saturating_add(count)
         } else {
             count
         };
-        self.decode = self.decode.saturating_add(grown);
         self.slot.output_tokens.fetch_add(u64::from(count), Relaxed);
-        self.slot.add(Load::ActiveDecodeTokens, grown);
+        let (_, grown) = self.slot.add(Load::ActiveDecodeTokens, grown);
+        self.decode = self.decode.saturating_add(grown);
+    }
+
+    /// The engine says how long the prompt is, and how much of it was cached if it tells: what was booked by an estimate is
+    /// put right.
+    pub fn correct(&mut self, prompt_tokens: u32, cached_tokens: Option<u32>) {
+        let estimate = std::mem::replace(&mut self.prompt, prompt_tokens);
+        if self.in_prefill {
+            rebook(&self.slot, Load::ActivePrefillTokens, &mut self.prefill, prompt_tokens);
+            let uncached = prompt_tokens.saturating_sub(cached_tokens.unwrap_or(estimate.saturating_sub(self.uncached)));
+            rebook(&self.slot, Load::ActiveUncachedTokens, &mut self.uncached, uncached);
+        } else {
+            let context = self.decode.saturating_sub(estimate).saturating_add(prompt_tokens);
+            rebook(&self.slot, Load::ActiveDecodeTokens, &mut self.decode, context);
+        }
     }
 
     /// The slot that this request is booked on.
     #[must_use]
     pub fn slot(&self) -> &Arc<LoadSlot> {
         &self.slot
+    }
+}
+
+/// Changes what is booked of a column.
+fn rebook(slot: &LoadSlot, load: Load, booked: &mut u32, to: u32) {
+    if to < *booked {
+        slot.sub(load, *booked - to);
+        *booked = to;
+    } else {
+        *booked += slot.add(load, to - *booked).1;
     }
 }
 

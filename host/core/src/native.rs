@@ -15,8 +15,16 @@ pub const NAME: &str = "native";
 /// Ranks the least loaded candidates. `seed` orders equals.
 #[must_use]
 pub fn least_loaded(candidates: &Candidates, seed: u64) -> Ranking {
-    let requests = candidates.u32_column(U32Column::ActiveRequests, 0);
-    let prefill = candidates.u32_column(U32Column::ActivePrefillTokens, 0);
+    let [requests, prefill] = READS.map(|column| candidates.u32_column(column, 0));
+    rank(&requests, &prefill, seed)
+}
+
+/// What the fallback reads of candidates.
+pub const READS: [U32Column; 2] = [U32Column::ActiveRequests, U32Column::ActivePrefillTokens];
+
+/// The same, of the columns [`READS`] as they were read; they have at least one row.
+#[must_use]
+pub fn rank(requests: &[u32], prefill: &[u32], seed: u64) -> Ranking {
     let mut best: Vec<(u32, u32, u64, u32)> = (0..)
         .zip(requests.iter().zip(prefill.iter()))
         .map(|(row, (&requests, &prefill))| (requests, prefill, mix(seed, row), row))
@@ -26,7 +34,7 @@ pub fn least_loaded(candidates: &Candidates, seed: u64) -> Ranking {
         best.truncate(MAX_RANKED);
     }
     best.sort_unstable();
-    Ranking::new(best.into_iter().map(|(.., row)| row).collect(), candidates.count())
+    Ranking::new(best.into_iter().map(|(.., row)| row).collect(), requests.len() as u32)
         .expect("different rows of a set that has at least one")
 }
 

@@ -130,6 +130,8 @@ pub struct RequestFacts {
     pub stage: Stage,
     /// Authenticated tenant.
     pub tenant: Option<String>,
+    /// Its key, where no more than that is known: receipts do not name tenants.
+    pub recorded_tenant_key: Option<u64>,
     /// Priority: higher is sooner, 0 is normal.
     pub priority: i32,
     /// Key of the client's session.
@@ -172,6 +174,7 @@ impl RequestFacts {
             endpoint,
             stage: Stage::Whole,
             tenant: None,
+            recorded_tenant_key: None,
             priority: 0,
             session_key: None,
             prefix_key: 0,
@@ -192,7 +195,7 @@ impl RequestFacts {
     /// Key of the tenant.
     #[must_use]
     pub fn tenant_key(&self) -> Option<u64> {
-        self.tenant.as_deref().map(|tenant| id::key(tenant.as_bytes()))
+        self.tenant.as_deref().map(|tenant| id::key(tenant.as_bytes())).or(self.recorded_tenant_key)
     }
 }
 

@@ -11,7 +11,7 @@ use wasmtime::{
 };
 
 use crate::{
-    call::{Explanation, Guest, RouteCall, Subject},
+    call::{Explanation, Guest, Reading, RouteCall, Subject},
     fault::{FaultCause, PolicyFault},
     inspect::Inspection,
     limits::Limits,
@@ -57,6 +57,8 @@ pub struct Routed {
     pub verdict: Verdict,
     /// Its reasons, if they were asked for.
     pub explanations: Vec<Explanation>,
+    /// What it read of the candidates, if that was asked for.
+    pub readings: Vec<Reading>,
     /// Fuel that it used.
     pub fuel: u64,
 }
@@ -176,9 +178,9 @@ pub(crate) fn decide(instance: &mut Instance, call: RouteCall, now: Now, seed: u
     let route = instance.route;
     let fuel = run(instance, route, Subject::Route(call), now, seed, limits).map_err(Failure::Guest)?;
     let guest = instance.store.data_mut();
-    let explanations = std::mem::take(&mut guest.explanations);
+    let (explanations, readings) = (std::mem::take(&mut guest.explanations), std::mem::take(&mut guest.readings));
     let verdict = answer::validate(guest.answer.take(), count).map_err(|fault| Failure::Answer(fault.into()))?;
-    Ok(Routed { verdict, explanations, fuel })
+    Ok(Routed { verdict, explanations, readings, fuel })
 }
 
 /// Calls into an instance under the bounds of one decision; returns the fuel that it took.

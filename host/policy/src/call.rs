@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Answer, Candidates, Overlap, RequestFacts};
+use dynamo_host_core::{Answer, Candidates, Column, Overlap, RequestFacts};
 use wasmtime::ResourceLimiter;
 
 use crate::{fault::Refusal, limits::Limits, runtime::Now, state::SlotState};
@@ -22,7 +22,7 @@ pub struct RouteCall {
     pub unix_ms: u64,
     /// Seed of the decision's randomness.
     pub seed: u64,
-    /// Whether the policy's reasons are recorded.
+    /// Whether what the policy reads, and its reasons, are recorded.
     pub explain: bool,
 }
 
@@ -33,6 +33,18 @@ impl RouteCall {
         Now { monotonic_ms: self.now_ms, unix_ms: self.unix_ms }
     }
 }
+
+/// What was read of the candidates for one decision, as it was read: columns of load may be others a moment later.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reading {
+    /// A column, by its name in the contract.
+    Column(&'static str, Column),
+    /// A label, as codes, as numbers or as a level of the topology.
+    Label(String),
+}
+
+/// Readings that are kept of one decision.
+const MAX_READINGS: usize = 128;
 
 /// One term of a policy's reasoning, a value per candidate.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,6 +101,7 @@ pub(crate) struct Guest {
     random: u64,
     pub(crate) answer: Option<Answer>,
     pub(crate) explanations: Vec<Explanation>,
+    pub(crate) readings: Vec<Reading>,
     /// The last message at level error: a panic's text.
     pub(crate) said: Option<String>,
     log_lines_left: u32,
@@ -109,6 +122,7 @@ impl Guest {
             random: 0,
             answer: None,
             explanations: Vec::new(),
+            readings: Vec::new(),
             said: None,
             log_lines_left,
             metric_updates_left,
@@ -128,6 +142,7 @@ impl Guest {
         self.subject = subject;
         self.answer = None;
         self.explanations.clear();
+        self.readings.clear();
         self.said = None;
         self.log_lines_left = self.limits.log_lines;
         self.metric_updates_left = self.limits.metric_updates;
@@ -143,6 +158,23 @@ impl Guest {
         match &self.subject {
             Subject::Route(call) => Ok(call),
             _ => Err(wasmtime::Error::new(Refusal::OutOfPlace { function, allowed: "route" })),
+        }
+    }
+
+    /// Takes note of what it reads, once each, if that is wanted.
+    pub(crate) fn note(&mut self, reading: impl FnOnce() -> Reading) {
+        let is_wanted = matches!(&self.subject, Subject::Route(call) if call.explain);
+        if !is_wanted || self.readings.len() >= MAX_READINGS {
+            return;
+        }
+        let reading = reading();
+        let is_known = self.readings.iter().any(|known| match (known, &reading) {
+            (Reading::Column(known, _), Reading::Column(name, _)) => known == name,
+            (Reading::Label(known), Reading::Label(key)) => known == key,
+            _ => false,
+        });
+        if !is_known {
+            self.readings.push(reading);
         }
     }
 

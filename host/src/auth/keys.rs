@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use toml::value::Datetime;
 
 use super::MAX_TENANT_BYTES;
-use crate::{text::plain, watch};
+use crate::{clock::unix_ms_of, text::plain, watch};
 
 /// Most keys of one file.
 const MAX_KEYS: usize = 1_000_000;
@@ -169,36 +169,10 @@ fn checked(key: FileKey) -> Result<Key, String> {
     if let Some(pattern) = models.iter().flatten().find(|name| name.is_empty() || name[..name.len() - 1].contains('*')) {
         return Err(format!("models has {:?}; write a model's name, or its beginning and a final *", plain(pattern)));
     }
-    let expires_ms = expires.map(unix_ms_of).transpose()?;
+    let expected = "write a date such as 2027-01-31, or a time with its offset such as 2027-01-31T18:00:00Z";
+    let expires_ms = expires.map(|moment| unix_ms_of(moment).ok_or_else(|| format!("expires is {moment}; {expected}")));
+    let expires_ms = expires_ms.transpose()?;
     Ok(Key { tenant, priority, models, expires_ms })
-}
-
-/// Milliseconds since 1970 of a date (its beginning, in UTC), or of a date with time and offset.
-fn unix_ms_of(moment: Datetime) -> Result<u64, String> {
-    use toml::value::Offset;
-    const EXPECTED: &str = "write a date such as 2027-01-31, or a time with its offset such as 2027-01-31T18:00:00Z";
-    let date = moment.date.ok_or_else(|| format!("expires is {moment}; {EXPECTED}"))?;
-    let seconds = match (moment.time, moment.offset) {
-        (None, None) => 0,
-        (Some(time), Some(offset)) => {
-            let minutes = match offset {
-                Offset::Z => 0,
-                Offset::Custom { minutes } => i64::from(minutes),
-            };
-            let in_day = i64::from(time.hour) * 3600 + i64::from(time.minute) * 60 + i64::from(time.second.unwrap_or(0));
-            in_day - minutes * 60
-        }
-        _ => return Err(format!("expires is {moment}; {EXPECTED}")),
-    };
-    let days = days_since_1970(i64::from(date.year), i64::from(date.month), i64::from(date.day));
-    Ok(u64::try_from((days * 86_400 + seconds) * 1000).unwrap_or(0))
-}
-
-/// Days from 1970-01-01 to a date of the Gregorian calendar: years that begin in March have their leap day last.
-fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
-    let year = if month <= 2 { year - 1 } else { year };
-    let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
-    year * 365 + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + day_of_year - 719_468
 }
 
 fn unhex(text: &str) -> Option<Hash> {
@@ -303,14 +277,5 @@ mod tests {
         fs::write(&path, "").unwrap();
         keys.reload().unwrap();
         assert!(keys.find(b"key").is_none());
-    }
-
-    #[test]
-    fn moments_are_counted_from_1970() {
-        let ms = |text: &str| unix_ms_of(text.parse().unwrap());
-        assert_eq!(ms("1970-01-02").unwrap(), 86_400_000);
-        assert_eq!(ms("2024-02-29T12:00:00+02:00").unwrap(), 1_709_200_800_000);
-        assert_eq!(ms("2024-12-31T23:59:59Z").unwrap(), 1_735_689_599_000);
-        ms("2024-12-31T23:59:59").unwrap_err();
     }
 }

@@ -5,6 +5,7 @@ mod build;
 mod check;
 mod new;
 mod probes;
+mod replay;
 mod schema;
 mod uses;
 
@@ -16,6 +17,7 @@ use dynamo_host_policy::{
 use serde_json::{Value, json};
 
 use self::check::{Level, Memory, Report};
+pub(super) use self::replay::{ReplayFlags, replay};
 use super::Output;
 use crate::{config::read_settings, text::plain};
 

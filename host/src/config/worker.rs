@@ -4,6 +4,7 @@
 
 use std::{collections::BTreeMap, env, fmt, fs, path::PathBuf, str::FromStr};
 
+use super::profile;
 pub(crate) use dynamo_engine_openai::Kind;
 use dynamo_engine_openai::UnknownKind;
 use dynamo_host_core::Role;
@@ -20,7 +21,7 @@ const MAX_BLOCK_SIZE: u32 = 1 << 20;
 
 /// The form of `--worker`.
 pub(super) const FLAG_FORM: &str = "write URL[,KEY=VALUE…] with the keys name, model, role, kind, ranks, block_size, bearer_env, \
-                                    bearer_file, ca_file, forward_priority, label.NAME";
+                                    bearer_file, ca_file, forward_priority, profile, label.NAME";
 
 /// Where the token that an engine demands comes from.
 #[derive(Clone, PartialEq, Eq)]
@@ -87,6 +88,8 @@ pub(crate) struct WrittenWorker {
     pub(crate) bearer_env: Option<String>,
     pub(crate) ca_file: Option<PathBuf>,
     pub(crate) forward_priority: bool,
+    /// What `dynamo-host profile` wrote of the engine.
+    pub(crate) profile: Option<PathBuf>,
     pub(crate) labels: BTreeMap<String, String>,
 }
 
@@ -128,7 +131,9 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
     type Error = String;
 
     fn try_from(written: WrittenWorker) -> Result<Self, String> {
-        let WrittenWorker { url, name, model, role, kind, ranks, block_size, ca_file, forward_priority, labels, .. } = written;
+        let WrittenWorker {
+            url, name, model, role, kind, ranks, block_size, ca_file, forward_priority, profile, mut labels, ..
+        } = written;
         if !url.contains("://") {
             return Err(format!("url {url:?} is no URL such as http://127.0.0.1:8000"));
         }
@@ -163,6 +168,10 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
         if bearers.next().is_some() {
             return Err("more than one of bearer, bearer_file and bearer_env is set; use one".to_owned());
         }
+        for (label, value) in profile::labels(&url, profile.as_deref())? {
+            // What the operator says of a worker stands.
+            labels.entry(label).or_insert(value);
+        }
         Ok(Self { url, name, model, role, kind, ranks, block_size, bearer, ca_file, forward_priority, labels })
     }
 }
@@ -193,6 +202,7 @@ impl FromStr for WorkerConfig {
                 "bearer_env" => worker.bearer_env = Some(value.to_owned()),
                 "bearer_file" => worker.bearer_file = Some(value.into()),
                 "ca_file" => worker.ca_file = Some(value.into()),
+                "profile" => worker.profile = Some(value.into()),
                 "forward_priority" => {
                     worker.forward_priority = value.parse().map_err(|_| format!("{key} is {value:?}; use true or false"))?;
                 }

@@ -61,6 +61,14 @@ pub(super) fn connect(config: &WorkerConfig) -> Result<Connection, String> {
     Ok(Connection { engine, credentials })
 }
 
+/// An engine of no roster, for a command that speaks to one. Blocks on the disk.
+///
+/// # Errors
+/// Says what is wrong and what is accepted.
+pub(crate) fn engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, String> {
+    connect(config).map(|connection| connection.engine)
+}
+
 /// The adapter's options.
 fn options(config: &WorkerConfig) -> Result<OpenAiOptions, String> {
     let bearer = config.bearer.as_ref().map(|bearer| {

@@ -7,6 +7,8 @@ use crate::call::{Explanation, Guest};
 
 /// Terms that one decision may explain.
 const MAX_TERMS: usize = 16;
+/// Candidates above which no reasons are asked for: they cost the policy fuel that it may need for its decision.
+const MAX_EXPLAINED: u32 = 1024;
 /// Values of a term that is not about candidates.
 const MIN_VALUES: usize = 256;
 
@@ -30,7 +32,10 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
         let reason = guest.printable(&reason);
         answer(guest, "reject", Answer::Reject(Rejection { status, retry_after_ms, reason }), bytes)
     })?;
-    define(interface, "explain-wanted", |guest: &mut Guest, (): ()| Ok((guest.route("explain-wanted")?.explain, 0)))?;
+    define(interface, "explain-wanted", |guest: &mut Guest, (): ()| {
+        let call = guest.route("explain-wanted")?;
+        Ok((call.explain && call.candidates.count() <= MAX_EXPLAINED, 0))
+    })?;
     define_void(interface, "explain", |guest: &mut Guest, (term, mut values): (String, Vec<f32>)| {
         let bytes = term.len() + size_of_val(&*values);
         let call = guest.route("explain")?;

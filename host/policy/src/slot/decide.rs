@@ -17,7 +17,7 @@ use dynamo_host_core::{
 use super::{Pinned, RoutingSlot};
 use crate::{
     blueprint::Routed,
-    call::{Explanation, RouteCall},
+    call::{Explanation, Reading, RouteCall},
     fault::{FaultCause, PolicyFault},
     record::{Instead, fallback_counter},
     version::{PolicyVersion, Undecided},
@@ -91,6 +91,8 @@ pub struct Decision {
     pub by: DecidedBy,
     /// The policy's reasons, if they were asked for.
     pub explanations: Vec<Explanation>,
+    /// What was read of the candidates, if that was asked for.
+    pub readings: Vec<Reading>,
     /// How long it took.
     pub elapsed: Duration,
     /// Fuel that it took.
@@ -99,21 +101,28 @@ pub struct Decision {
 
 impl Decision {
     fn of_policy(routed: Routed, by: DecidedBy, start: Instant) -> Self {
-        let Routed { verdict, explanations, fuel } = routed;
-        Self { verdict, by, explanations, elapsed: start.elapsed(), fuel }
+        let Routed { verdict, explanations, readings, fuel } = routed;
+        Self { verdict, by, explanations, readings, elapsed: start.elapsed(), fuel }
     }
 
     fn without_policy(verdict: Verdict, by: DecidedBy, start: Instant) -> Self {
-        Self { verdict, by, explanations: Vec::new(), elapsed: start.elapsed(), fuel: 0 }
+        Self { verdict, by, explanations: Vec::new(), readings: Vec::new(), elapsed: start.elapsed(), fuel: 0 }
     }
 
     fn native(call: &RouteCall, by: DecidedBy, start: Instant) -> Self {
-        Self::without_policy(Verdict::Place(least_loaded(call)), by, start)
+        let (ranking, readings) = least_loaded(call);
+        Self { readings, ..Self::without_policy(Verdict::Place(ranking), by, start) }
     }
 }
 
-fn least_loaded(call: &RouteCall) -> Ranking {
-    native::least_loaded(&call.candidates, call.seed)
+fn least_loaded(call: &RouteCall) -> (Ranking, Vec<Reading>) {
+    let columns = native::READS.map(|column| call.candidates.u32_column(column, call.now_ms));
+    let ranking = native::rank(&columns[0], &columns[1], call.seed);
+    if !call.explain {
+        return (ranking, Vec::new());
+    }
+    let readings = native::READS.into_iter().zip(columns);
+    (ranking, readings.map(|(column, values)| Reading::Column(column.name(), values.into())).collect())
 }
 
 impl RoutingSlot {

@@ -1,0 +1,152 @@
+//! What is written is what was read, comes back as it was, and is bounded.
+
+use dynamo_host_core::{Endpoint, Tier, UNKNOWN, WorkerId, column::U32Column};
+use dynamo_host_policy::{Pinned, RoutingSlot, synthetic};
+
+use super::{line::DecisionLine, *};
+
+/// The line of a native decision over a made-up fleet, with everything in it, by way of its text.
+fn decided(fleet: &synthetic::SyntheticFleet, columns: Columns) -> (RouteCall, DecisionLine, String) {
+    let mut call = synthetic::route_call(fleet, u64::MAX - 5);
+    call.explain = true;
+    call.now_ms = 5000;
+    let mut request = RequestFacts::new("a \"request\"", "m", Endpoint::Messages);
+    request.decision_id = u64::MAX - 1;
+    request.tenant = Some("acme".to_owned());
+    request.failed_workers = vec![WorkerId(u64::MAX)];
+    request.deadline_ms = Some(9000);
+    request.attempt = 1;
+    call.request = Arc::new(request);
+    let slot = RoutingSlot::new(SlotName::ROUTING);
+    let decision = slot.decide(&Pinned(None), call.clone());
+    let mut readings = decision.readings.clone();
+    if columns == Columns::All {
+        read_the_rest(&call, &mut readings);
+    }
+    let decided = Decided {
+        slot: "routing".to_owned(),
+        request: Arc::clone(&call.request),
+        candidates: Arc::clone(&call.candidates),
+        now_ms: call.now_ms,
+        unix_ms: call.unix_ms,
+        seed: call.seed,
+        verdict: decision.verdict,
+        by: decision.by,
+        explanations: vec![Explanation {
+            term: "cost".to_owned(),
+            values: vec![f32::INFINITY; fleet.candidates.count() as usize],
+        }],
+        readings,
+        elapsed: Duration::from_micros(3),
+        fuel: 7,
+    };
+    let text = serde_json::to_string(&Line::Decision(Box::new(DecisionLine::of(&decided)))).unwrap();
+    let Ok(Line::Decision(line)) = read::parse(&text) else { panic!("{text}") };
+    (call, *line, text)
+}
+
+#[test]
+fn a_decision_is_made_again_of_its_line() {
+    let fleet = synthetic::fleet(9);
+    let (then, line, text) = decided(&fleet, Columns::All);
+    let now = line.call().unwrap();
+    for name in Candidates::column_names() {
+        let read = |call: &RouteCall| format!("{:?}", call.candidates.column(name, call.now_ms, None).unwrap());
+        assert_eq!(read(&now), read(&then), "{name}");
+    }
+    assert_eq!(now.candidates.label_column("zone"), then.candidates.label_column("zone"));
+    assert_eq!(now.candidates.signal_column("price"), then.candidates.signal_column("price"));
+    assert_eq!((now.seed, now.now_ms, now.unix_ms), (then.seed, then.now_ms, then.unix_ms));
+    let tenant_key = then.request.tenant_key();
+    let expected = RequestFacts { tenant: None, recorded_tenant_key: tenant_key, ..(*then.request).clone() };
+    assert_eq!(format!("{:?}", now.request), format!("{expected:?}"));
+    assert_eq!(now.request.tenant_key(), tenant_key);
+    let again = RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), now);
+    let Verdict::Place(ranking) = again.verdict else { panic!("{:?}", again.verdict) };
+    assert_eq!(ranking.rows().iter().map(|&row| line.workers[row as usize]).collect::<Vec<_>>(), line.placed());
+    assert!(!text.contains("acme"), "a tenant is not named: {text}");
+    assert!(text.contains(r#""state":0"#), "a column of one value is that value: {text}");
+}
+
+#[test]
+fn only_what_was_read_is_written_unless_all_is_wanted() {
+    let (_, line, _) = decided(&synthetic::fleet(3), Columns::Read);
+    assert_eq!(line.columns.keys().collect::<Vec<_>>(), ["active-prefill-tokens", "active-requests"]);
+    assert!(line.labels.is_empty());
+    let unread = line.call().unwrap();
+    assert_eq!(*unread.candidates.u32_column(U32Column::UpSeconds, 0), [UNKNOWN; 3]);
+    assert_eq!(*unread.candidates.cached_column(Tier::Device, None), [UNKNOWN; 3]);
+}
+
+#[test]
+fn a_receipt_of_a_large_fleet_is_bounded_and_says_what_it_left_out() {
+    let fleet = synthetic::fleet(60_000);
+    let (then, line, text) = decided(&fleet, Columns::Read);
+    assert_eq!((line.candidates, line.workers.len() as u32 + line.rows_cut), (60_000, 60_000));
+    assert!(line.rows_cut > 0 && text.len() < 2 << 20, "{} rows cut, {} bytes", line.rows_cut, text.len());
+    assert!(line.placed().iter().all(|worker| line.workers.contains(worker)), "what was placed on is kept");
+    let row = line.workers.iter().position(|worker| *worker == line.placed()[0]).unwrap();
+    let slot = then.candidates.iter().position(|worker| Hex(worker.id.0) == line.placed()[0]).unwrap();
+    let requests = line.call().unwrap().candidates.u32_column(U32Column::ActiveRequests, 0);
+    assert_eq!(requests[row], then.candidates.u32_column(U32Column::ActiveRequests, 0)[slot]);
+}
+
+#[test]
+fn what_is_no_receipt_is_said() {
+    for (text, says) in [
+        ("{", "it is no receipt"),
+        (r#"{"kind":"decision"}"#, "missing field `v`"),
+        (r#"{"v":2,"kind":"dream"}"#, "version 2; this release reads 1"),
+        (r#"{"v":1,"kind":"outcome","id":"zz"}"#, "not hexadecimal"),
+    ] {
+        let error = read::parse(text).unwrap_err();
+        assert!(error.contains(says), "{text}: {error}");
+    }
+    let (_, mut line, _) = decided(&synthetic::fleet(3), Columns::Read);
+    line.workers.swap(0, 2);
+    assert!(line.call().unwrap_err().contains("ascending order"));
+}
+
+fn office(config: ReceiptsConfig, directory: &Path) -> Receipts {
+    Receipts::start(&config, directory, &SlotName::ROUTING)
+}
+
+#[test]
+fn a_share_of_requests_is_recorded_and_so_many_in_a_second() {
+    let directory = tempfile::tempdir().unwrap();
+    let half = office(ReceiptsConfig { sample: 0.25, max_per_second: 1_000_000, ..ReceiptsConfig::default() }, directory.path());
+    let recorded = (0..1000).filter(|_| half.sample().is_some()).count();
+    assert!((240..=260).contains(&recorded), "{recorded}");
+    let none = office(ReceiptsConfig { sample: 0.0, ..ReceiptsConfig::default() }, directory.path());
+    assert!((0..1000).all(|_| none.sample().is_none()));
+    let few = office(ReceiptsConfig { max_per_second: 5, ..ReceiptsConfig::default() }, directory.path());
+    let recorded = (0..1000).filter(|_| few.sample().is_some()).count();
+    // The second may change meanwhile.
+    assert!((5..=15).contains(&recorded), "{recorded}");
+}
+
+#[tokio::test]
+async fn what_was_left_is_on_disk_when_it_is_flushed() {
+    let directory = tempfile::tempdir().unwrap();
+    let receipts = office(ReceiptsConfig::default(), directory.path());
+    let fleet = synthetic::fleet(4);
+    let mut call = synthetic::route_call(&fleet, 1);
+    call.explain = true;
+    let recorder = receipts.sample().unwrap();
+    let draft = recorder.draft(&call);
+    draft.close(&RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call));
+    receipts.flush(Duration::from_secs(20)).await;
+    let mut lines = Vec::new();
+    let skipped = Source::of(directory.path()).unwrap().each(|line, _| lines.push(line)).unwrap();
+    assert!(matches!(&lines[..], [Line::Decision(line)] if line.by == By::Native && line.model == "synthetic"), "{lines:?}");
+    assert_eq!(skipped, Skipped::default());
+}
+
+#[test]
+fn a_configuration_that_cannot_be_says_which_key() {
+    let refused = |config: ReceiptsConfig| config.check().unwrap_err();
+    assert!(ReceiptsConfig::default().check().is_ok());
+    assert!(refused(ReceiptsConfig { sample: 1.5, ..ReceiptsConfig::default() }).contains("receipts.sample is 1.5"));
+    assert!(refused(ReceiptsConfig { files: 1, ..ReceiptsConfig::default() }).contains("receipts.files is 1; use 2"));
+    assert!(refused(ReceiptsConfig { sample: f64::NAN, ..ReceiptsConfig::default() }).contains("receipts.sample"));
+}
