@@ -9,6 +9,26 @@ use dynamo_host_core::{EngineHash, Held, KvEvent, Overlap, StoredBlocks, Tier};
 
 use crate::prompt::{Prompt, Salt, SequenceHash, sequence_hashes};
 
+/// What the indexes may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexLimits {
+    /// Blocks, each counted once for every worker that holds it.
+    pub max_blocks: u64,
+}
+
+impl Default for IndexLimits {
+    fn default() -> Self {
+        Self { max_blocks: 1 << 24 }
+    }
+}
+
+/// How the indexes do, in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IndexStats {
+    /// Blocks, each counted once for every worker that holds it.
+    pub blocks: u64,
+}
+
 /// The prefix indexes of a host, by model and block size.
 #[derive(Debug, Default)]
 pub struct PrefixIndexes {
@@ -23,6 +43,19 @@ impl PrefixIndexes {
     #[must_use]
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// No index yet, within limits.
+    #[must_use]
+    pub fn with_limits(_limits: IndexLimits) -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// How they do.
+    #[must_use]
+    pub fn stats(&self) -> IndexStats {
+        let blocks = self.lock().values().flat_map(HashMap::values).map(|workers| workers.len() as u64).sum();
+        IndexStats { blocks }
     }
 
     /// What the workers of a model hold of a prompt's prefix.
@@ -55,7 +88,7 @@ impl PrefixIndexes {
     /// A worker's part, empty; what it held is forgotten when it is dropped.
     #[must_use]
     pub fn join(self: &Arc<Self>, model: &str, slot: u32) -> WorkerKv {
-        WorkerKv { indexes: Arc::clone(self), model: model.into(), slot, blocks: Mutex::default() }
+        WorkerKv { indexes: Arc::clone(self), model: model.into(), slot, blocks: Mutex::default(), expected: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<(Arc<str>, u32), Holders>> {
@@ -71,6 +104,8 @@ pub struct WorkerKv {
     slot: u32,
     /// The engine's hashes: ours, the block size, and tiers as bits.
     blocks: Mutex<HashMap<EngineHash, (SequenceHash, u32, u8)>>,
+    /// Hashes that are expected, least recently sent first.
+    expected: Mutex<std::collections::VecDeque<EngineHash>>,
 }
 
 impl WorkerKv {
@@ -83,9 +118,36 @@ impl WorkerKv {
         }
     }
 
+    /// Blocks that it is known, or expected, to hold.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.held().len() as u64
+    }
+
+    /// Takes over that a worker without events was sent a prompt, and will hold as much of it, and of those before it, as it
+    /// can.
+    pub fn expect(&self, prompt: &Prompt, block_size: u32, capacity_tokens: Option<u32>) {
+        let capacity = (capacity_tokens.unwrap_or(262_144) / block_size.max(1)) as usize;
+        let hashes = prompt.hashes(block_size);
+        let mut expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        for hash in hashes.iter().take(capacity).rev() {
+            expected.retain(|known| known.0 != *hash);
+            expected.push_back(EngineHash(*hash));
+            self.held().entry(EngineHash(*hash)).or_insert((*hash, block_size, 0)).2 |= 1;
+            let mut indexes = self.indexes.lock();
+            let holders = indexes.entry((Arc::clone(&self.model), block_size)).or_default();
+            *holders.entry(*hash).or_default().entry(self.slot).or_default() |= 1;
+        }
+        while expected.len() > capacity {
+            let Some(oldest) = expected.pop_front() else { return };
+            self.remove(oldest, Tier::Device);
+        }
+    }
+
     /// Forgets all that it holds.
     pub fn clear(&self) {
-        let hashes: Vec<EngineHash> = self.blocks().keys().copied().collect();
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let hashes: Vec<EngineHash> = self.held().keys().copied().collect();
         for hash in hashes {
             Tier::ALL.into_iter().for_each(|tier| self.remove(hash, tier));
         }
@@ -93,7 +155,7 @@ impl WorkerKv {
 
     fn store(&self, stored: &StoredBlocks) {
         let StoredBlocks { parent, hashes, tokens, block_size, tier, adapter, cache_salt } = stored;
-        let mut blocks = self.blocks();
+        let mut blocks = self.held();
         let parent = match parent {
             None => Salt::new(&self.model, adapter.as_deref(), cache_salt.as_deref()).0,
             Some(parent) => match blocks.get(parent) {
@@ -110,7 +172,7 @@ impl WorkerKv {
     }
 
     fn remove(&self, hash: EngineHash, tier: Tier) {
-        let mut blocks = self.blocks();
+        let mut blocks = self.held();
         let Some((ours, block_size, tiers)) = blocks.get_mut(&hash) else { return };
         *tiers &= !(1 << tier as u8);
         let (ours, block_size, left) = (*ours, *block_size, *tiers);
@@ -129,7 +191,7 @@ impl WorkerKv {
         }
     }
 
-    fn blocks(&self) -> MutexGuard<'_, HashMap<EngineHash, (SequenceHash, u32, u8)>> {
+    fn held(&self) -> MutexGuard<'_, HashMap<EngineHash, (SequenceHash, u32, u8)>> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -7,5 +7,5 @@
 mod index;
 pub mod prompt;
 
-pub use index::{PrefixIndexes, WorkerKv};
+pub use index::{IndexLimits, IndexStats, PrefixIndexes, WorkerKv};
 pub use prompt::{Prompt, Salt, SequenceHash};
