@@ -247,7 +247,7 @@ impl KvFeed {
 pub(crate) fn measure(update: &KvUpdate) {
     match update {
         KvUpdate::Events { lag: Some(lag), .. } => {
-            metrics::histogram!("dynamo_host_kv_event_lag_seconds").record(lag.as_secs_f64())
+            metrics::histogram!("dynamo_host_kv_event_lag_seconds").record(lag.as_secs_f64());
         }
         KvUpdate::Note { note: KvNote::Replayed { .. }, .. } => {
             metrics::counter!("dynamo_host_kv_replays_total", "result" => "done").increment(1);

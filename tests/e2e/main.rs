@@ -18,6 +18,7 @@ mod hostile_load;
 mod keys;
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
+mod kv;
 mod limits;
 mod metrics;
 mod models;

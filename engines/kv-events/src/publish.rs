@@ -5,17 +5,19 @@
 
 use std::{
     collections::VecDeque,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use dynamo_engine_api::KvEvent;
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{sync::mpsc, task::JoinSet, time::sleep};
 
 use crate::{Endpoint, sockets::Publishing, wire::encode};
 
 /// Batches that may wait for the publisher's task; what comes then is lost, and its number with it.
 const QUEUE: usize = 1024;
+/// Between tries to connect to a subscriber, each of which takes its time.
+const CONNECT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How events are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub enum Form {
 pub struct PublisherOptions {
     /// Where it listens; port 0 for any free one.
     pub endpoint: Endpoint,
-    /// Whether it connects there instead, to a subscriber that listens.
+    /// Whether it connects there instead, to a subscriber that listens. Once: if that goes, it is not found again.
     pub connects: bool,
     /// Where it replays, if it does.
     pub replay: Option<Endpoint>,
@@ -114,32 +116,33 @@ impl Publisher {
 }
 
 async fn run(mut sockets: Publishing, mut inbox: mpsc::Receiver<Vec<KvEvent>>, options: PublisherOptions) {
-    let topic = Bytes::from(options.topic.into_bytes());
-    let mut kept: VecDeque<(u64, Bytes)> = VecDeque::new();
-    let mut next = 0;
-    if options.connects && sockets.connect(&options.endpoint).await.is_err() {
-        return;
+    let mut log = Log { kept: VecDeque::new(), next: 0, options };
+    let topic = Bytes::from(log.options.topic.clone().into_bytes());
+    while log.options.connects {
+        // What is published meanwhile has its number, and is kept for replay.
+        tokio::select! {
+            events = inbox.recv() => match events {
+                Some(events) => drop(log.take(&events)),
+                None => return,
+            },
+            connected = sockets.connect(&log.options.endpoint) => match connected {
+                Ok(()) => break,
+                Err(_) => sleep(CONNECT_PAUSE).await,
+            },
+        }
     }
     loop {
         tokio::select! {
             events = inbox.recv() => {
                 let Some(events) = events else { return };
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-                let payload = Bytes::from(encode(now, &events, 0, options.form));
-                if next == 0 || options.drop_every.is_none_or(|nth| next % nth != 0) {
-                    sockets.publish(&topic, next, payload.clone()).await;
+                let (number, payload) = log.take(&events);
+                if number == 0 || log.options.drop_every.is_none_or(|nth| number % nth != 0) {
+                    sockets.publish(&topic, number, payload).await;
                 }
-                if options.replay.is_some() {
-                    kept.push_back((next, payload));
-                    while kept.len() > options.buffer_steps {
-                        kept.pop_front();
-                    }
-                }
-                next += 1;
             }
-            asked = sockets.asked(), if options.replay.is_some() => {
+            asked = sockets.asked(), if log.options.replay.is_some() => {
                 let Some((peer, from)) = asked else { continue };
-                for (number, payload) in kept.iter().filter(|(number, _)| *number >= from) {
+                for (number, payload) in log.kept.iter().filter(|(number, _)| *number >= from) {
                     if sockets.answer(&peer, &topic, Some(*number), payload.clone()).await.is_err() {
                         break;
                     }
@@ -147,5 +150,27 @@ async fn run(mut sockets: Publishing, mut inbox: mpsc::Receiver<Vec<KvEvent>>, o
                 let _ = sockets.answer(&peer, &Bytes::new(), None, Bytes::new()).await;
             }
         }
+    }
+}
+
+/// Batches that were numbered, the last of them kept.
+struct Log {
+    kept: VecDeque<(u64, Bytes)>,
+    next: u64,
+    options: PublisherOptions,
+}
+
+impl Log {
+    fn take(&mut self, events: &[KvEvent]) -> (u64, Bytes) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        let batch = (self.next, Bytes::from(encode(now, events, 0, self.options.form)));
+        if self.options.replay.is_some() {
+            self.kept.push_back(batch.clone());
+            while self.kept.len() > self.options.buffer_steps {
+                self.kept.pop_front();
+            }
+        }
+        self.next += 1;
+        batch
     }
 }
