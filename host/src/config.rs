@@ -30,6 +30,7 @@ pub(crate) use self::{
 };
 use crate::{
     discovery::Discovery,
+    kv::KvConfig,
     models::{ModelNames, NameConfig, NamesError},
     policies::Seed,
     receipts::ReceiptsConfig,
@@ -162,6 +163,7 @@ struct File {
     admin_tls: Option<TlsFiles>,
     otlp: Option<Otlp>,
     models: BTreeMap<String, NameConfig>,
+    kv: KvConfig,
     limits: Limits,
     worker: Vec<WrittenWorker>,
 }
@@ -192,6 +194,7 @@ pub(crate) struct Config {
     pub(crate) expose_worker: bool,
     pub(crate) log: LogFormat,
     pub(crate) log_level: String,
+    pub(crate) kv: KvConfig,
     pub(crate) limits: Limits,
     pub(crate) door: DoorConfig,
     /// `None`: off.
@@ -234,6 +237,7 @@ impl Config {
             ("log", self.log != running.log),
             ("discovery", self.discovery != running.discovery),
             ("routing", self.routing != running.routing || self.routing_on_error != running.routing_on_error),
+            ("kv", self.kv != running.kv),
             ("auth", self.door.keys_file != running.door.keys_file || self.door.tenant_header != running.door.tenant_header),
             ("cors", self.door.cors != running.door.cors),
             ("tls", self.door.tls != running.door.tls),
@@ -305,6 +309,7 @@ impl Config {
             expose_worker: flags.expose_worker || file.expose_worker,
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
+            kv: file.kv,
             limits,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },

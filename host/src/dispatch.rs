@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Instant};
 use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
 use dynamo_host_core::{Held, RequestFacts, Worker};
+use dynamo_host_index::Prompt;
 use futures_util::StreamExt;
 use http::StatusCode;
 
@@ -58,6 +59,7 @@ impl<'a> Dispatch<'a> {
         &mut self,
         placing: &Placing,
         facts: &mut RequestFacts,
+        prompt: &Prompt,
     ) -> Result<Option<Response>, RequestError> {
         for (nth, &row) in placing.rows.iter().enumerate() {
             // What has come, gone or been drained since may concern the rest of the ranking.
@@ -71,6 +73,7 @@ impl<'a> Dispatch<'a> {
             let worker = placing.candidates.worker(row);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
             let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            self.lane.prefixes.sent(placing.snapshot.feed(worker.id), prompt, worker.spec.block_size);
             let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);

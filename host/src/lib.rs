@@ -19,6 +19,7 @@ mod error;
 mod exchange;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod kv;
 mod listener;
 mod meters;
 mod models;

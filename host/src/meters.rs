@@ -49,6 +49,20 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
     ("dynamo_host_discovery_problems", Kind::Gauge, "What a source of workers says that cannot be understood or taken in"),
     ("dynamo_host_load_failures_total", Kind::Counter, "Readings of an engine's load that failed, by cause"),
+    ("dynamo_host_kv_events_total", Kind::Counter, "KV events of engines, by kind and by what became of them"),
+    (
+        "dynamo_host_kv_event_lag_seconds",
+        Kind::Histogram(ENGINE_SECONDS),
+        "Age of KV events when they come, by the engine's clock and ours",
+    ),
+    ("dynamo_host_kv_resets_total", Kind::Counter, "Times that all an engine's rank had told of its KV was void, by cause"),
+    ("dynamo_host_kv_replays_total", Kind::Counter, "Replays of KV events, by result"),
+    (
+        "dynamo_host_kv_index_blocks",
+        Kind::Gauge,
+        "KV blocks in the prefix index, each counted once for every worker that holds it",
+    ),
+    ("dynamo_host_kv_index_stale_workers", Kind::Gauge, "Workers that tell of their KV and are not heard now"),
     (
         "dynamo_host_model_fallbacks_total",
         Kind::Counter,

@@ -138,7 +138,7 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
             lane.meters.dispatch.record(begun.elapsed().saturating_sub(placing.held));
         }
         let dispatched = Instant::now();
-        let answered = dispatch.carry_out(&placing, &mut facts).await;
+        let answered = dispatch.carry_out(&placing, &mut facts, &prompt).await;
         trace::stage("dispatch", dispatched);
         if let Some(mut response) = answered? {
             // A name that cannot be a header value came from the operator's own or an engine's: leave it out.

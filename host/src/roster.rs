@@ -11,6 +11,7 @@
 
 mod connect;
 mod drained;
+mod listen;
 mod member;
 mod report;
 mod snapshot;
@@ -30,6 +31,7 @@ use std::{
 use arc_swap::ArcSwap;
 use dynamo_engine_api::{Engine, EngineError};
 use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerId, WorkerState};
+use dynamo_host_index::PrefixIndexes;
 use tokio::sync::{Notify, Semaphore, watch};
 
 pub(crate) use self::{
@@ -48,6 +50,7 @@ use self::{
 use crate::{
     clock::Clock,
     discovery::{Origin, Problem},
+    kv::KvFeed,
     models::{Listings, ModelNames},
     tasks,
 };
@@ -60,6 +63,7 @@ pub(crate) struct Roster {
     namespace: String,
     clock: Clock,
     board: Arc<LoadBoard>,
+    indexes: Arc<PrefixIndexes>,
     max_workers: u32,
     /// What each source last said. Who holds it decides who is a member.
     said: Mutex<BTreeMap<Origin, Said>>,
@@ -105,7 +109,7 @@ pub(crate) enum DrainError {
 
 impl Roster {
     /// A roster of nobody, with room for so many workers. It keeps in a state directory who is drained.
-    pub(crate) fn new(clock: Clock, max_workers: u32, state_dir: Option<&Path>) -> Arc<Self> {
+    pub(crate) fn new(clock: Clock, max_workers: u32, indexes: Arc<PrefixIndexes>, state_dir: Option<&Path>) -> Arc<Self> {
         let (drained, trouble) = Drained::open(state_dir);
         let mut problems = BTreeMap::new();
         if let Some(reason) = trouble {
@@ -123,6 +127,7 @@ impl Roster {
             namespace: "default".to_owned(),
             clock,
             board: LoadBoard::new(max_workers),
+            indexes,
             max_workers,
             said: Mutex::default(),
             members: Mutex::default(),
@@ -224,7 +229,8 @@ impl Roster {
         for member in &members {
             let standing = member.standing();
             has_unknown_models |= member.config.model.is_none() && !standing.has_listed();
-            let seat = Seat { member: Arc::clone(member), has_ranks: standing.has_ranks };
+            let has_ranks = standing.has_ranks;
+            let seat = |feed: &Arc<KvFeed>| Seat { member: Arc::clone(member), has_ranks, feed: Arc::clone(feed) };
             for worker in &standing.workers {
                 let model = &worker.spec.model;
                 listings.add(model, None, standing.max_model_len(model));
@@ -232,7 +238,7 @@ impl Roster {
                     listings.add(adapter, Some(model), standing.max_model_len(adapter));
                 }
             }
-            seated.extend(standing.workers.iter().map(|worker| (worker.clone(), seat.clone())));
+            seated.extend(standing.workers.iter().zip(&standing.feeds).map(|(worker, feed)| (worker.clone(), seat(feed))));
         }
         for state in [WorkerState::Starting, WorkerState::Healthy, WorkerState::Unreachable, WorkerState::Draining] {
             let count = seated.iter().filter(|(worker, _)| worker.state == state).count();
@@ -253,13 +259,18 @@ impl Roster {
         self.snapshot.load_full()
     }
 
+    /// Workers that tell of their KV and are not heard now.
+    pub(crate) fn stale_workers(&self) -> usize {
+        self.snapshot().seats.iter().filter(|seat| seat.feed.is_stale()).count()
+    }
+
     /// Tells of changes: the fleet's generation.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
     fn home(&self) -> Home<'_> {
-        Home { namespace: &self.namespace, board: &self.board, now_ms: self.clock.now_ms() }
+        Home { namespace: &self.namespace, board: &self.board, indexes: &self.indexes, now_ms: self.clock.now_ms() }
     }
 
     fn members(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Member>>> {

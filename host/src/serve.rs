@@ -8,7 +8,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use dynamo_host_index::PrefixIndexes;
+use dynamo_host_index::{IndexLimits, PrefixIndexes};
 use dynamo_host_policy::{Limits as PolicyLimits, Now, PolicyRuntime, RuntimeError};
 use dynamo_host_store::StoreError;
 use tokio::{net::TcpListener, sync::watch};
@@ -74,7 +74,8 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
 
     let door_listener = listen("front door", config.http, "--http").await?;
     let admin_listener = listen("admin API", config.admin, "--admin").await?;
-    let roster = Roster::new(clock, config.limits.max_workers, config.state_dir.as_deref());
+    let indexes = PrefixIndexes::with_limits(IndexLimits { max_blocks: config.kv.max_blocks });
+    let roster = Roster::new(clock, config.limits.max_workers, Arc::clone(&indexes), config.state_dir.as_deref());
     roster.configure(&config.workers, config.models.clone())?;
     let cache = config.state_dir.as_ref().map(|state| state.join("compiled"));
     let tell_time = Arc::new(move || Now { monotonic_ms: clock.now_ms(), unix_ms: unix_ms() });
@@ -108,7 +109,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let lane = Arc::new(Lane {
         routing: Arc::clone(policies.routing()),
         roster: Arc::clone(&roster),
-        prefixes: Prefixes::new(PrefixIndexes::new()),
+        prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate),
         clock,
         limits: ArcSwap::from_pointee(config.limits.clone()),
         meters: RequestMeters::new(),
@@ -118,10 +119,12 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         // Another run decides with other seeds.
         decisions: AtomicU64::new(unix_ms() << 20),
     });
-    let upkeep = prometheus.clone();
+    let (upkeep, of_roster) = (prometheus.clone(), Arc::clone(&roster));
     tasks::spawn("metrics upkeep", async move {
         loop {
             tokio::time::sleep(meters::UPKEEP).await;
+            metrics::gauge!("dynamo_host_kv_index_blocks").set(indexes.stats().blocks as f64);
+            metrics::gauge!("dynamo_host_kv_index_stale_workers").set(of_roster.stale_workers() as f64);
             upkeep.run_upkeep();
         }
     });

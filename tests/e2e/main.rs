@@ -19,6 +19,7 @@ mod hostile_load;
 mod keys;
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
+mod kv;
 mod limits;
 mod metrics;
 mod models;

@@ -2,8 +2,11 @@
 //!
 //! `cargo xtask real-engine --vllm` installs it and runs this alone.
 
+mod kv;
+
 use std::{
     env, fs,
+    net::SocketAddr,
     os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -37,8 +40,12 @@ struct VllmServer {
 
 impl VllmServer {
     fn start() -> Self {
+        Self::start_at(closed_port().unwrap(), &[])
+    }
+
+    /// The same at an address, with flags of one's own.
+    fn start_at(address: SocketAddr, flags: &[&str]) -> Self {
         let files = told("DYNAMO_HOST_TEST_VLLM_FILES");
-        let address = closed_port().unwrap();
         let log = files.join("vllm.log");
         let output = fs::File::create(&log).unwrap();
         let mut command = Command::new(told("DYNAMO_HOST_TEST_VLLM"));
@@ -49,6 +56,7 @@ impl VllmServer {
         command.args(["--block-size", "32", "--kv-cache-memory-bytes", "67108864"]);
         command.args(["--enable-lora", "--max-lora-rank", "8", "--lora-modules"]);
         command.arg(format!("{ADAPTER}={}", files.join("lora").display()));
+        command.args(flags);
         command.envs([
             ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
             ("OMP_NUM_THREADS", "1"),

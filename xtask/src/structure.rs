@@ -18,8 +18,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("dynamo-host-sim", &["dynamo-host-core", "dynamo-host-index", "dynamo-host-policy", "dynamo-engine-mock"]),
     ("dynamo-host-tokens", &["dynamo-host-core"]),
     ("dynamo-engine-api", &["dynamo-host-core"]),
-    ("dynamo-engine-mock", &["dynamo-engine-api"]),
-    ("dynamo-engine-openai", &["dynamo-engine-api"]),
+    ("dynamo-engine-kv-events", &["dynamo-engine-api"]),
+    ("dynamo-engine-mock", &["dynamo-engine-api", "dynamo-engine-kv-events"]),
+    ("dynamo-engine-openai", &["dynamo-engine-api", "dynamo-engine-kv-events"]),
     (
         "dynamo-host",
         &[
@@ -50,6 +51,8 @@ const EDGES: &[(&str, &[&str])] = &[
 const QUARANTINED: &[(&str, &str)] = &[
     ("wasmtime", "dynamo-host-policy"),
     ("sled", "dynamo-host-store"),
+    ("zeromq", "dynamo-engine-kv-events"),
+    ("rmpv", "dynamo-engine-kv-events"),
     // The product has typed errors.
     ("anyhow", "xtask"),
 ];

@@ -62,6 +62,8 @@ pub enum KvUpdate {
     Events {
         /// The rank.
         rank: u32,
+        /// The model, if the engine names it.
+        model: Option<Arc<str>>,
         /// The changes.
         events: Vec<KvEvent>,
         /// How old they were when they came, by the engine's clock and ours; `None` if the engine does not say.
@@ -74,6 +76,47 @@ pub enum KvUpdate {
         rank: Option<u32>,
         /// Why, for logs and metrics: `restart`, `gap`, `disconnected`.
         cause: &'static str,
+    },
+    /// How it is told, which changes nothing of what is known.
+    Note {
+        /// The rank; `None`: all of them.
+        rank: Option<u32>,
+        /// What is to be known.
+        note: KvNote,
+    },
+}
+
+/// What became of the way by which an engine tells of its KV.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvNote {
+    /// All that it told is here.
+    Current,
+    /// It is not heard now; it is tried again.
+    Interrupted {
+        /// Why.
+        reason: String,
+    },
+    /// It does not tell; it is asked again now and then.
+    Silent {
+        /// Why, and how it would.
+        reason: String,
+    },
+    /// What was missed, or was told before, was told again.
+    Replayed {
+        /// How many batches of it.
+        batches: u64,
+    },
+    /// A replay failed.
+    ReplayFailed {
+        /// Why.
+        reason: String,
+    },
+    /// Events that are not understood, or no prompt could be matched with.
+    LeftOut {
+        /// Why, for metrics.
+        cause: &'static str,
+        /// How many.
+        events: u32,
     },
 }
 

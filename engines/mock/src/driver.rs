@@ -22,7 +22,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::model::{EngineModel, Event, FinishReason, Sequence, SequenceId, Snapshot};
+use crate::{
+    model::{EngineModel, Event, FinishReason, Sequence, SequenceId, Snapshot},
+    tape::{Batch, Tape},
+};
 
 /// Commands that may wait for the task.
 const COMMANDS: usize = 256;
@@ -60,12 +63,13 @@ pub(crate) struct Driver {
 }
 
 /// Names a request between driver and task.
-type Ticket = u64;
+pub(crate) type Ticket = u64;
 
-enum Command {
+pub(crate) enum Command {
     Submit { ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output> },
     Snapshot(oneshot::Sender<Snapshot>),
     ResetPrefixCache(oneshot::Sender<bool>),
+    Tape(oneshot::Sender<mpsc::Receiver<Batch>>),
 }
 
 impl Driver {
@@ -102,11 +106,34 @@ impl Driver {
         self.ask(Command::ResetPrefixCache).await
     }
 
-    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
-        let (answer, answered) = oneshot::channel();
-        self.commands.send(command(answer)).await.map_err(|_| Stopped)?;
-        answered.await.map_err(|_| Stopped)
+    /// Changes of the prefix cache: those that are kept, then those that come.
+    pub(crate) async fn tape(&self) -> Result<mpsc::Receiver<Batch>, Stopped> {
+        self.tapes().next().await
     }
+
+    /// A way to read them again and again that does not hold the driver.
+    pub(crate) fn tapes(&self) -> Tapes {
+        Tapes(self.commands.clone())
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
+        ask(&self.commands, command).await
+    }
+}
+
+/// Begins to read changes of the prefix cache.
+pub(crate) struct Tapes(mpsc::Sender<Command>);
+
+impl Tapes {
+    pub(crate) async fn next(&self) -> Result<mpsc::Receiver<Batch>, Stopped> {
+        ask(&self.0, Command::Tape).await
+    }
+}
+
+async fn ask<T>(commands: &mpsc::Sender<Command>, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
+    let (answer, answered) = oneshot::channel();
+    commands.send(command(answer)).await.map_err(|_| Stopped)?;
+    answered.await.map_err(|_| Stopped)
 }
 
 /// The tokens of a request as they come. Dropping it cancels what is not finished.
@@ -178,6 +205,8 @@ struct Loop {
     places: HashMap<SequenceId, (Ticket, u32)>,
     requests: HashMap<Ticket, Request>,
     events: Vec<Event>,
+    /// Made for its first reader.
+    tape: Option<Tape>,
 }
 
 struct Request {
@@ -189,7 +218,7 @@ struct Request {
 impl Loop {
     fn new(model: EngineModel, inbox: mpsc::Receiver<Command>, cancellations: Arc<Cancellations>) -> Self {
         let (places, requests) = (HashMap::new(), HashMap::new());
-        Self { model, inbox, cancellations, start: Instant::now(), places, requests, events: Vec::new() }
+        Self { model, inbox, cancellations, start: Instant::now(), places, requests, events: Vec::new(), tape: None }
     }
 
     /// Runs until the driver is gone.
@@ -206,6 +235,7 @@ impl Loop {
                 Some(end) => {
                     self.listen_until(self.start + end).await;
                     self.model.end_step(&mut self.events);
+                    self.record();
                     self.deliver();
                     last_end = end;
                 }
@@ -250,7 +280,15 @@ impl Loop {
         match command {
             Command::Submit { ticket, sequences, outputs } => self.submit(ticket, sequences, outputs),
             Command::Snapshot(answer) => drop(answer.send(self.model.snapshot())),
-            Command::ResetPrefixCache(answer) => drop(answer.send(self.model.reset_prefix_cache())),
+            Command::ResetPrefixCache(answer) => {
+                let _ = answer.send(self.model.reset_prefix_cache());
+                self.record();
+            }
+            Command::Tape(answer) => {
+                self.model.record_cache_events();
+                let block_size = self.model.profile().block_size;
+                drop(answer.send(self.tape.get_or_insert_with(|| Tape::new(block_size)).read()));
+            }
         }
     }
 
@@ -281,6 +319,13 @@ impl Loop {
                 self.places.remove(&id);
                 self.model.cancel(id);
             }
+        }
+    }
+
+    /// Takes down what became of the prefix cache.
+    fn record(&mut self) {
+        if let Some(tape) = &mut self.tape {
+            tape.record(self.model.take_cache_events());
         }
     }
 

@@ -11,10 +11,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{Chunk, Endpoint, Engine, EngineError, GenerateRequest, ModelCard, RankLoad, Reply, WholeReply};
+use dynamo_engine_api::{
+    Chunk, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply, WholeReply,
+};
 use futures_core::{Stream, future::BoxFuture, ready};
+use futures_util::stream;
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::json;
+use tokio::sync::mpsc;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 pub use crate::driver::Stopped;
@@ -22,7 +26,9 @@ use crate::{
     driver::{Driver, Outputs},
     model::{EngineModel, Snapshot},
     options::{MockOptions, OptionsError},
+    publishing::Once,
     service::{self, ApiError, Order, Rendering, Whole},
+    tape::{Batch, Reading},
 };
 
 /// A modelled engine, driven in real time by a task of its own.
@@ -35,6 +41,7 @@ pub struct MockEngine {
     /// Seconds since 1970.
     started: u64,
     ids: RequestIds,
+    publishing: Once,
 }
 
 impl MockEngine {
@@ -58,7 +65,7 @@ impl MockEngine {
     /// Outside of a tokio runtime.
     pub fn start(options: MockOptions) -> Result<Self, OptionsError> {
         let driver = Driver::start(EngineModel::new(options.profile.clone())?);
-        Ok(Self { options, driver, started: now_seconds(), ids: RequestIds::new() })
+        Ok(Self { options, driver, started: now_seconds(), ids: RequestIds::new(), publishing: Once::new() })
     }
 
     /// What it was started with.
@@ -87,6 +94,15 @@ impl MockEngine {
     /// If its task is gone.
     pub async fn reset_prefix_cache(&self) -> Result<bool, Stopped> {
         self.driver.reset_prefix_cache().await
+    }
+
+    /// Changes of its prefix cache: those that are kept, then those that come.
+    pub(crate) async fn tape(&self) -> Result<mpsc::Receiver<Batch>, Stopped> {
+        self.driver.tape().await
+    }
+
+    pub(crate) fn publishing(&self) -> &Once {
+        &self.publishing
     }
 
     /// A request id as engines make them for requests without one.
@@ -165,6 +181,12 @@ impl Engine for MockEngine {
                 tokens_per_second: None,
             }])
         })
+    }
+
+    /// As they happen: nothing is published for that.
+    fn kv_events(&self) -> Option<KvUpdates> {
+        let reading = Reading::new(self.driver.tapes());
+        Some(Box::pin(stream::unfold(reading, async |mut reading| reading.next().await.map(|update| (update, reading)))))
     }
 
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {

@@ -6,6 +6,7 @@
 //!   simulator drives the same code.
 //! - [`tokens`] says what is generated, and turns prompts into token ids.
 //! - [`MockEngine`] runs the model in real time inside this process, as an adapter (`mock://NAME?model=…`).
+//! - its prefix cache is told as it changes, in this process or over ZeroMQ as vLLM publishes it.
 //! - [`server`] puts it behind vLLM's HTTP surface, for tests of whatever speaks to engines over the network.
 //!
 //! Deliberately absent: sampling, stop tokens, log probabilities, tools. Their parameters are accepted and ignored.
@@ -14,8 +15,10 @@ mod driver;
 mod engine;
 pub mod model;
 mod options;
+mod publishing;
 pub mod server;
 mod service;
+mod tape;
 pub mod tokens;
 
 pub use engine::{MockEngine, Stopped};

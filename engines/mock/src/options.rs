@@ -1,5 +1,6 @@
 //! Options: everything that a mock engine is told, as a plain struct and as the parameters of a `mock://` URL.
 
+use dynamo_engine_kv_events::{Form, PublisherOptions};
 use serde_json::{Map, Number, Value};
 
 use crate::model::{Profile, ProfileError};
@@ -13,13 +14,31 @@ pub struct MockOptions {
     pub model: String,
     /// Output tokens of a chat whose request does not limit them; it then ends with `stop`.
     pub chat_tokens: u32,
+    /// Whether it publishes KV events when it is served over HTTP.
+    pub publishes_kv_events: bool,
+    /// How it does that.
+    pub publisher: PublisherOptions,
     /// Capacity and speed.
     pub profile: Profile,
 }
 
+/// Parameters that say how KV events are published.
+const KV_KEYS: [&str; 6] = ["kv_events", "kv_replay", "kv_topic", "kv_form", "kv_buffer_steps", "kv_drop_every"];
+
 impl Default for MockOptions {
     fn default() -> Self {
-        Self { name: "mock".to_owned(), model: "mock".to_owned(), chat_tokens: 32, profile: Profile::default() }
+        let any_port = || "tcp://127.0.0.1:0".parse().expect("it is an endpoint");
+        let publisher = PublisherOptions {
+            endpoint: any_port(),
+            connects: false,
+            replay: Some(any_port()),
+            topic: String::new(),
+            buffer_steps: 10_000,
+            form: Form::Map,
+            drop_every: None,
+        };
+        let (name, model) = ("mock".to_owned(), "mock".to_owned());
+        Self { name, model, chat_tokens: 32, publishes_kv_events: false, publisher, profile: Profile::default() }
     }
 }
 
@@ -85,6 +104,7 @@ impl MockOptions {
             "chat_tokens" => {
                 self.chat_tokens = value.parse().ok().filter(|&n| n > 0).ok_or_else(|| wrong("a whole number of at least 1"))?;
             }
+            _ if KV_KEYS.contains(&key) => self.set_kv(key, value).map_err(wrong)?,
             _ => {
                 let mut fields = fields(&self.profile);
                 let field = fields.get_mut(key).ok_or_else(|| OptionsError::UnknownKey { key: key.to_owned() })?;
@@ -96,11 +116,38 @@ impl MockOptions {
         Ok(())
     }
 
+    /// Sets how KV events are published; returns what is accepted if this is not.
+    fn set_kv(&mut self, key: &str, value: &str) -> Result<(), &'static str> {
+        let publisher = &mut self.publisher;
+        match (key, value) {
+            ("kv_events", "off") => self.publishes_kv_events = false,
+            ("kv_events", _) => {
+                publisher.connects = value.starts_with("connect:");
+                let endpoint = value.trim_start_matches("connect:").parse();
+                publisher.endpoint = endpoint.map_err(|_| "off, tcp://HOST:PORT or connect:tcp://HOST:PORT")?;
+                self.publishes_kv_events = true;
+            }
+            ("kv_replay", "off") => publisher.replay = None,
+            ("kv_replay", _) => publisher.replay = Some(value.parse().map_err(|_| "off or tcp://HOST:PORT")?),
+            ("kv_topic", _) => value.clone_into(&mut publisher.topic),
+            ("kv_form", "map") => publisher.form = Form::Map,
+            ("kv_form", "positional") => publisher.form = Form::Positional,
+            ("kv_form", _) => return Err("map or positional"),
+            ("kv_buffer_steps", _) => publisher.buffer_steps = value.parse().map_err(|_| "a whole number")?,
+            _ => {
+                let nth = value.parse().ok().filter(|&nth| nth > 1);
+                publisher.drop_every = Some(nth.ok_or("a whole number of at least 2")?);
+            }
+        }
+        Ok(())
+    }
+
     /// Parameters that exist.
     #[must_use]
     pub fn keys() -> Vec<String> {
         ["model".to_owned(), "chat_tokens".to_owned()]
             .into_iter()
+            .chain(KV_KEYS.map(str::to_owned))
             .chain(fields(&Profile::default()).into_iter().map(|(key, _)| key))
             .collect()
     }
@@ -122,13 +169,31 @@ mod tests {
         let url = "mock://gpu-0?model=Qwen%2FQwen3&block_size=32&speedup=2.5&chat_tokens=7&prefill_ms_base=0";
         let options = MockOptions::from_url(url).unwrap();
         let profile = Profile { block_size: 32, speedup: 2.5, prefill_ms_base: 0.0, ..Profile::default() };
-        let expected = MockOptions { name: "gpu-0".to_owned(), model: "Qwen/Qwen3".to_owned(), chat_tokens: 7, profile };
+        let named = MockOptions { name: "gpu-0".to_owned(), model: "Qwen/Qwen3".to_owned(), ..MockOptions::default() };
+        let expected = MockOptions { chat_tokens: 7, profile, ..named };
         assert_eq!(options, expected);
         let mut all = MockOptions::default();
-        for key in MockOptions::keys() {
-            all.set(&key, "17").unwrap();
+        for key in MockOptions::keys().iter().filter(|key| !KV_KEYS.contains(&key.as_str())) {
+            all.set(key, "17").unwrap();
         }
         assert_eq!((all.model.as_str(), all.chat_tokens, all.profile.max_model_len, all.profile.speedup), ("17", 17, 17, 17.0));
+    }
+
+    #[test]
+    fn how_kv_events_are_published_is_set_by_url() {
+        let url = "mock://a?kv_events=connect:tcp://10.0.0.1:5557&kv_replay=off&kv_topic=kv@a@m&kv_form=positional&\
+                   kv_buffer_steps=5&kv_drop_every=3";
+        let options = MockOptions::from_url(url).unwrap();
+        let expected = PublisherOptions {
+            endpoint: "tcp://10.0.0.1:5557".parse().unwrap(),
+            connects: true,
+            replay: None,
+            topic: "kv@a@m".to_owned(),
+            buffer_steps: 5,
+            form: Form::Positional,
+            drop_every: Some(3),
+        };
+        assert_eq!((options.publishes_kv_events, options.publisher), (true, expected));
     }
 
     #[track_caller]
@@ -146,6 +211,9 @@ mod tests {
         check_refused("mock://a?speedup=fast", "speedup=\"fast\" is not possible; use a number");
         check_refused("mock://a?model=", "use the name of a model");
         check_refused("mock://a?chat_tokens=0", "at least 1");
+        check_refused("mock://a?kv_events=5557", "use off, tcp://HOST:PORT or connect:tcp://HOST:PORT");
+        check_refused("mock://a?kv_form=json", "map or positional");
+        check_refused("mock://a?kv_drop_every=1", "at least 2");
         check_refused("mock://a?kv_blocks=1", "raise kv_blocks or lower max_model_len");
     }
 }

@@ -43,6 +43,7 @@ pub fn router(engine: Arc<MockEngine>) -> Router {
     }
     router
         .route("/health", get(health))
+        .route("/kv_event_sources", get(kv_event_sources))
         .route("/version", get(version))
         .route("/load", get(load))
         .route("/metrics", get(metrics))
@@ -105,6 +106,10 @@ async fn version() -> Response {
 async fn load(State(engine): State<Arc<MockEngine>>) -> Result<Response, Failure> {
     let snapshot = engine.snapshot().await?;
     Ok(json_response(json!({"server_load": snapshot.running + snapshot.waiting})))
+}
+
+async fn kv_event_sources(State(engine): State<Arc<MockEngine>>) -> Response {
+    json_response(engine.kv_event_sources())
 }
 
 async fn metrics(State(engine): State<Arc<MockEngine>>) -> Result<Response, Failure> {

@@ -47,6 +47,11 @@ impl Control {
         Self { engine, url, client, authorization, timeout: options.probe_timeout }
     }
 
+    /// The engine's host.
+    pub(crate) fn host(&self) -> &str {
+        self.url.host()
+    }
+
     /// Asks, and takes any answer.
     pub(crate) async fn get(&self, path: &'static str) -> Result<WholeReply, EngineError> {
         self.get_within(self.timeout, path).await

@@ -11,6 +11,7 @@ mod plain;
 mod rate;
 mod sglang;
 mod trtllm;
+mod trtllm_kv;
 mod vllm;
 
 use std::{
@@ -18,11 +19,11 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
-use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest, RankLoad, WholeReply};
+use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest, KvUpdate, RankLoad, WholeReply};
 use futures_core::future::BoxFuture;
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use crate::{abort::Abort, body::Fields, control::Control, kind::Kind};
+use crate::{abort::Abort, body::Fields, control::Control, kind::Kind, kv::KvSources};
 
 /// One kind of server.
 pub(crate) trait Dialect: Debug + Send + Sync {
@@ -31,6 +32,16 @@ pub(crate) trait Dialect: Debug + Send + Sync {
 
     /// Asks for its load.
     fn load<'a>(&'a self, _control: &'a Control) -> BoxFuture<'a, Result<Vec<RankLoad>, EngineError>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
+    /// Asks where it tells of its KV.
+    fn kv_sources<'a>(&'a self, _control: &'a Control) -> BoxFuture<'a, Result<KvSources, EngineError>> {
+        Box::pin(async { Ok(KvSources::None("servers of this kind do not tell of their KV".to_owned())) })
+    }
+
+    /// Asks for changes of its KV since it was asked last, where that is how it tells.
+    fn poll_kv<'a>(&'a self, _control: &'a Control) -> BoxFuture<'a, Result<Vec<KvUpdate>, EngineError>> {
         Box::pin(async { Ok(Vec::new()) })
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_engine_api::{Engine, EngineError, GenerateRequest, ModelCard, RankLoad, Reply};
+use dynamo_engine_api::{Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply};
 use futures_core::future::BoxFuture;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request,
@@ -15,7 +15,7 @@ use crate::{
     control::Control,
     dialect::{Dialects, Wish, recognise},
     kind::Kind,
-    models,
+    kv, models,
     options::{Bearer, OpenAiOptions},
     stream,
     tls::{self, TlsError},
@@ -56,7 +56,7 @@ pub struct OpenAiEngine {
     url: EngineUrl,
     client: Client,
     control: Arc<Control>,
-    dialects: Dialects,
+    dialects: Arc<Dialects>,
     aborts: Aborts,
     authorization: Option<HeaderValue>,
     options: OpenAiOptions,
@@ -79,7 +79,7 @@ impl OpenAiEngine {
         let control = Arc::new(Control::new(name.clone(), url.clone(), &options, tls.clone()));
         Ok(Self {
             client: Client::new(name.clone(), &url.at("/"), &options, tls),
-            dialects: Dialects::new(options.kind),
+            dialects: Arc::new(Dialects::new(options.kind)),
             aborts: Aborts::new(control.clone()),
             authorization: options.bearer.as_ref().map(Bearer::authorization),
             control,
@@ -179,6 +179,10 @@ impl Engine for OpenAiEngine {
 
     fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
         self.dialects.spoken().load(&self.control)
+    }
+
+    fn kv_events(&self) -> Option<KvUpdates> {
+        kv::events(&self.control, &self.dialects, &self.options)
     }
 
     fn generate(&self, asked: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {

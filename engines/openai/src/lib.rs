@@ -20,6 +20,7 @@ mod engine;
 pub mod fuzzing;
 mod http1;
 mod kind;
+mod kv;
 mod models;
 mod options;
 mod pool;
@@ -29,8 +30,9 @@ mod stream;
 mod tls;
 mod url;
 
+pub use dynamo_engine_kv_events::{Endpoint as KvEndpoint, EndpointError as KvEndpointError};
 pub use engine::{OpenAiEngine, SetupError};
 pub use kind::{Kind, UnknownKind};
-pub use options::{Bearer, OpenAiOptions};
+pub use options::{Bearer, KvEvents, OpenAiOptions};
 pub use tls::TlsError;
 pub use url::UrlError;

@@ -2,6 +2,7 @@
 
 use std::{fmt, path::PathBuf, time::Duration};
 
+use dynamo_engine_kv_events::Endpoint as KvEndpoint;
 use http::HeaderValue;
 
 use crate::{engine::SetupError, kind::Kind};
@@ -19,6 +20,14 @@ pub struct OpenAiOptions {
     /// Whether a request's priority is said to the engine, where its kind has a word for it. Off by default: vLLM
     /// without `--scheduling-policy priority` may refuse a request that has one.
     pub forward_priority: bool,
+    /// How its KV events are found. Default: by asking the server.
+    pub kv_events: KvEvents,
+    /// Where it replays them, if `kv_events` is an endpoint. Default: nowhere.
+    pub kv_replay: Option<KvEndpoint>,
+    /// The beginning of their topics, if `kv_events` is an endpoint. Default: any.
+    pub kv_topic: String,
+    /// Its data-parallel ranks, each with a publisher, if `kv_events` is an endpoint. Default: 1.
+    pub ranks: u32,
     /// Longest wait for a connection to be made, its TLS handshake included, name resolution apart. Default: 2 s.
     pub connect_timeout: Duration,
     /// Longest wait for the head of a stream, or for all of a whole answer. Generous, since a whole answer's
@@ -38,6 +47,20 @@ pub struct OpenAiOptions {
     pub max_whole_body_bytes: usize,
 }
 
+/// How a server's KV events are found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum KvEvents {
+    /// The server is asked.
+    #[default]
+    Asked,
+    /// Not at all.
+    Off,
+    /// Rank 0 publishes there, each further rank one port higher.
+    At(KvEndpoint),
+    /// Its ranks connect to us there.
+    ConnectHere(KvEndpoint),
+}
+
 impl Default for OpenAiOptions {
     fn default() -> Self {
         Self {
@@ -45,6 +68,10 @@ impl Default for OpenAiOptions {
             bearer: None,
             ca_file: None,
             forward_priority: false,
+            kv_events: KvEvents::default(),
+            kv_replay: None,
+            kv_topic: String::new(),
+            ranks: 1,
             connect_timeout: Duration::from_secs(2),
             head_timeout: Duration::from_secs(600),
             probe_timeout: Duration::from_secs(2),

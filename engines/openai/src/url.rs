@@ -108,6 +108,11 @@ impl EngineUrl {
         build(&self.scheme, &self.authority, path)
     }
 
+    /// The host alone: a name or an address, IPv6 in brackets.
+    pub(crate) fn host(&self) -> &str {
+        self.authority.host()
+    }
+
     /// Whether connections are encrypted.
     pub(crate) fn is_https(&self) -> bool {
         self.scheme == Scheme::HTTPS

@@ -112,6 +112,13 @@ impl WorkerKv {
         counters.changed_bytes(bytes, expected.bytes());
     }
 
+    /// Blocks that it is known, or expected, to hold.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        let expected = |part: &Part| part.expected.as_ref().map_or(0, Expected::len);
+        self.parts().iter().map(|part| (part.places.len() + expected(part)) as u64).sum()
+    }
+
     /// Forgets all that it holds.
     pub fn clear(&self) {
         let parts = std::mem::take(&mut *self.parts());

@@ -16,6 +16,7 @@ pub(super) async fn run(flags: MockFlags) -> Result<(), String> {
         options.set(key, value).map_err(|error| error.to_string())?;
     }
     let engine = MockEngine::start(options).map_err(|error| error.to_string())?;
+    engine.publish_kv_events().await.map_err(|error| error.to_string())?;
     let listener = listen("mock engine", flags.http, "--http").await.map_err(|error| error.to_string())?;
     announce("mock engine", &listener, false);
     server::serve(listener, Arc::new(engine), stop_signal()).await.map_err(|error| error.to_string())

@@ -65,15 +65,17 @@ pub(super) fn print_workers(answer: &Value) {
     let workers = list_of(&answer["workers"]);
     let width = |key: &str, least: usize| workers.iter().map(|it| text(&it[key]).chars().count()).fold(least, usize::max);
     let (name, model, source) = (width("name", 6), width("model", 5), width("source", 6));
-    let line = |cells: [String; 12]| {
-        let [n, m, r, k, st, a, s, q, kv, age, src, trouble] = cells;
+    let line = |cells: [String; 13]| {
+        let [n, m, r, k, st, a, s, q, kv, age, prefixes, src, trouble] = cells;
         let line = format!(
-            "{n:<name$}  {m:<model$}  {r:>4}  {k:<8}  {st:<11}  {a:>6}  {s:>8}  {q:>6}  {kv:>8}  {age:>8}  {src:<source$}  {trouble}"
+            "{n:<name$}  {m:<model$}  {r:>4}  {k:<8}  {st:<11}  {a:>6}  {s:>8}  {q:>6}  {kv:>8}  {age:>8}  {prefixes:<18}  {src:<source$}  {trouble}"
         );
         println!("{}", line.trim_end());
     };
-    let head =
-        ["worker", "model", "rank", "kind", "state", "active", "served", "queued", "kv free", "load age", "source", "trouble"];
+    let head = [
+        "worker", "model", "rank", "kind", "state", "active", "served", "queued", "kv free", "load age", "prefixes", "source",
+        "trouble",
+    ];
     line(head.map(str::to_owned));
     for worker in workers {
         line([
@@ -87,8 +89,9 @@ pub(super) fn print_workers(answer: &Value) {
             number(&worker["queued_requests"]),
             share(&worker["kv_tokens_free"], &worker["kv_tokens_total"]),
             worker["load_age_ms"].as_u64().map_or_else(|| "-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1e3)),
+            prefixes(&worker["kv"]),
             text(&worker["source"]),
-            [&worker["trouble"], &worker["load_trouble"]]
+            [&worker["trouble"], &worker["load_trouble"], kv_trouble(&worker["kv"])]
                 .into_iter()
                 .find_map(Value::as_str)
                 .map_or_else(String::new, crate::text::plain),
@@ -101,6 +104,20 @@ pub(super) fn print_workers(answer: &Value) {
     for problem in list_of(&answer["problems"]) {
         println!("problem with {}, {}: {}", text(&problem["source"]), text(&problem["place"]), text(&problem["reason"]));
     }
+}
+
+/// Where what is known of a worker's cached prefixes comes from, and how many blocks that are.
+fn prefixes(kv: &Value) -> String {
+    match (kv["source"].as_str(), kv["blocks"].as_u64()) {
+        (Some("none") | None, _) => "-".to_owned(),
+        (Some(_), _) if kv["stale"] == true => "stale".to_owned(),
+        (Some(source), blocks) => format!("{source} {}", blocks.unwrap_or_default()),
+    }
+}
+
+/// What is wrong with the events of an engine that tells; that others don't is no trouble.
+fn kv_trouble(kv: &Value) -> &Value {
+    if kv["source"] == "events" { &kv["trouble"] } else { &Value::Null }
 }
 
 fn number(value: &Value) -> String {

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, env, fmt, fs, path::PathBuf, str::FromStr};
 
 use super::profile;
 pub(crate) use dynamo_engine_openai::Kind;
-use dynamo_engine_openai::UnknownKind;
+use dynamo_engine_openai::{KvEndpoint, KvEvents, UnknownKind};
 use dynamo_host_core::Role;
 use serde::Deserialize;
 
@@ -21,7 +21,7 @@ const MAX_BLOCK_SIZE: u32 = 1 << 20;
 
 /// The form of `--worker`.
 pub(super) const FLAG_FORM: &str = "write URL[,KEY=VALUE…] with the keys name, model, role, kind, ranks, block_size, bearer_env, \
-                                    bearer_file, ca_file, forward_priority, profile, label.NAME";
+                                    bearer_file, ca_file, forward_priority, profile, kv_events, kv_replay, kv_topic, label.NAME";
 
 /// Where the token that an engine demands comes from.
 #[derive(Clone, PartialEq, Eq)]
@@ -90,6 +90,9 @@ pub(crate) struct WrittenWorker {
     pub(crate) forward_priority: bool,
     /// What `dynamo-host profile` wrote of the engine.
     pub(crate) profile: Option<PathBuf>,
+    pub(crate) kv_events: Option<String>,
+    pub(crate) kv_replay: Option<String>,
+    pub(crate) kv_topic: Option<String>,
     pub(crate) labels: BTreeMap<String, String>,
 }
 
@@ -113,14 +116,25 @@ pub(crate) struct WorkerConfig {
     pub(crate) ca_file: Option<PathBuf>,
     /// Whether requests' priorities are said to the engine.
     pub(crate) forward_priority: bool,
+    /// How its KV events are found.
+    pub(crate) kv: KvEventsConfig,
     pub(crate) labels: BTreeMap<String, String>,
+}
+
+/// How an engine's KV events are found, and where they are replayed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct KvEventsConfig {
+    pub(crate) events: KvEvents,
+    pub(crate) replay: Option<KvEndpoint>,
+    pub(crate) topic: String,
 }
 
 impl WorkerConfig {
     /// Whether both are one connection to one engine: a change from one to the other leaves what runs as it is.
     pub(crate) fn is_same_engine(&self, other: &Self) -> bool {
         let connection = |config: &Self| {
-            (config.url.clone(), config.kind, config.bearer.clone(), config.ca_file.clone(), config.forward_priority)
+            let Self { url, kind, bearer, ca_file, forward_priority, kv, .. } = config.clone();
+            (url, kind, bearer, ca_file, forward_priority, kv)
         };
         connection(self) == connection(other)
     }
@@ -131,6 +145,7 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
     type Error = String;
 
     fn try_from(written: WrittenWorker) -> Result<Self, String> {
+        let kv = KvEventsConfig::of(&written)?;
         let WrittenWorker {
             url, name, model, role, kind, ranks, block_size, ca_file, forward_priority, profile, mut labels, ..
         } = written;
@@ -172,7 +187,32 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
             // What the operator says of a worker stands.
             labels.entry(label).or_insert(value);
         }
-        Ok(Self { url, name, model, role, kind, ranks, block_size, bearer, ca_file, forward_priority, labels })
+        Ok(Self { url, name, model, role, kind, ranks, block_size, bearer, ca_file, forward_priority, kv, labels })
+    }
+}
+
+impl KvEventsConfig {
+    fn of(written: &WrittenWorker) -> Result<Self, String> {
+        let endpoint =
+            |key: &str, text: &str, form: &str| text.parse::<KvEndpoint>().map_err(|_| format!("{key} is {text:?}; use {form}"));
+        let form = "off, tcp://HOST:PORT where the engine publishes, or bind:tcp://ADDRESS:PORT where it connects to";
+        let events = match written.kv_events.as_deref() {
+            None => KvEvents::Asked,
+            Some("off") => KvEvents::Off,
+            Some(text) => match text.strip_prefix("bind:") {
+                Some(address) => KvEvents::ConnectHere(endpoint("kv_events", address, form)?),
+                None => KvEvents::At(endpoint("kv_events", text, form)?),
+            },
+        };
+        let replay = written.kv_replay.as_ref().map(|text| endpoint("kv_replay", text, "tcp://HOST:PORT")).transpose()?;
+        let is_at = matches!(events, KvEvents::At(_) | KvEvents::ConnectHere(_));
+        if !is_at && (replay.is_some() || written.kv_topic.is_some()) {
+            return Err("kv_replay and kv_topic go with kv_events=tcp://HOST:PORT; set that too, or remove them".to_owned());
+        }
+        if is_at && written.url.starts_with("mock://") {
+            return Err("a mock engine in this process tells of its KV without publishing; remove kv_events".to_owned());
+        }
+        Ok(Self { events, replay, topic: written.kv_topic.clone().unwrap_or_default() })
     }
 }
 
@@ -201,6 +241,9 @@ impl FromStr for WorkerConfig {
                 "bearer" => return Err("a token has no place on the command line; use bearer_env or bearer_file".to_owned()),
                 "bearer_env" => worker.bearer_env = Some(value.to_owned()),
                 "bearer_file" => worker.bearer_file = Some(value.into()),
+                "kv_events" => worker.kv_events = Some(value.to_owned()),
+                "kv_replay" => worker.kv_replay = Some(value.to_owned()),
+                "kv_topic" => worker.kv_topic = Some(value.to_owned()),
                 "ca_file" => worker.ca_file = Some(value.into()),
                 "profile" => worker.profile = Some(value.into()),
                 "forward_priority" => {
@@ -264,6 +307,10 @@ mod tests {
             ("http://h,ranks=two", "use a whole number"),
             ("http://h,bearer=s3cret", "bearer_env or bearer_file"),
             ("http://h,forward_priority=yes", "use true or false"),
+            ("http://h,kv_events=5557", "bind:tcp://ADDRESS:PORT"),
+            ("http://h,kv_events=tcp://h:1,kv_replay=h:2", "kv_replay is \"h:2\"; use tcp://HOST:PORT"),
+            ("http://h,kv_replay=tcp://h:2", "go with kv_events=tcp://HOST:PORT"),
+            ("mock://h,kv_events=tcp://h:1", "remove kv_events"),
         ] {
             let error = worker(text).unwrap_err();
             assert!(error.contains(says), "{text}: {error}");

@@ -80,6 +80,10 @@ fn options(config: &WorkerConfig) -> Result<OpenAiOptions, String> {
         bearer: bearer.transpose()?,
         ca_file: config.ca_file.clone(),
         forward_priority: config.forward_priority,
+        kv_events: config.kv.events.clone(),
+        kv_replay: config.kv.replay.clone(),
+        kv_topic: config.kv.topic.clone(),
+        ranks: config.ranks.unwrap_or(1),
         // A request's own deadline bounds it.
         head_timeout: NO_BOUND,
         ..OpenAiOptions::default()

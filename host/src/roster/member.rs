@@ -14,13 +14,17 @@ use dynamo_host_core::{
     Load, LoadBoard, LoadReport, Worker, WorkerSpec, WorkerState,
     load::{Recent, Throughput},
 };
+use dynamo_host_index::PrefixIndexes;
 use tokio::{sync::Notify, task::AbortHandle};
 
 use super::{
     Origin,
     connect::{Connection, Credentials},
 };
-use crate::config::{MAX_RANKS, WorkerConfig};
+use crate::{
+    config::{MAX_RANKS, WorkerConfig},
+    kv::KvFeed,
+};
 
 /// Most models and adapters that are taken from one engine's list.
 const MAX_CARDS: usize = 4096;
@@ -67,6 +71,8 @@ pub(super) struct Standing {
     pub(super) has_ranks: bool,
     /// Workers for which the board has no room.
     pub(super) left_out: usize,
+    /// How the KV of each worker is known, in the order of workers.
+    pub(super) feeds: Vec<Arc<KvFeed>>,
     /// Samples of each worker's output, in the order of workers.
     throughputs: Vec<Throughput>,
 }
@@ -75,6 +81,7 @@ pub(super) struct Standing {
 pub(super) struct Home<'a> {
     pub(super) namespace: &'a str,
     pub(super) board: &'a Arc<LoadBoard>,
+    pub(super) indexes: &'a Arc<PrefixIndexes>,
     pub(super) now_ms: u64,
 }
 
@@ -94,6 +101,7 @@ impl Member {
             is_awaited: false,
             has_ranks: false,
             left_out: 0,
+            feeds: Vec::new(),
             throughputs: Vec::new(),
         };
         Self::with(config, origin, connection, None, standing, home)
@@ -111,6 +119,7 @@ impl Member {
                 load_trouble: old.load_trouble.clone(),
                 cards: old.cards.clone(),
                 ranks: old.ranks.clone(),
+                feeds: old.feeds.clone(),
                 throughputs: old.throughputs.clone(),
                 is_awaited: false,
                 ..*old
@@ -281,6 +290,7 @@ impl Standing {
         self.has_ranks = ranks.len() > 1;
         let old = std::mem::take(&mut self.workers);
         let old_throughputs = std::mem::take(&mut self.throughputs);
+        let old_feeds = std::mem::take(&mut self.feeds);
         let mut is_other = false;
         let known = old.len();
         self.left_out = 0;
@@ -312,6 +322,8 @@ impl Standing {
                 };
                 let fresh = || Throughput::new(load.output_tokens(), home.now_ms);
                 self.throughputs.push(before.and_then(|place| old_throughputs.get(place).copied()).unwrap_or_else(fresh));
+                let known_feed = before.and_then(|place| old_feeds.get(place).cloned());
+                self.feeds.push(known_feed.unwrap_or_else(|| KvFeed::new(home.indexes, &model, &load)));
                 self.workers.push(Worker {
                     id: spec.id(home.namespace),
                     spec: Arc::new(spec),

@@ -1,9 +1,12 @@
 //! The roster for people and tools: one row for each worker, and what is wrong with the sources.
 
+use std::sync::Arc;
+
 use dynamo_host_core::{Load, Role, Worker, WorkerState, load::Reported};
 use serde::Serialize;
 
 use super::{Member, Origin, Problem, Roster, member::Standing};
+use crate::kv::{KvFeed, KvReport};
 
 /// A worker, for people and tools.
 #[derive(Clone, Debug, Serialize)]
@@ -30,6 +33,8 @@ pub(crate) struct WorkerReport {
     pub(crate) kv_tokens_total: Option<u32>,
     pub(crate) kv_tokens_free: Option<u32>,
     pub(crate) load_age_ms: Option<u32>,
+    /// `None` until there is a worker.
+    pub(crate) kv: Option<KvReport>,
     /// Why it is out of service, or serves less than it could.
     pub(crate) trouble: Option<String>,
     /// Why what it reports was not learnt last time.
@@ -76,7 +81,7 @@ fn report_of(member: &Member, now_ms: u64) -> Vec<WorkerReport> {
     if standing.workers.is_empty() {
         return vec![bare(member, &standing)];
     }
-    let full = |worker: &Worker| WorkerReport {
+    let full = |(worker, feed): (&Worker, &Arc<KvFeed>)| WorkerReport {
         id: Some(worker.id.to_string()),
         model: Some(worker.spec.model.clone()),
         adapters: worker.adapters.to_vec(),
@@ -90,9 +95,10 @@ fn report_of(member: &Member, now_ms: u64) -> Vec<WorkerReport> {
         kv_tokens_total: worker.load.get_reported(Reported::KvTokensTotal),
         kv_tokens_free: worker.load.get_reported(Reported::KvTokensFree),
         load_age_ms: worker.load.load_age_ms(now_ms),
+        kv: Some(feed.report(now_ms)),
         ..bare(member, &standing)
     };
-    standing.workers.iter().map(full).collect()
+    standing.workers.iter().zip(&standing.feeds).map(full).collect()
 }
 
 /// What is known of an engine that has not said what it serves.
@@ -117,6 +123,7 @@ fn bare(member: &Member, standing: &Standing) -> WorkerReport {
         kv_tokens_total: None,
         kv_tokens_free: None,
         load_age_ms: None,
+        kv: None,
         trouble: standing.trouble.clone(),
         load_trouble: standing.load_trouble.clone(),
     }

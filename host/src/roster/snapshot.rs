@@ -8,6 +8,7 @@ use dynamo_host_core::{Candidates, Fleet, RequestFacts, Role, Worker, WorkerId};
 use super::Member;
 use crate::{
     error::RequestError,
+    kv::KvFeed,
     models::{self, ListedModel, Listings, ModelNames, Resolved},
 };
 
@@ -28,6 +29,7 @@ pub(crate) struct Snapshot {
 pub(super) struct Seat {
     pub(super) member: Arc<Member>,
     pub(super) has_ranks: bool,
+    pub(super) feed: Arc<KvFeed>,
 }
 
 impl Snapshot {
@@ -44,6 +46,11 @@ impl Snapshot {
     /// The rank that a request to a worker of this snapshot must name; `None` where the engine has one only.
     pub(crate) fn rank(&self, worker: &Worker) -> Option<u32> {
         self.seat(worker.id).has_ranks.then_some(worker.spec.rank)
+    }
+
+    /// How the KV of a worker of this snapshot is known.
+    pub(crate) fn feed(&self, worker: WorkerId) -> &KvFeed {
+        &self.seat(worker).feed
     }
 
     fn seat(&self, worker: WorkerId) -> &Seat {

@@ -12,7 +12,7 @@ use std::{
 use dynamo_engine_api::{Engine, EngineError, ModelCard, RankLoad};
 use dynamo_host_core::WorkerState;
 
-use super::{Member, Roster};
+use super::{Member, Roster, listen};
 use crate::text::plain;
 
 /// How often an engine that answers is probed.
@@ -42,7 +42,7 @@ impl Roster {
     pub(super) async fn tend(&self, member: &Member) {
         self.probe(member).await;
         self.probed.send_modify(|probed| *probed += 1);
-        tokio::join!(self.keep_probing(member), self.keep_reading(member));
+        tokio::join!(self.keep_probing(member), self.keep_reading(member), listen::keep_listening(member, self.clock));
     }
 
     async fn keep_probing(&self, member: &Member) {
@@ -148,6 +148,9 @@ impl Roster {
             _ => {}
         }
         standing.trouble = trouble;
+        if is_news && !state.is_eligible() {
+            standing.feeds.iter().for_each(|feed| feed.forget_expected());
+        }
         let is_other_state = standing.find(state);
         drop(standing);
         if is_other_state || is_other {

@@ -22,7 +22,7 @@ fn config(text: &str) -> WorkerConfig {
 }
 
 fn roster(max_workers: u32) -> Arc<Roster> {
-    Roster::new(Clock::start(), max_workers, None)
+    Roster::new(Clock::start(), max_workers, PrefixIndexes::new(), None)
 }
 
 fn found(workers: &[&str]) -> Found {

@@ -12,7 +12,11 @@ use http::StatusCode;
 use serde::Deserialize;
 
 use super::{Additions, Dialect, Wish, judged};
-use crate::{abort::Abort, control::Control};
+use crate::{
+    abort::Abort,
+    control::Control,
+    kv::{self, KvSources},
+};
 
 pub(super) const OWNED_BY: &str = "sglang";
 const READY: &str = "/ready";
@@ -56,6 +60,10 @@ impl Dialect for Sglang {
             let settings = self.settings(control).await;
             Ok(loads.loads.into_iter().map(|load| load.of_rank(settings)).collect())
         })
+    }
+
+    fn kv_sources<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<KvSources, EngineError>> {
+        Box::pin(kv::sglang_sources(control))
     }
 
     fn additions(&self, wish: &Wish<'_>) -> Additions {

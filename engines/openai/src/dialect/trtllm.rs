@@ -7,16 +7,17 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use dynamo_engine_api::{EngineError, RankLoad};
+use dynamo_engine_api::{EngineError, KvUpdate, RankLoad};
 use futures_core::future::BoxFuture;
 use serde::Deserialize;
 use tokio::sync::Mutex;
 
-use super::{Dialect, succeeds};
-use crate::control::Control;
+use super::{Dialect, succeeds, trtllm_kv::KvFolded};
+use crate::{control::Control, kv::KvSources};
 
 pub(super) const OWNED_BY: &str = "tensorrt_llm";
 const METRICS: &str = "/metrics";
+const KV_EVENTS: &str = "/kv_cache_events";
 /// An idle server keeps the question for 2 s.
 const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -24,6 +25,8 @@ const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct Trtllm {
     /// Held while reading: reads steal from each other.
     latest: Mutex<Folded>,
+    /// The same: whoever reads events takes them from others.
+    events: Mutex<KvFolded>,
 }
 
 impl Dialect for Trtllm {
@@ -38,6 +41,33 @@ impl Dialect for Trtllm {
             let Some(body) = control.offered(METRICS, reply)? else { return Ok(Vec::new()) };
             latest.fold(control.json(METRICS, &body)?);
             Ok(latest.ranks.values().cloned().collect())
+        })
+    }
+
+    fn kv_sources<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<KvSources, EngineError>> {
+        Box::pin(async {
+            let mut events = self.events.lock().await;
+            let reply = control.post(KV_EVENTS, "").await?;
+            match control.offered(KV_EVENTS, reply)? {
+                // What this question took is kept for the poll.
+                Some(body) => events.fold(control.json(KV_EVENTS, &body)?),
+                None => {
+                    let reason = format!("POST {KV_EVENTS} is not there; start it with kv_cache_config.event_buffer_max_size");
+                    return Ok(KvSources::None(reason));
+                }
+            }
+            Ok(KvSources::Polled)
+        })
+    }
+
+    fn poll_kv<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<Vec<KvUpdate>, EngineError>> {
+        Box::pin(async {
+            let mut events = self.events.lock().await;
+            let reply = control.post(KV_EVENTS, "").await?;
+            if let Some(body) = control.offered(KV_EVENTS, reply)? {
+                events.fold(control.json(KV_EVENTS, &body)?);
+            }
+            Ok(events.take())
         })
     }
 

@@ -11,6 +11,7 @@ use http::{HeaderName, HeaderValue};
 use super::{Additions, Dialect, Wish, rate::Rates, succeeds};
 use crate::{
     control::Control,
+    kv::{self, KvSources},
     prometheus::{Malformed, Sample, samples},
 };
 
@@ -35,6 +36,10 @@ impl Dialect for Vllm {
             let mut rates = self.rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             read(&text, &mut rates, Instant::now()).map_err(|error| control.protocol(METRICS, error))
         })
+    }
+
+    fn kv_sources<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<KvSources, EngineError>> {
+        Box::pin(kv::vllm_sources(control))
     }
 
     fn additions(&self, wish: &Wish<'_>) -> Additions {
