@@ -13,7 +13,10 @@
 
 use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, stage};
 
-use crate::{Profile, Settings, profile::Profiles};
+use crate::{
+    Settings,
+    profile::{Profiles, Speed},
+};
 
 /// Share of a pass that is always left of a prefill under way, however long it has taken: predictions err.
 const LEAST_LEFT: f32 = 0.3;
@@ -21,6 +24,8 @@ const LEAST_LEFT: f32 = 0.3;
 const PREFILL_COUNTS: f32 = 2.0;
 /// Passes of a prompt that count for interference. A prompt of many would else wait behind all for the sake of a few.
 const INTERFERING_PASSES: f32 = 2.0;
+/// Share of errors that counts at most: a worker that always fails is still one.
+const MOST_ERRORS: f32 = 0.9;
 /// Tokens of a prompt of which nobody knows how long it is.
 const PROMPT_TOKENS: f32 = 1000.0;
 
@@ -87,7 +92,7 @@ impl<'a> Costs<'a> {
 
     /// Tokens to be computed where most is cached.
     pub(crate) fn fewest_uncached(&self) -> f32 {
-        self.uncached.iter().copied().fold(f32::INFINITY, f32::min)
+        self.uncached.iter().copied().fold(f32::INFINITY, least)
     }
 
     /// Of every worker.
@@ -114,47 +119,66 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Two loops, since that over one profile needs no lookup in the middle.
+    /// Two loops, since that over one profile needs no lookup in the middle and becomes SIMD.
     fn each(&self, profiles: &Profiles, value: impl Fn(Terms) -> f32) -> Vec<f32> {
-        let rows = 0..self.uncached.len();
         match profiles {
-            Profiles::One(profile) => rows.map(|row| value(self.terms(row, profile))).collect(),
-            Profiles::Each(profiles) => rows.map(|row| value(self.terms(row, &profiles[row]))).collect(),
+            Profiles::One(speed) => self.rows().map(|row| value(self.terms(row, speed))).collect(),
+            Profiles::Each(speeds) => self.rows().zip(speeds).map(|(row, speed)| value(self.terms(row, speed))).collect(),
         }
     }
 
+    fn rows(&self) -> impl Iterator<Item = Row> {
+        let queues = self.prefilling.iter().zip(self.queued).zip(self.busy_ms);
+        let load = self.context.iter().zip(self.requests).zip(self.free);
+        let weights = self.error_rate.iter().zip(self.preference);
+        self.uncached.iter().zip(queues).zip(load).zip(weights).map(
+            |(((&uncached, ((&prefilling, &queued), &busy_ms)), ((&context, &requests), &free)), (&error_rate, &preference))| {
+                Row {
+                    uncached,
+                    is_prefilling: prefilling > 0,
+                    queued: queued as f32,
+                    busy_ms: busy_ms as f32,
+                    context: context as f32,
+                    requests: requests as f32,
+                    free: free as f32,
+                    error_rate,
+                    preference,
+                }
+            },
+        )
+    }
+
     #[inline(always)]
-    pub(crate) fn terms(&self, row: usize, profile: &Profile) -> Terms {
-        let settings = self.settings;
-        let uncached = self.uncached[row];
-        let [queued, busy_ms, context, requests, free] =
-            [self.queued[row], self.busy_ms[row], self.context[row], self.requests[row], self.free[row]]
-                .map(|value| value as f32);
-        let (is_prefilling, is_decoding) = (self.prefilling[row] > 0, context > 0.0);
+    fn terms(&self, row: Row, speed: &Speed) -> Terms {
+        let Self { settings, prompt, output, .. } = *self;
+        let Row { uncached, is_prefilling, queued, busy_ms, context, requests, free, error_rate, preference } = row;
+        let profile = &speed.profile;
+        let is_decoding = context > 0.0;
 
         // A pass that computes prompts reads the context of those that decode, too.
         let decode_work = profile.decode_ms_per_sequence * requests + profile.decode_ms_per_context_token * context;
         let step = if is_decoding { profile.decode_ms_base + decode_work } else { 0.0 };
-        let passes = (queued / profile.max_batched_tokens).ceil();
+        let passes = speed.full_passes(queued) + 1.0;
         // Whoever comes has to wait for the end of a step, on average half of one.
-        let left = profile.prefill_ms(queued) + passes * decode_work + 0.5 * step - busy_ms;
-        let least_left = LEAST_LEFT * profile.pass_ms(queued.min(profile.max_batched_tokens));
-        let wait = if is_prefilling { left.max(least_left) } else { 0.5 * step };
+        let left = speed.prefill_ms(queued) + passes * decode_work + 0.5 * step - busy_ms;
+        let least_left = LEAST_LEFT * profile.pass_ms(least(queued, profile.max_batched_tokens));
+        let wait = if is_prefilling { most(left, least_left) } else { 0.5 * step };
 
-        let computed = profile.prefill_ms(uncached);
+        let computed = speed.prefill_ms(uncached);
         let prefill = computed + if uncached > 0.0 { decode_work } else { 0.0 };
         let stalled = requests + if is_prefilling { PREFILL_COUNTS } else { 0.0 };
-        let stall = prefill.min(INTERFERING_PASSES * profile.pass_ms(profile.max_batched_tokens));
+        let stall = least(prefill, INTERFERING_PASSES * speed.full_pass_ms);
 
         // This request slows each of those that run, and they slow it.
-        let slows = profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * self.prompt;
-        let decode = settings.decode_weight * self.output * (decode_work + requests * slows);
+        let slows = profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * prompt;
+        let decode = settings.decode_weight * output * (decode_work + requests * slows);
 
         // Memory is freed as requests end; all context, in about the time of one.
-        let missing = (queued + uncached + self.output - free).max(0.0);
-        let memory = missing * self.output * step / context.max(1.0);
+        let missing = most(queued + uncached + output - free, 0.0);
+        let memory = missing * output * step / most(context, 1.0);
 
-        let factor = self.preference[row] / (1.0 - self.error_rate[row].max(0.0).min(0.9));
+        // An unknown error rate is none: no comparison with NaN is true.
+        let fails = if error_rate > 0.0 { least(error_rate, MOST_ERRORS) } else { 0.0 };
         Terms {
             wait,
             prefill,
@@ -162,9 +186,35 @@ impl<'a> Costs<'a> {
             decode,
             cache: settings.cache_price * computed,
             memory,
-            factor,
+            factor: preference / (1.0 - fails),
         }
     }
+}
+
+/// What is known of one worker.
+#[derive(Clone, Copy)]
+struct Row {
+    uncached: f32,
+    is_prefilling: bool,
+    queued: f32,
+    busy_ms: f32,
+    context: f32,
+    requests: f32,
+    free: f32,
+    error_rate: f32,
+    preference: f32,
+}
+
+/// The lesser of two numbers. Unlike `f32::min` it need not care for NaN, and is one instruction.
+#[inline(always)]
+fn least(a: f32, b: f32) -> f32 {
+    if b < a { b } else { a }
+}
+
+/// The greater of two numbers.
+#[inline(always)]
+fn most(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 /// Tokens that each worker has to compute, what it can load counted by its tier. Of a prompt that is all there, the last
@@ -184,7 +234,7 @@ fn uncached(settings: &Settings, prompt: f32, candidates: &Candidates) -> Vec<f3
         }
     }
     for uncached in &mut uncached {
-        *uncached = uncached.max(1.0);
+        *uncached = most(*uncached, 1.0);
     }
     uncached
 }

@@ -55,10 +55,10 @@ impl Adaptive {
         if give_way == 0.0 || request.holds() > 0 || request.attempt() > 0 || candidates.count() < 2 {
             return None;
         }
-        let (fewest, profile) = (costs.fewest_uncached(), profiles.at(0));
-        let prefill_ms = profile.prefill_ms(fewest);
+        let (fewest, speed) = (costs.fewest_uncached(), profiles.first());
+        let prefill_ms = speed.prefill_ms(fewest);
         // A short prompt has nobody to let pass, and the longest would come last to workers that all have begun something.
-        let is_long = fewest > give_way_passes * profile.max_batched_tokens;
+        let is_long = fewest > give_way_passes * speed.profile.max_batched_tokens;
         if prefill_ms < settings::SHORT_MS || is_long {
             return None;
         }

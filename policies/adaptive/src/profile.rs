@@ -59,14 +59,6 @@ impl Profile {
         ]
     }
 
-    /// Milliseconds to compute so many new tokens, in as many passes as that takes; 0 for none.
-    #[inline(always)]
-    pub(crate) fn prefill_ms(&self, tokens: f32) -> f32 {
-        let full = (tokens / self.max_batched_tokens).floor();
-        let rest = tokens - full * self.max_batched_tokens;
-        full * self.pass_ms(self.max_batched_tokens) + if rest > 0.0 { self.pass_ms(rest) } else { 0.0 }
-    }
-
     /// Milliseconds of one pass.
     #[inline(always)]
     pub(crate) fn pass_ms(&self, tokens: f32) -> f32 {
@@ -74,10 +66,42 @@ impl Profile {
     }
 }
 
+/// What of a profile each row asks for, worked out once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Speed {
+    pub(crate) profile: Profile,
+    /// Milliseconds of a full pass.
+    pub(crate) full_pass_ms: f32,
+    passes_per_token: f32,
+}
+
+impl Speed {
+    pub(crate) fn of(profile: Profile) -> Self {
+        let tokens = profile.max_batched_tokens;
+        Self { profile, full_pass_ms: profile.pass_ms(tokens), passes_per_token: 1.0 / tokens }
+    }
+
+    /// Full passes within so many tokens.
+    #[inline(always)]
+    pub(crate) fn full_passes(&self, tokens: f32) -> f32 {
+        (tokens * self.passes_per_token).floor()
+    }
+
+    /// Milliseconds to compute so many new tokens, in as many passes as that takes; 0 for none.
+    #[inline(always)]
+    pub(crate) fn prefill_ms(&self, tokens: f32) -> f32 {
+        let full = self.full_passes(tokens);
+        let rest = tokens - full * self.profile.max_batched_tokens;
+        // The reciprocal may err by a pass at its edge: then the rest is a whole pass, or a hair below none.
+        let last = if rest > 0.5 { self.profile.pass_ms(rest) } else { 0.0 };
+        full * self.full_pass_ms + last
+    }
+}
+
 /// The profiles of all candidates. One for all is the usual case, and the quick one.
 pub(crate) enum Profiles {
-    One(Profile),
-    Each(Vec<Profile>),
+    One(Speed),
+    Each(Vec<Speed>),
 }
 
 /// A field of a profile, and the signal that it comes from.
@@ -117,17 +141,17 @@ impl Profiles {
         };
         let columns = || columns.iter().filter_map(|(column, _)| column.as_ref()).chain(&speedup);
         if columns().all(|column| is_one_value(column)) {
-            Self::One(profile(0))
+            Self::One(Speed::of(profile(0)))
         } else {
-            Self::Each((0..candidates.count() as usize).map(profile).collect())
+            Self::Each((0..candidates.count() as usize).map(|row| Speed::of(profile(row))).collect())
         }
     }
 
-    #[inline(always)]
-    pub(crate) fn at(&self, row: usize) -> &Profile {
+    /// The first one's: what is decided before there is a worker goes by that.
+    pub(crate) fn first(&self) -> &Speed {
         match self {
-            Self::One(profile) => profile,
-            Self::Each(profiles) => &profiles[row],
+            Self::One(speed) => speed,
+            Self::Each(speeds) => &speeds[0],
         }
     }
 }

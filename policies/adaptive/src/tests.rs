@@ -39,7 +39,8 @@ fn total(request: &Request, candidates: &Candidates) -> Vec<f32> {
 fn a_prompt_takes_as_many_passes_as_it_needs() {
     let profile =
         Profile { prefill_ms_per_token_squared: 0.0, prefill_ms_per_token: 0.01, prefill_ms_base: 10.0, ..Profile::default() };
-    let times = [0.0, 1.0, 100.0, 8192.0, 8292.0, 16384.0].map(|tokens| profile.prefill_ms(tokens));
+    let speed = profile::Speed::of(profile);
+    let times = [0.0, 1.0, 100.0, 8192.0, 8292.0, 16384.0].map(|tokens| speed.prefill_ms(tokens));
     assert_eq!(times, [0.0, 10.01, 11.0, 91.92, 102.92, 183.84]);
 }
 
