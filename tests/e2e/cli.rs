@@ -30,7 +30,7 @@ async fn refuses_config(text: &str, says: &[&str]) {
 #[tokio::test]
 async fn help_tells_the_commands_and_their_options() {
     let help = run(&["--help"]).await;
-    for word in ["serve", "mock-engine", "policy", "worker", "config", "status"] {
+    for word in ["serve", "mock-engine", "policy", "worker", "config", "status", "simulate"] {
         assert!(help.succeeded().contains(word), "{word}: {}", help.stdout);
     }
     let help = run(&["serve", "--help"]).await;

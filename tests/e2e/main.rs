@@ -31,6 +31,7 @@ mod refusals;
 mod reload;
 mod requests;
 mod retries;
+mod simulate;
 mod swap;
 mod tls;
 mod traces;

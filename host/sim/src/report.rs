@@ -3,11 +3,17 @@
 //! Contract: what is written to a file depends on the trace, the options and the seed alone. Times of this machine are in
 //! the table on the terminal only.
 
+mod html;
+mod plot;
 mod text;
 
 use serde::Serialize;
 
-use crate::{bounds::Bounds, samples::Quantiles, simulation::Tally};
+use crate::{
+    bounds::Bounds,
+    samples::{Quantiles, Share},
+    simulation::Tally,
+};
 
 /// A comparison of policies over one trace.
 #[derive(Clone, Debug, Serialize)]
@@ -65,8 +71,12 @@ pub struct Row {
     pub fuel_per_decision: f64,
     /// Decisions that were the fallback's, by cause.
     pub fallbacks: std::collections::BTreeMap<String, u64>,
+    /// The distribution of times to first token.
+    pub ttft_shares: Vec<Share>,
+    /// The distribution of times between tokens.
+    pub itl_shares: Vec<Share>,
     #[serde(skip)]
-    pub(crate) tally: Tally,
+    tally: Tally,
 }
 
 impl Row {
@@ -92,6 +102,8 @@ impl Row {
             decisions: tally.decisions,
             fuel_per_decision: tally.fuel as f64 / tally.decisions.max(1) as f64,
             fallbacks: tally.fallbacks.clone(),
+            ttft_shares: Share::all(|share| tally.ttft.quantile(share)),
+            itl_shares: Share::all(|share| tally.itl.quantile(share)),
             tally,
         }
     }
@@ -108,6 +120,12 @@ impl Report {
     #[must_use]
     pub fn table(&self) -> String {
         text::table(self)
+    }
+
+    /// The page with plots.
+    #[must_use]
+    pub fn html(&self) -> String {
+        html::page(self)
     }
 
     /// As JSON.

@@ -27,6 +27,23 @@ pub struct Quantiles {
     pub max: f64,
 }
 
+/// A point of a distribution.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Share {
+    /// So many in a hundred …
+    pub percent: f64,
+    /// … are at most this.
+    pub ms: f64,
+}
+
+impl Share {
+    /// A distribution: every hundredth, and its tail.
+    pub(crate) fn all(mut quantile: impl FnMut(f64) -> f64) -> Vec<Self> {
+        let percents = (1..100).map(f64::from).chain([99.5, 99.9, 100.0]);
+        percents.map(|percent| Self { percent, ms: quantile(percent / 100.0) }).collect()
+    }
+}
+
 impl Samples {
     /// Adds a sample.
     pub fn add(&mut self, value: f64) {

@@ -53,6 +53,9 @@ pub(super) fn run(flags: &SimulateFlags) -> Result<(), String> {
     if let Some(path) = &flags.json {
         write(path, &report.json())?;
     }
+    if let Some(path) = &flags.html {
+        write(path, &report.html())?;
+    }
     match flags.output {
         Output::Json => print!("{}", report.json()),
         Output::Text => print!("{}", report.table()),

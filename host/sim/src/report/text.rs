@@ -1,59 +1,84 @@
-//! The table for a terminal.
+//! The table: for a terminal, and its cells for the page.
 
 use std::fmt::Write as _;
 
 use super::{Report, Row};
 
-/// A column: what stands above it, and what it says of a policy.
-type Column = (&'static str, fn(&Row) -> String);
+/// A column: what stands above it, what it says of a policy, and whether that is a time of this machine.
+type Column = (&'static str, fn(&Row) -> String, bool);
 
 const COLUMNS: &[Column] = &[
-    ("TTFT mean", |row| format!("{:.1}", row.ttft.mean)),
-    ("p50", |row| format!("{:.1}", row.ttft.p50)),
-    ("p90", |row| format!("{:.1}", row.ttft.p90)),
-    ("p99", |row| format!("{:.1}", row.ttft.p99)),
-    ("ITL mean", |row| format!("{:.2}", row.itl.mean)),
-    ("p50", |row| format!("{:.2}", row.itl.p50)),
-    ("p90", |row| format!("{:.2}", row.itl.p90)),
-    ("p99", |row| format!("{:.2}", row.itl.p99)),
-    ("e2e mean", |row| format!("{:.0}", row.e2e.mean)),
-    ("p99", |row| format!("{:.0}", row.e2e.p99)),
-    ("reuse", |row| format!("{:.3}", row.reuse)),
-    ("tok/s", |row| format!("{:.0}", row.output_tokens_per_second)),
-    ("req/s", |row| format!("{:.2}", row.requests_per_second)),
-    ("max/mean", |row| format!("{:.3}", row.imbalance)),
-    ("busy", |row| format!("{:.3}", row.utilization)),
-    ("preempt", |row| row.preemptions.to_string()),
-    ("fuel", |row| format!("{:.0}", row.fuel_per_decision)),
-    ("decisions/s", |row| format!("{:.0}", row.decisions as f64 / row.tally.deciding.as_secs_f64().max(1e-9))),
-    ("wall s", |row| format!("{:.2}", row.tally.wall.as_secs_f64())),
+    ("TTFT mean", |row| format!("{:.1}", row.ttft.mean), false),
+    ("p50", |row| format!("{:.1}", row.ttft.p50), false),
+    ("p90", |row| format!("{:.1}", row.ttft.p90), false),
+    ("p99", |row| format!("{:.1}", row.ttft.p99), false),
+    ("ITL mean", |row| format!("{:.2}", row.itl.mean), false),
+    ("p50", |row| format!("{:.2}", row.itl.p50), false),
+    ("p90", |row| format!("{:.2}", row.itl.p90), false),
+    ("p99", |row| format!("{:.2}", row.itl.p99), false),
+    ("e2e mean", |row| format!("{:.0}", row.e2e.mean), false),
+    ("p50", |row| format!("{:.0}", row.e2e.p50), false),
+    ("p90", |row| format!("{:.0}", row.e2e.p90), false),
+    ("p99", |row| format!("{:.0}", row.e2e.p99), false),
+    (REUSE, |row| format!("{:.3}", row.reuse), false),
+    ("tok/s", |row| format!("{:.0}", row.output_tokens_per_second), false),
+    ("req/s", |row| format!("{:.2}", row.requests_per_second), false),
+    ("max/mean", |row| format!("{:.3}", row.imbalance), false),
+    ("busy", |row| format!("{:.3}", row.utilization), false),
+    ("preempt", |row| row.preemptions.to_string(), false),
+    ("fuel", |row| format!("{:.0}", row.fuel_per_decision), false),
+    ("decisions/s", |row| format!("{:.0}", row.decisions as f64 / row.tally.deciding.as_secs_f64().max(1e-9)), true),
+    ("wall s", |row| format!("{:.2}", row.tally.wall.as_secs_f64()), true),
 ];
 
+const REUSE: &str = "reuse";
+
 pub(super) fn table(report: &Report) -> String {
-    let mut out = String::new();
-    let engine = &report.engine;
-    let _ = writeln!(
-        out,
-        "{}: {} requests at {}× on {} workers of {} blocks × {} tokens, seed {}; times in ms",
-        report.trace, report.requests, report.speed, report.workers, engine.kv_blocks, engine.block_size, report.seed
-    );
-    let mut lines = vec![std::iter::once("policy").chain(COLUMNS.iter().map(|(name, _)| *name)).map(str::to_owned).collect()];
-    for row in &report.policies {
-        lines.push(std::iter::once(row.name.clone()).chain(COLUMNS.iter().map(|(_, cell)| cell(row))).collect());
-    }
-    for (name, bound) in [("bound: pooled LRU", &report.bounds.pooled), ("bound: infinite", &report.bounds.infinite)] {
-        let mut line: Vec<String> = vec![String::new(); COLUMNS.len() + 1];
-        line[0] = name.to_owned();
-        let ttft = [bound.ttft.mean, bound.ttft.p50, bound.ttft.p90, bound.ttft.p99];
-        line[1..5].iter_mut().zip(ttft).for_each(|(cell, value)| *cell = format!("{value:.1}"));
-        line[11] = format!("{:.3}", bound.reuse);
-        lines.push(line);
-    }
-    align(&mut out, &lines);
-    for row in &report.policies {
-        notes(&mut out, row);
+    let mut out = heading(report);
+    out.push('\n');
+    align(&mut out, &[cells(report, true), bound_lines(report, true)].concat());
+    for note in report.policies.iter().flat_map(notes) {
+        let _ = writeln!(out, "{note}");
     }
     out
+}
+
+/// What was simulated.
+pub(super) fn heading(report: &Report) -> String {
+    let Report { trace, requests, speed, workers, seed, engine, .. } = report;
+    let (blocks, size) = (engine.kv_blocks, engine.block_size);
+    format!(
+        "{trace}: {requests} requests at {speed}× on {workers} workers of {blocks} blocks of {size} tokens, seed {seed}; times in ms"
+    )
+}
+
+fn columns(with_times: bool) -> impl Iterator<Item = &'static Column> {
+    COLUMNS.iter().filter(move |(.., is_time)| with_times || !is_time)
+}
+
+/// What stands above the columns, then a line for each policy; with the times of this machine if they are wanted.
+pub(super) fn cells(report: &Report, with_times: bool) -> Vec<Vec<String>> {
+    let line = |first: &str, cell: &dyn Fn(&Column) -> String| {
+        std::iter::once(first.to_owned()).chain(columns(with_times).map(cell)).collect()
+    };
+    let heads = line("policy", &|(name, ..)| (*name).to_owned());
+    let rows = report.policies.iter().map(|row| line(&row.name, &|(_, cell, _)| cell(row)));
+    std::iter::once(heads).chain(rows).collect()
+}
+
+/// Lines of the same table for the bounds, with most of their cells empty.
+pub(super) fn bound_lines(report: &Report, with_times: bool) -> Vec<Vec<String>> {
+    let bounds = [("bound: pooled LRU", &report.bounds.pooled), ("bound: infinite cache", &report.bounds.infinite)];
+    let line = |(name, bound): (&str, &crate::bounds::Bound)| {
+        let ttft = [bound.ttft.mean, bound.ttft.p50, bound.ttft.p90, bound.ttft.p99].map(|ms| format!("{ms:.1}"));
+        let cell = |(at, (name, ..)): (usize, &Column)| match ttft.get(at) {
+            Some(ttft) => ttft.clone(),
+            None if *name == REUSE => format!("{:.3}", bound.reuse),
+            None => String::new(),
+        };
+        std::iter::once(name.to_owned()).chain(columns(with_times).enumerate().map(cell)).collect()
+    };
+    bounds.into_iter().map(line).collect()
 }
 
 /// The first column to the left, numbers to the right.
@@ -71,11 +96,11 @@ fn align(out: &mut String, lines: &[Vec<String>]) {
 }
 
 /// What a reader must know who sees only the figures.
-fn notes(out: &mut String, row: &Row) {
-    if row.rejected > 0 {
-        let _ = writeln!(out, "{}: it refused {} requests; their latencies do not count", row.name, row.rejected);
-    }
-    for (cause, count) in &row.fallbacks {
-        let _ = writeln!(out, "{}: {count} decisions were the native fallback's, cause {cause}", row.name);
-    }
+pub(super) fn notes(row: &Row) -> Vec<String> {
+    let rejected =
+        (row.rejected > 0).then(|| format!("{}: it refused {} requests; their latencies do not count", row.name, row.rejected));
+    let fallbacks = row.fallbacks.iter();
+    let fallbacks =
+        fallbacks.map(|(cause, count)| format!("{}: {count} decisions were the native fallback's, cause {cause}", row.name));
+    rejected.into_iter().chain(fallbacks).collect()
 }

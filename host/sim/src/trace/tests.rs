@@ -26,7 +26,8 @@ fn mooncakes_lines_share_streams_by_their_hash_ids() {
 
 #[test]
 fn azures_lines_have_prompts_unlike_all_others() {
-    let text = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 23:59:59.5000000,374,44\r\n2023-11-17 00:00:01.25,396,109\r\n";
+    let text =
+        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 23:59:59.5000000,374,44\r\n2023-11-17 00:00:01.25,396,109\r\n";
     let trace = Trace::parse("t", text).unwrap();
     let request = |ms, stream, tokens, output_tokens| TraceRequest {
         at: Duration::from_millis(ms),

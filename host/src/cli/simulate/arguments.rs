@@ -50,6 +50,9 @@ pub(crate) struct SimulateFlags {
     /// Policies that are simulated at once [default: one per core]
     #[arg(long, value_name = "N")]
     pub(super) threads: Option<usize>,
+    /// Write the report as a page with plots, which needs nothing else to be seen
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
     /// Write the report as JSON
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,

@@ -1,0 +1,70 @@
+//! `dynamo-host simulate` as a user meets it.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::harness::{components, process::run};
+
+const TRACE: &str = concat!(
+    "{\"timestamp\": 0, \"input_length\": 1024, \"output_length\": 5, \"hash_ids\": [1, 2]}\n",
+    "{\"timestamp\": 9000, \"input_length\": 1500, \"output_length\": 5, \"hash_ids\": [1, 2, 3]}\n",
+);
+
+#[tokio::test]
+async fn policies_stand_side_by_side_and_the_same_seed_writes_the_same_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (trace, settings) = (at("trace.jsonl"), at("settings.json"));
+    fs::write(&trace, TRACE).unwrap();
+    fs::write(&settings, r#"{"prefill_token": 2.0}"#).unwrap();
+    let round_robin = format!("routing={}", components::policy("round-robin"));
+    let least_loaded = format!("routing={},@{settings}", components::policy("least-loaded"));
+    for nth in ["1", "2"] {
+        let (json, html) = (at(&format!("{nth}.json")), at(&format!("{nth}.html")));
+        let policies = ["--policy", "routing=native", "--policy", &round_robin, "--policy", &least_loaded];
+        let more = ["--workers", "1,kv_blocks=4096", "--json", &json, "--html", &html];
+        let finished = run(&[&["simulate", "--trace", &trace], &policies[..], &more].concat()).await;
+        for part in
+            ["native", "round-robin", "least-loaded {\"prefill_token\":2.0}", "bound: pooled LRU", "4096 blocks of 64 tokens"]
+        {
+            assert!(finished.succeeded().contains(part), "{part}: {}", finished.stdout);
+        }
+        assert_eq!(finished.stderr, "");
+    }
+    for kind in ["json", "html"] {
+        assert_eq!(fs::read(at(&format!("1.{kind}"))).unwrap(), fs::read(at(&format!("2.{kind}"))).unwrap(), "{kind}");
+    }
+    let report: Value = serde_json::from_slice(&fs::read(at("1.json")).unwrap()).unwrap();
+    let rows = report["policies"].as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    for row in rows {
+        // One worker: whoever decides, the second request finds 1,024 of its tokens, and the first none.
+        assert_eq!((&row["served"], row["reuse"].as_f64()), (&Value::from(2), Some(1024.0 / 2524.0)));
+        assert_eq!(row["ttft"]["mean"], report["bounds"]["pooled"]["ttft"]["mean"]);
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_simulated_is_refused_with_what_to_change() {
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken.jsonl");
+    fs::write(&broken, format!("{TRACE}{{\"timestamp\": 9000}}\n")).unwrap();
+    let broken = broken.to_str().unwrap();
+    let refuses = async |arguments: &[&str], says: &[&str]| {
+        run(&[&["simulate"], arguments].concat()).await.failed(1, says);
+    };
+    refuses(&["--trace", broken], &["line 3", "input_length", "a line is {\"timestamp\": MILLISECONDS"]).await;
+    refuses(&["--trace", "/nowhere"], &["/nowhere", "Mooncake JSONL"]).await;
+    let small = "synthetic:requests=1";
+    refuses(&["--trace", small, "--policy", "routing=/nowhere.wasm"], &["/nowhere.wasm", "cannot be read"]).await;
+    refuses(&["--trace", small, "--policy", "native"], &["use routing=native"]).await;
+    refuses(&["--trace", small, "--policy", "admission=native"], &["only the slot routing"]).await;
+    let settings = format!("routing={},{{\"colour\": 1}}", components::policy("least-loaded"));
+    refuses(&["--trace", small, "--policy", &settings], &["least-loaded", "colour"]).await;
+    refuses(&["--trace", small, "--workers", "none"], &["begin with a number"]).await;
+    refuses(&["--trace", small, "--workers", "2,colour=1"], &["\"colour\" is not known"]).await;
+    refuses(&["--trace", small, "--kv-blocks", "10"], &["raise kv_blocks or lower max_model_len"]).await;
+    refuses(&["--trace", small, "--speed", "0"], &["use a number above 0"]).await;
+    refuses(&["--trace", small, "--engine-profile", "/nowhere"], &["--engine-profile /nowhere"]).await;
+}
