@@ -8,7 +8,8 @@ use wit_component::ComponentEncoder;
 use crate::{paths, wasm::Toolchain};
 
 /// Crates under `policies/`.
-pub(crate) const POLICIES: &[&str] = &["composed", "least-loaded", "power-of-two", "round-robin", "session-affinity"];
+pub(crate) const POLICIES: &[&str] =
+    &["adaptive", "composed", "kv-aware", "least-loaded", "power-of-two", "round-robin", "session-affinity", "two-tier"];
 /// Crates under `tests/guests/`.
 pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness"];
 

@@ -1,0 +1,251 @@
+//! Cost: the milliseconds that a request takes on a worker, and takes from others there.
+//!
+//! | term | what it is |
+//! |---|---|
+//! | `wait` | until the worker has computed the prompts before this one: their predicted time, less that since its last progress |
+//! | `prefill` | to compute what it does not hold of this prompt |
+//! | `interference` | by how much that stalls those who run there, up to two passes, times a weight |
+//! | `decode` | how much slower this request's tokens come for those who run there, and theirs for this one, times a weight |
+//! | `cache` | what is pushed out of the worker's cache, as a share of `prefill` |
+//! | `memory` | until enough is freed, where KV memory does not suffice |
+//!
+//! The total is their sum, times the operator's preference, times the tries that the worker's recent errors make likely.
+
+use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, stage};
+
+use crate::{
+    Settings,
+    profile::{Profiles, Speed},
+};
+
+/// Share of a pass that is always left of a prefill under way, however long it has taken: predictions err.
+const LEAST_LEFT: f32 = 0.3;
+/// Requests that decode as soon as the prefill under way ends count for interference like so many that run.
+const PREFILL_COUNTS: f32 = 2.0;
+/// Passes of a prompt that count for interference. A prompt of many would else wait behind all for the sake of a few.
+const INTERFERING_PASSES: f32 = 2.0;
+/// Share of errors that counts at most: a worker that always fails is still one.
+const MOST_ERRORS: f32 = 0.9;
+/// Tokens of a prompt of which nobody knows how long it is.
+const PROMPT_TOKENS: f32 = 1000.0;
+
+/// What the costs are made of: columns as they are, and the request.
+pub(crate) struct Costs<'a> {
+    settings: &'a Settings,
+    prompt: f32,
+    output: f32,
+    /// Tokens of this prompt that a worker has to compute.
+    uncached: Vec<f32>,
+    prefilling: &'a [u32],
+    queued: &'a [u32],
+    busy_ms: &'a [u32],
+    context: &'a [u32],
+    requests: &'a [u32],
+    free: &'a [u32],
+    error_rate: &'a [f32],
+    preference: &'a [f32],
+}
+
+/// Milliseconds on one worker.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Terms {
+    pub(crate) wait: f32,
+    pub(crate) prefill: f32,
+    pub(crate) interference: f32,
+    pub(crate) decode: f32,
+    pub(crate) cache: f32,
+    pub(crate) memory: f32,
+    /// By how much the sum is multiplied.
+    pub(crate) factor: f32,
+}
+
+impl Terms {
+    #[inline(always)]
+    fn total(self) -> f32 {
+        (self.wait + self.prefill + self.interference + self.decode + self.cache + self.memory) * self.factor
+    }
+}
+
+impl<'a> Costs<'a> {
+    pub(crate) fn of(settings: &'a Settings, request: &Request, candidates: &'a Candidates) -> Self {
+        let stage = request.stage();
+        let prompt = if request.prompt_tokens() == UNKNOWN { PROMPT_TOKENS } else { request.prompt_tokens() as f32 };
+        let uncached = match stage {
+            stage::DECODE => vec![0.0; candidates.count() as usize],
+            _ => uncached(settings, prompt, candidates),
+        };
+        Self {
+            settings,
+            prompt,
+            output: if stage == stage::PREFILL { 0.0 } else { output(settings, request) },
+            uncached,
+            prefilling: candidates.active_prefill_tokens(),
+            queued: candidates.active_uncached_tokens(),
+            busy_ms: candidates.prefill_busy_ms(),
+            context: candidates.active_decode_tokens(),
+            requests: candidates.active_requests(),
+            free: candidates.kv_tokens_free(),
+            error_rate: candidates.error_rate(),
+            preference: candidates.preference(),
+        }
+    }
+
+    /// Tokens to be computed where most is cached.
+    pub(crate) fn fewest_uncached(&self) -> f32 {
+        self.uncached.iter().copied().fold(f32::INFINITY, least)
+    }
+
+    /// Of every worker.
+    pub(crate) fn total(&self, profiles: &Profiles) -> Vec<f32> {
+        self.each(profiles, Terms::total)
+    }
+
+    /// Tells the receipt what the costs are made of.
+    pub(crate) fn explain(&self, profiles: &Profiles) {
+        if !explain_wanted() {
+            return;
+        }
+        let terms: [(&str, fn(Terms) -> f32); 7] = [
+            ("wait_ms", |terms| terms.wait),
+            ("prefill_ms", |terms| terms.prefill),
+            ("interference_ms", |terms| terms.interference),
+            ("decode_ms", |terms| terms.decode),
+            ("cache_ms", |terms| terms.cache),
+            ("memory_ms", |terms| terms.memory),
+            ("total_ms", Terms::total),
+        ];
+        for (name, term) in terms {
+            explain(name, || self.each(profiles, term));
+        }
+    }
+
+    /// Two loops, since that over one profile needs no lookup in the middle and becomes SIMD.
+    fn each(&self, profiles: &Profiles, value: impl Fn(Terms) -> f32) -> Vec<f32> {
+        match profiles {
+            Profiles::One(speed) => self.rows().map(|row| value(self.terms(row, speed))).collect(),
+            Profiles::Each(speeds) => self.rows().zip(speeds).map(|(row, speed)| value(self.terms(row, speed))).collect(),
+        }
+    }
+
+    fn rows(&self) -> impl Iterator<Item = Row> {
+        let queues = self.prefilling.iter().zip(self.queued).zip(self.busy_ms);
+        let load = self.context.iter().zip(self.requests).zip(self.free);
+        let weights = self.error_rate.iter().zip(self.preference);
+        self.uncached.iter().zip(queues).zip(load).zip(weights).map(
+            |(((&uncached, ((&prefilling, &queued), &busy_ms)), ((&context, &requests), &free)), (&error_rate, &preference))| {
+                Row {
+                    uncached,
+                    is_prefilling: prefilling > 0,
+                    queued: queued as f32,
+                    busy_ms: busy_ms as f32,
+                    context: context as f32,
+                    requests: requests as f32,
+                    free: free as f32,
+                    error_rate,
+                    preference,
+                }
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn terms(&self, row: Row, speed: &Speed) -> Terms {
+        let Self { settings, prompt, output, .. } = *self;
+        let Row { uncached, is_prefilling, queued, busy_ms, context, requests, free, error_rate, preference } = row;
+        let profile = &speed.profile;
+        let is_decoding = context > 0.0;
+
+        // A pass that computes prompts reads the context of those that decode, too.
+        let decode_work = profile.decode_ms_per_sequence * requests + profile.decode_ms_per_context_token * context;
+        let step = if is_decoding { profile.decode_ms_base + decode_work } else { 0.0 };
+        let passes = speed.full_passes(queued) + 1.0;
+        // Whoever comes has to wait for the end of a step, on average half of one.
+        let left = speed.prefill_ms(queued) + passes * decode_work + 0.5 * step - busy_ms;
+        let least_left = LEAST_LEFT * profile.pass_ms(least(queued, profile.max_batched_tokens));
+        let wait = if is_prefilling { most(left, least_left) } else { 0.5 * step };
+
+        let computed = speed.prefill_ms(uncached);
+        let prefill = computed + if uncached > 0.0 { decode_work } else { 0.0 };
+        let stalled = requests + if is_prefilling { PREFILL_COUNTS } else { 0.0 };
+        let stall = least(prefill, INTERFERING_PASSES * speed.full_pass_ms);
+
+        // This request slows each of those that run, and they slow it.
+        let slows = profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * prompt;
+        let decode = settings.decode_weight * output * (decode_work + requests * slows);
+
+        // Memory is freed as requests end; all context, in about the time of one.
+        let missing = most(queued + uncached + output - free, 0.0);
+        let memory = missing * output * step / most(context, 1.0);
+
+        // An unknown error rate is none: no comparison with NaN is true.
+        let fails = if error_rate > 0.0 { least(error_rate, MOST_ERRORS) } else { 0.0 };
+        Terms {
+            wait,
+            prefill,
+            interference: settings.interference * stall * stalled,
+            decode,
+            cache: settings.cache_price * computed,
+            memory,
+            factor: preference / (1.0 - fails),
+        }
+    }
+}
+
+/// What is known of one worker.
+#[derive(Clone, Copy)]
+struct Row {
+    uncached: f32,
+    is_prefilling: bool,
+    queued: f32,
+    busy_ms: f32,
+    context: f32,
+    requests: f32,
+    free: f32,
+    error_rate: f32,
+    preference: f32,
+}
+
+/// The lesser of two numbers. Unlike `f32::min` it need not care for NaN, and is one instruction.
+#[inline(always)]
+fn least(a: f32, b: f32) -> f32 {
+    if b < a { b } else { a }
+}
+
+/// The greater of two numbers.
+#[inline(always)]
+fn most(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// Tokens that each worker has to compute, what it can load counted by its tier. Of a prompt that is all there, the last
+/// token is computed again.
+fn uncached(settings: &Settings, prompt: f32, candidates: &Candidates) -> Vec<f32> {
+    let known = |tokens: u32| if tokens == UNKNOWN { 0.0 } else { tokens as f32 };
+    let credit = &settings.tier_credit;
+    let mut uncached: Vec<f32> = candidates.cached_device_tokens().iter().map(|&tokens| prompt - known(tokens)).collect();
+    let tiers: [(f32, fn(&Candidates) -> &[u32]); 3] = [
+        (credit.host, Candidates::cached_host_tokens),
+        (credit.disk, Candidates::cached_disk_tokens),
+        (credit.remote, Candidates::cached_remote_tokens),
+    ];
+    for (credit, column) in tiers.into_iter().filter(|(credit, _)| *credit > 0.0) {
+        for (uncached, &tokens) in uncached.iter_mut().zip(column(candidates)) {
+            *uncached -= credit * known(tokens);
+        }
+    }
+    for uncached in &mut uncached {
+        *uncached = most(*uncached, 1.0);
+    }
+    uncached
+}
+
+/// Output tokens that are still to be expected, over all choices.
+fn output(settings: &Settings, request: &Request) -> f32 {
+    let expected = match request.expected_output_tokens() {
+        UNKNOWN => settings.expected_output_tokens,
+        tokens => tokens as f32,
+    };
+    // An unknown limit is the largest number: none.
+    let left = expected.min(request.max_output_tokens() as f32) - request.generated_tokens() as f32;
+    left.max(1.0) * request.choices() as f32
+}
