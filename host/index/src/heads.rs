@@ -27,15 +27,22 @@ pub(crate) struct Heads {
 }
 
 struct Table {
-    keys: Box<[AtomicU64]>,
-    runs: Box<[AtomicU32]>,
+    entries: Box<[Entry]>,
+    /// Eight bits for each entry, one of them set by its head, and never cleared: most misses end here, in the
+    /// processor's nearest cache.
+    seen: Box<[AtomicU64]>,
+}
+
+struct Entry {
+    head: AtomicU64,
+    run: AtomicU32,
 }
 
 #[derive(Default)]
 struct Numbers {
     free: BinaryHeap<Reverse<u32>>,
     next: u32,
-    /// Entries that are or were in the table.
+    /// Heads that came into the table since it was made.
     used: usize,
     live: usize,
 }
@@ -56,14 +63,20 @@ impl Heads {
         self.table.load().get(head)
     }
 
-    /// Several lookups in one table.
+    /// Several lookups of what is likely there, in one table.
     pub(crate) fn reader(&self) -> impl Fn(SequenceHash) -> Option<u32> {
         let table = self.table.load();
         move |head| table.get(head)
     }
 
+    /// How many of the blocks come before the first that is a head; most likely none is.
+    pub(crate) fn before_head(&self, blocks: &[SequenceHash]) -> usize {
+        let table = self.table.load();
+        blocks.iter().take_while(|head| !table.may_have(**head) || table.get(**head).is_none()).count()
+    }
+
     pub(crate) fn bytes(&self) -> usize {
-        self.table.load().keys.len() * 12
+        self.table.load().entries.len() * (size_of::<Entry>() + 1)
     }
 
     pub(crate) fn write(&self) -> HeadsWriter<'_> {
@@ -87,11 +100,13 @@ impl HeadsWriter<'_> {
     /// Makes a run known; no other begins with the block.
     pub(crate) fn insert(&mut self, head: SequenceHash, run: u32) {
         let mut table = self.heads.table.load_full();
-        if (self.numbers.used + 1) * 10 > table.keys.len() * 7 {
+        if (self.numbers.used + 1) * 10 > table.entries.len() * 7 {
             self.resize(&table, (self.numbers.live + 1) * 2);
             table = self.heads.table.load_full();
         }
-        self.numbers.used += usize::from(table.insert(head, run));
+        // All that ever were: a table that saw too many begins anew.
+        self.numbers.used += 1;
+        table.insert(head, run);
         self.numbers.live += 1;
     }
 
@@ -101,7 +116,7 @@ impl HeadsWriter<'_> {
         table.remove(head);
         self.numbers.live -= 1;
         self.numbers.free.push(Reverse(run));
-        if self.numbers.live * 16 < table.keys.len() && table.keys.len() > 64 {
+        if self.numbers.live * 16 < table.entries.len() && table.entries.len() > 64 {
             self.resize(&table, self.numbers.live * 2);
         }
     }
@@ -119,18 +134,33 @@ impl HeadsWriter<'_> {
 impl Table {
     fn new(entries: usize) -> Self {
         let size = entries.next_power_of_two().max(64);
-        Self { keys: (0..size).map(|_| AtomicU64::new(0)).collect(), runs: (0..size).map(|_| AtomicU32::new(NEVER)).collect() }
+        Self {
+            entries: (0..size).map(|_| Entry { head: AtomicU64::new(0), run: AtomicU32::new(NEVER) }).collect(),
+            seen: (0..size / 8).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// The word and the bit of a head.
+    fn seen(&self, head: SequenceHash) -> (&AtomicU64, u64) {
+        // The low bits choose the entry.
+        let word = (head >> 32) as usize & (self.seen.len() - 1);
+        (&self.seen[word], 1 << (head >> 58))
+    }
+
+    fn may_have(&self, head: SequenceHash) -> bool {
+        let (word, bit) = self.seen(head);
+        word.load(Ordering::Acquire) & bit != 0
     }
 
     fn get(&self, head: SequenceHash) -> Option<u32> {
-        let mask = self.keys.len() - 1;
+        let mask = self.entries.len() - 1;
         let mut at = head as usize & mask;
         // Never full, but a bound all the same.
         for _ in 0..=mask {
-            match self.runs[at].load(Ordering::Acquire) {
+            match self.entries[at].run.load(Ordering::Acquire) {
                 NEVER => return None,
                 GONE => {}
-                run if self.keys[at].load(Ordering::Relaxed) == head => return Some(run),
+                run if self.entries[at].head.load(Ordering::Relaxed) == head => return Some(run),
                 _ => {}
             }
             at = (at + 1) & mask;
@@ -138,29 +168,30 @@ impl Table {
         None
     }
 
-    /// Whether a place is taken that never was before.
-    fn insert(&self, head: SequenceHash, run: u32) -> bool {
-        let mask = self.keys.len() - 1;
+    fn insert(&self, head: SequenceHash, run: u32) {
+        let mask = self.entries.len() - 1;
         let mut at = head as usize & mask;
         loop {
-            let found = self.runs[at].load(Ordering::Relaxed);
+            let found = self.entries[at].run.load(Ordering::Relaxed);
             if found == NEVER || found == GONE {
-                self.keys[at].store(head, Ordering::Relaxed);
-                self.runs[at].store(run, Ordering::Release);
-                return found == NEVER;
+                self.entries[at].head.store(head, Ordering::Relaxed);
+                self.entries[at].run.store(run, Ordering::Release);
+                let (word, bit) = self.seen(head);
+                word.fetch_or(bit, Ordering::Release);
+                return;
             }
             at = (at + 1) & mask;
         }
     }
 
     fn remove(&self, head: SequenceHash) {
-        let mask = self.keys.len() - 1;
+        let mask = self.entries.len() - 1;
         let mut at = head as usize & mask;
         loop {
-            match self.runs[at].load(Ordering::Relaxed) {
+            match self.entries[at].run.load(Ordering::Relaxed) {
                 NEVER => return,
                 GONE => {}
-                _ if self.keys[at].load(Ordering::Relaxed) == head => return self.runs[at].store(GONE, Ordering::Release),
+                _ if self.entries[at].head.load(Ordering::Relaxed) == head => return self.entries[at].run.store(GONE, Ordering::Release),
                 _ => {}
             }
             at = (at + 1) & mask;
@@ -168,7 +199,7 @@ impl Table {
     }
 
     fn entries(&self) -> impl Iterator<Item = (SequenceHash, u32)> {
-        let loaded = |(key, run): (&AtomicU64, &AtomicU32)| (key.load(Ordering::Relaxed), run.load(Ordering::Relaxed));
-        self.keys.iter().zip(&self.runs).map(loaded).filter(|(_, run)| *run < GONE)
+        let loaded = |entry: &Entry| (entry.head.load(Ordering::Relaxed), entry.run.load(Ordering::Relaxed));
+        self.entries.iter().map(loaded).filter(|(_, run)| *run < GONE)
     }
 }

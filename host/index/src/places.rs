@@ -1,9 +1,10 @@
 //! A worker's engine hashes, and the place in the index of each.
 //!
-//! A hash table in buckets of four entries, one bucket to a cache line. An entry lies in the bucket of its hash, or behind it where that was
-//! full; a bucket counts those that were passed on, so that a miss ends at the first bucket that passed on none. Nothing is ever
-//! moved but by growing, which goes by half: 40 to 60 % of the room is taken, 32 bytes an entry on average. (Fuller open addressing costs 20
-//! bytes, and twice the time of an event: it shifts entries.)
+//! Entries lie in a list, in the order in which they came, so that those of one event are neighbours. A hash table leads to them: buckets of
+//! one cache line, with twelve tags of a byte and twelve numbers of entries. It is small, and an event that stores or
+//! removes a hundred blocks reads a hundred lines of it and few of the list. A number lies in the bucket of its hash, or
+//! behind it where that was full; a bucket counts those that were passed on, so that a miss ends at the first bucket
+//! that passed on none. Nothing is moved but by growing.
 
 /// Where a block lies in the index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,31 +13,55 @@ pub(crate) struct Place {
     pub(crate) offset: u16,
 }
 
-const SLOTS: usize = 4;
+#[derive(Clone, Copy)]
+struct Entry {
+    /// The engine's hash; of an unused entry, the number of the next.
+    key: u64,
+    /// [`NONE`] if it is unused.
+    place: Place,
+}
+
+/// No number, of a run or an entry: there are never so many.
+const NONE: u32 = u32::MAX;
+
+const SLOTS: usize = 12;
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Bucket {
-    keys: [u64; SLOTS],
-    /// [`NONE`] where there is no entry.
-    runs: [u32; SLOTS],
-    offsets: [u16; SLOTS],
+    /// 0 where there is none.
+    tags: [u8; SLOTS],
+    numbers: [u32; SLOTS],
     /// Entries that belong here or before, and lie behind.
     passed_on: u32,
 }
 
-/// No run's number: there are never so many.
-const NONE: u32 = u32::MAX;
+const EMPTY: Bucket = Bucket { tags: [0; SLOTS], numbers: [NONE; SLOTS], passed_on: 0 };
 
-const EMPTY: Bucket = Bucket { keys: [0; SLOTS], runs: [NONE; SLOTS], offsets: [0; SLOTS], passed_on: 0 };
-
-/// Per cent of the room that is taken at most.
+/// Per cent of the buckets' room that is taken at most.
 const FULL: usize = 60;
 
-#[derive(Default)]
 pub(crate) struct Places {
     buckets: Box<[Bucket]>,
+    entries: Vec<Entry>,
+    /// The first of the unused entries.
+    unused: u32,
     len: usize,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self { buckets: Box::default(), entries: Vec::new(), unused: NONE, len: 0 }
+    }
+}
+
+/// Where an entry is, and what leads there.
+#[derive(Clone, Copy)]
+struct Spot {
+    home: usize,
+    bucket: usize,
+    slot: usize,
+    number: u32,
 }
 
 impl Places {
@@ -45,54 +70,70 @@ impl Places {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        size_of_val(&*self.buckets)
+        size_of_val(&*self.buckets) + self.entries.capacity() * size_of::<Entry>()
     }
 
     pub(crate) fn get(&self, key: u64) -> Option<Place> {
-        let (bucket, slot) = self.find(key)?;
-        Some(self.buckets[bucket].place(slot))
+        self.find(key).map(|spot| self.entries[spot.number as usize].place)
     }
 
     /// Reads where the keys would lie, so that what follows finds them in the processor's cache: the reads overlap.
     pub(crate) fn warm(&self, keys: impl Iterator<Item = u64>) {
         if !self.buckets.is_empty() {
-            let sum = keys.fold(0, |sum: u64, key| sum ^ self.buckets[self.home(key)].keys[0]);
+            let sum = keys.fold(0, |sum: u32, key| sum ^ self.buckets[self.home(spread(key))].passed_on);
             std::hint::black_box(sum);
         }
     }
 
     /// Makes room for so many more.
     pub(crate) fn reserve(&mut self, more: usize) {
-        let room = (self.len + more) * 100 / FULL / SLOTS + 1;
-        if room > self.buckets.len() {
-            self.resize(room.max(self.buckets.len() * 3 / 2));
+        let needed = self.len + more;
+        let buckets = needed * 100 / FULL / SLOTS + 1;
+        if buckets > self.buckets.len() {
+            self.resize(buckets.max(self.buckets.len() * 3 / 2));
+        }
+        if needed > self.entries.capacity() {
+            let room = needed.max(self.entries.capacity() * 5 / 4);
+            self.entries.reserve_exact(room - self.entries.len());
         }
     }
 
     /// The place that the key had before.
     pub(crate) fn insert(&mut self, key: u64, place: Place) -> Option<Place> {
-        if let Some((bucket, slot)) = self.find(key) {
-            let before = self.buckets[bucket].place(slot);
-            self.buckets[bucket].set(slot, key, place);
-            return Some(before);
+        if let Some(spot) = self.find(key) {
+            return Some(std::mem::replace(&mut self.entries[spot.number as usize].place, place));
         }
         self.reserve(1);
-        self.put(key, place);
+        let entry = Entry { key, place };
+        let number = match self.entries.get_mut(self.unused as usize) {
+            Some(unused) => {
+                let next = unused.key as u32;
+                *unused = entry;
+                std::mem::replace(&mut self.unused, next)
+            }
+            None => {
+                self.entries.push(entry);
+                self.entries.len() as u32 - 1
+            }
+        };
+        self.lead_to(number, key);
         self.len += 1;
         None
     }
 
     pub(crate) fn remove(&mut self, key: u64) -> Option<Place> {
-        let (bucket, slot) = self.find(key)?;
-        let place = self.buckets[bucket].place(slot);
-        self.buckets[bucket].runs[slot] = NONE;
-        let mut passed = self.home(key);
+        let Spot { home, bucket, slot, number } = self.find(key)?;
+        self.buckets[bucket].tags[slot] = 0;
+        let mut passed = home;
         while passed != bucket {
             self.buckets[passed].passed_on -= 1;
             passed = self.next(passed);
         }
+        let unused = Entry { key: self.unused.into(), place: Place { run: NONE, offset: 0 } };
+        let entry = std::mem::replace(&mut self.entries[number as usize], unused);
+        self.unused = number;
         self.len -= 1;
-        Some(place)
+        Some(entry.place)
     }
 
     /// Gives memory back when little of it is used.
@@ -100,45 +141,62 @@ impl Places {
         if self.len == 0 {
             *self = Self::default();
         } else if self.buckets.len() > 16 && self.len * 300 < self.buckets.len() * SLOTS * FULL {
+            self.entries.retain(Entry::is_used);
+            self.entries.shrink_to(self.len * 5 / 4);
+            self.unused = NONE;
             self.resize(self.len * 150 / FULL / SLOTS + 1);
         }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, Place)> {
-        self.buckets.iter().flat_map(Bucket::entries)
+        self.entries.iter().filter(|entry| entry.is_used()).map(|entry| (entry.key, entry.place))
     }
 
-    fn find(&self, key: u64) -> Option<(usize, usize)> {
+    fn find(&self, key: u64) -> Option<Spot> {
         if self.buckets.is_empty() {
             return None;
         }
-        let mut at = self.home(key);
+        let spread = spread(key);
+        let (home, tag) = (self.home(spread), tag(spread));
+        let mut bucket = home;
         loop {
-            let bucket = &self.buckets[at];
-            if let Some(slot) = bucket.find(key) {
-                return Some((at, slot));
+            let Bucket { tags, numbers, passed_on } = &self.buckets[bucket];
+            let mut alike = slots_with(tags, tag);
+            while alike != 0 {
+                let slot = alike.trailing_zeros() as usize / 8;
+                let number = numbers[slot];
+                if tags[slot] == tag && self.entries[number as usize].key == key {
+                    return Some(Spot { home, bucket, slot, number });
+                }
+                alike &= alike - 1;
             }
-            if bucket.passed_on == 0 {
+            if *passed_on == 0 {
                 return None;
             }
-            at = self.next(at);
+            bucket = self.next(bucket);
         }
     }
 
-    /// Puts a key that is not there; some bucket has room.
-    fn put(&mut self, key: u64, place: Place) {
-        let mut at = self.home(key);
+    /// Has the table lead to an entry that it does not lead to yet; some bucket has room.
+    fn lead_to(&mut self, number: u32, key: u64) {
+        let spread = spread(key);
+        let mut at = self.home(spread);
         loop {
-            if let Some(slot) = self.buckets[at].free() {
-                return self.buckets[at].set(slot, key, place);
+            let bucket = &mut self.buckets[at];
+            // The lowest one that is found is right, always.
+            let slot = slots_with(&bucket.tags, 0).trailing_zeros() as usize / 8;
+            if slot < SLOTS {
+                bucket.tags[slot] = tag(spread);
+                bucket.numbers[slot] = number;
+                return;
             }
-            self.buckets[at].passed_on += 1;
+            bucket.passed_on += 1;
             at = self.next(at);
         }
     }
 
-    fn home(&self, key: u64) -> usize {
-        ((u128::from(spread(key)) * self.buckets.len() as u128) >> 64) as usize
+    fn home(&self, spread: u64) -> usize {
+        ((u128::from(spread) * self.buckets.len() as u128) >> 64) as usize
     }
 
     fn next(&self, at: usize) -> usize {
@@ -146,38 +204,34 @@ impl Places {
     }
 
     fn resize(&mut self, buckets: usize) {
-        let old = std::mem::replace(&mut self.buckets, vec![EMPTY; buckets].into());
-        for (key, place) in old.iter().flat_map(Bucket::entries) {
-            self.put(key, place);
+        self.buckets = vec![EMPTY; buckets].into();
+        for number in 0..self.entries.len() {
+            let entry = self.entries[number];
+            if entry.is_used() {
+                self.lead_to(number as u32, entry.key);
+            }
         }
     }
 }
 
-impl Bucket {
-    /// Without branches but the last: which slot it is cannot be guessed.
-    fn find(&self, key: u64) -> Option<usize> {
-        let matches = (0..SLOTS).fold(0, |all, at| all | u32::from(self.keys[at] == key && self.runs[at] != NONE) << at);
-        (matches != 0).then(|| matches.trailing_zeros() as usize)
+impl Entry {
+    fn is_used(&self) -> bool {
+        self.place.run != NONE
     }
+}
 
-    fn free(&self) -> Option<usize> {
-        let free = (0..SLOTS).fold(0, |all, at| all | u32::from(self.runs[at] == NONE) << at);
-        (free != 0).then(|| free.trailing_zeros() as usize)
-    }
+/// A bit in the byte of each slot with this tag, and perhaps in some behind the first: all twelve in one comparison.
+fn slots_with(tags: &[u8; SLOTS], tag: u8) -> u128 {
+    const ONES: u128 = u128::MAX / 0xff >> 32;
+    let mut bytes = [0; 16];
+    bytes[..SLOTS].copy_from_slice(tags);
+    let other = u128::from_le_bytes(bytes) ^ (ONES * tag as u128);
+    other.wrapping_sub(ONES) & !other & (ONES << 7)
+}
 
-    fn place(&self, slot: usize) -> Place {
-        Place { run: self.runs[slot], offset: self.offsets[slot] }
-    }
-
-    fn set(&mut self, slot: usize, key: u64, place: Place) {
-        self.keys[slot] = key;
-        self.runs[slot] = place.run;
-        self.offsets[slot] = place.offset;
-    }
-
-    fn entries(&self) -> impl Iterator<Item = (u64, Place)> {
-        (0..SLOTS).filter(|slot| self.runs[*slot] != NONE).map(|slot| (self.keys[slot], self.place(slot)))
-    }
+/// Of the bits that do not choose the bucket; never 0.
+fn tag(spread: u64) -> u8 {
+    (spread as u8).max(1)
 }
 
 /// Spreads engines' hashes, of which nothing is known, over all 64 bits; each has its own.

@@ -9,12 +9,11 @@
 //! Readers take no lock and wait for nobody: a run is a snapshot behind an atomic pointer.
 
 use std::sync::{
-    Mutex, MutexGuard, OnceLock, PoisonError,
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
     atomic::{AtomicI64, Ordering},
 };
 
 use arc_swap::ArcSwapOption;
-use std::sync::Arc;
 
 use crate::{
     heads::Heads,
@@ -188,19 +187,14 @@ impl Runs {
         if let Some(number) = self.heads.get(chain[0]) {
             return Err(number);
         }
-        let count = 1 + self.unplaced(&chain[1..chain.len().min(MAX_BLOCKS)]);
+        // A block may be a head although its parent is nowhere: that went first.
+        let count = 1 + self.heads.before_head(&chain[1..chain.len().min(MAX_BLOCKS)]);
         let run = Run::new(&chain[..count], Holder::of(who, 0, count, tiers));
         let number = writer.take_number();
         self.bytes.fetch_add(run.bytes() as i64, Ordering::Relaxed);
         self.slots.get(number).run.store(Some(Arc::new(run)));
         writer.insert(chain[0], number);
         Ok(Placed { place: Place { run: number, offset: 0 }, count, before: None })
-    }
-
-    /// How many blocks of a chain are no heads: their parents went, and they stayed.
-    fn unplaced(&self, chain: &[SequenceHash]) -> usize {
-        let head = self.heads.reader();
-        chain.iter().take_while(|hash| head(**hash).is_none()).count()
     }
 
     /// Has a holder hold the blocks of the chain that lie in the run from the place on, or that can be appended there.
@@ -210,7 +204,7 @@ impl Runs {
         let mut grown = None;
         if count < chain.len() && from + count == run.len() {
             let most = (MAX_BLOCKS - from).min(chain.len());
-            let more = self.unplaced(&chain[count..most]);
+            let more = self.heads.before_head(&chain[count..most]);
             if more > 0 {
                 grown = run.append(&chain[count..count + more]);
                 count += more;
