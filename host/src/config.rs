@@ -378,7 +378,7 @@ mod tests {
         let document = include_str!("../../docs/configuration.md");
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
-        assert_eq!(file.limits, Limits::default());
+        assert_eq!((file.limits, file.receipts), (Limits::default(), ReceiptsConfig::default()));
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
@@ -390,7 +390,8 @@ mod tests {
         assert!(
             worker.block_size.is_some() && worker.ca_file.is_some() && worker.bearer.is_some() && worker.bearer_file.is_some()
         );
-        assert!(worker.bearer_env.is_some() && worker.model.is_some());
+        assert!(worker.bearer_env.is_some() && worker.model.is_some() && worker.profile.is_some());
+        assert_eq!(file.receipts.enabled, Some(true));
     }
 
     #[test]
@@ -426,6 +427,19 @@ mod tests {
         assert!(running.again().unwrap().needs_restart(&running).is_empty());
         fs::write(&path, format!("admin='127.0.0.1:9'\nexpose_worker=true\n{now}\n").replace("max_choices", "drain_s")).unwrap();
         assert_eq!(running.again().unwrap().needs_restart(&running), ["admin", "expose_worker", "limits.drain_s"]);
+    }
+
+    #[test]
+    fn receipts_are_on_where_they_have_a_place_unless_somebody_says_otherwise() {
+        let off = || ReceiptsConfig { enabled: Some(false), ..ReceiptsConfig::default() };
+        let is_on = |written, flag, has_place| receipts(written, flag, has_place).map(|on| on.is_some());
+        assert!(matches!(is_on(ReceiptsConfig::default(), None, true), Ok(true)));
+        assert!(matches!(is_on(ReceiptsConfig::default(), None, false), Ok(false)));
+        assert!(matches!(is_on(off(), None, true), Ok(false)));
+        assert!(matches!(is_on(off(), Some(Switch::On), true), Ok(true)));
+        assert!(matches!(is_on(off(), Some(Switch::On), false), Err(ConfigError::ReceiptsNowhere)));
+        let wrong = ReceiptsConfig { files: 0, ..ReceiptsConfig::default() };
+        assert!(receipts(wrong, None, false).unwrap_err().to_string().contains("receipts.files is 0"));
     }
 
     #[test]

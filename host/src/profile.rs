@@ -22,6 +22,8 @@ use self::{
     probe::{Prober, Stream},
 };
 
+use crate::text::plain;
+
 /// Bounds of a measurement.
 pub(crate) struct Bounds {
     pub(crate) time: Duration,
@@ -74,8 +76,12 @@ pub(crate) async fn measure(engine: Arc<dyn Engine>, model: Option<&str>, bounds
     };
     // Its adapter learns what it is by a probe, and then how to ask for its load.
     engine.probe().await.map_err(|error| error.to_string())?;
-    let told = engine.load().await.ok().and_then(|ranks| ranks.into_iter().next()).unwrap_or_default();
     let mut warnings = Vec::new();
+    let told = engine.load().await.unwrap_or_else(|error| {
+        warnings.push(format!("the engine does not tell its load: {}", plain(&error.to_string())));
+        Vec::new()
+    });
+    let told = told.into_iter().next().unwrap_or_default();
     busy(&told, "before", &mut warnings);
 
     let bar = bar();

@@ -12,6 +12,7 @@ use wasmtime::component::Component;
 use crate::{
     abi,
     blueprint::{Blueprint, SetupError},
+    call::RouteCall,
     fault::PolicyFault,
     inspect::inspect,
     runtime::PolicyRuntime,
@@ -252,11 +253,12 @@ impl PolicyRuntime {
         })?;
         let mut trial = version.trial().map_err(|fault| LoadError::Start { policy: policy(), fault })?;
         for candidates in PROBES {
-            trial.route(&synthetic::route_call(&synthetic::fleet(candidates), 1)).map_err(|fault| LoadError::Probe {
-                policy: policy(),
-                candidates,
-                fault,
-            })?;
+            let fleet = synthetic::fleet(candidates);
+            // With its reasons too: a host that writes receipts asks for them.
+            for explain in [false, true] {
+                let call = RouteCall { explain, ..synthetic::route_call(&fleet, 1) };
+                trial.route(&call).map_err(|fault| LoadError::Probe { policy: policy(), candidates, fault })?;
+            }
         }
         Ok(version)
     }
