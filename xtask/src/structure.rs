@@ -48,6 +48,9 @@ const EDGES: &[(&str, &[&str])] = &[
 const QUARANTINED: &[(&str, &str)] = &[
     ("wasmtime", "dynamo-host-policy"),
     ("sled", "dynamo-host-store"),
+    ("tokenizers", "dynamo-host-tokens"),
+    ("minijinja", "dynamo-host-tokens"),
+    ("minijinja-contrib", "dynamo-host-tokens"),
     // The product has typed errors.
     ("anyhow", "xtask"),
 ];
