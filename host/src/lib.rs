@@ -34,5 +34,6 @@ mod tasks;
 mod telemetry;
 mod text;
 mod tls;
+mod tokenize;
 mod trace;
 mod watch;

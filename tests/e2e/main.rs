@@ -33,5 +33,6 @@ mod requests;
 mod retries;
 mod swap;
 mod tls;
+mod tokens;
 mod traces;
 mod workers;

@@ -3,9 +3,11 @@
 //! `cargo xtask real-engine --vllm` installs it and runs this alone.
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsStr,
+    fs,
     os::unix::process::CommandExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -21,6 +23,7 @@ use tokio::time::{Instant, sleep};
 use crate::{
     engine::{MODEL, completion},
     harness::client::Client,
+    tokens,
 };
 
 /// How long it may take to start: three processes import all of torch, on two cores.
@@ -36,7 +39,8 @@ struct VllmServer {
 }
 
 impl VllmServer {
-    fn start() -> Self {
+    /// With the tokenizer of its model, or another.
+    fn start(tokenizer: Option<&Path>) -> Self {
         let files = told("DYNAMO_HOST_TEST_VLLM_FILES");
         let address = closed_port().unwrap();
         let log = files.join("vllm.log");
@@ -49,6 +53,7 @@ impl VllmServer {
         command.args(["--block-size", "32", "--kv-cache-memory-bytes", "67108864"]);
         command.args(["--enable-lora", "--max-lora-rank", "8", "--lora-modules"]);
         command.arg(format!("{ADAPTER}={}", files.join("lora").display()));
+        command.args(tokenizer.into_iter().flat_map(|directory| [OsStr::new("--tokenizer"), directory.as_os_str()]));
         command.envs([
             ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
             ("OMP_NUM_THREADS", "1"),
@@ -138,7 +143,7 @@ impl Fixture for Vllm {
 
 #[tokio::test]
 async fn a_real_vllm_is_known_and_conforms() {
-    let mut server = VllmServer::start();
+    let mut server = VllmServer::start(None);
     let options = OpenAiOptions { forward_priority: true, ..Default::default() };
     let adapter = Arc::new(OpenAiEngine::new(&server.url, options).unwrap());
     server.alive(&adapter).await;
@@ -161,10 +166,25 @@ async fn a_real_vllm_is_known_and_conforms() {
         assert_eq!(reply.status, 200, "priority {priority}, rank {rank:?}, model {model}: {:?}", reply.body);
     }
 
+    tokens::assert_equal(&told("DYNAMO_HOST_TEST_VLLM_FILES").join("model"), &*adapter).await;
+    tokens::assert_equal_counts(&told("DYNAMO_HOST_TEST_VLLM_FILES").join("model"), &Client::new(&server.url)).await;
+
     let vllm = Vllm { adapter: adapter.clone(), http: Client::new(&server.url) };
     assert_conforms(&vllm).await;
 
     drop(server);
     let error = adapter.probe().await.unwrap_err();
     assert!(matches!(error, EngineError::Connect { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_real_vllm_tokenizes_as_we_do_with_other_tokenizers() {
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("tokens/tests/fixtures/small");
+    let given = env::var_os("DYNAMO_HOST_TEST_TOKENIZER").map(PathBuf::from);
+    for directory in [Some(small), given].into_iter().flatten() {
+        let mut server = VllmServer::start(Some(&directory));
+        let adapter = OpenAiEngine::new(&server.url, OpenAiOptions::default()).unwrap();
+        server.alive(&adapter).await;
+        tokens::assert_equal(&directory, &adapter).await;
+    }
 }

@@ -33,6 +33,7 @@ pub struct Begun {
     parts: Vec<Part>,
     is_exact: bool,
     uncached_bytes: usize,
+    text_bytes: usize,
 }
 
 enum Part {
@@ -41,6 +42,12 @@ enum Part {
 }
 
 impl Begun {
+    /// Bytes of its text.
+    #[must_use]
+    pub fn text_bytes(&self) -> usize {
+        self.text_bytes
+    }
+
     /// Bytes of text whose tokens have to be computed: some 100 ns each.
     #[must_use]
     pub fn uncached_bytes(&self) -> usize {
@@ -68,7 +75,7 @@ impl Tokenizer {
     pub fn begin(&self, asked: &Asked<'_>) -> Result<Begun, PromptError> {
         let (text, special, is_exact) = match asked.source()? {
             Source::Ids(PromptTokens { ids, is_exact }) => {
-                return Ok(Begun { parts: vec![Part::Known(ids)], is_exact, uncached_bytes: 0 });
+                return Ok(Begun { parts: vec![Part::Known(ids)], is_exact, uncached_bytes: 0, text_bytes: 0 });
             }
             Source::Text { text, special, is_exact } => (text, special, is_exact),
             Source::Chat(chat) => {
@@ -78,7 +85,7 @@ impl Tokenizer {
                 (rendered.text, special, rendered.is_exact && self.is_templated)
             }
         };
-        let mut begun = Begun { parts: Vec::new(), is_exact, uncached_bytes: 0 };
+        let mut begun = Begun { parts: Vec::new(), is_exact, uncached_bytes: 0, text_bytes: text.len() };
         let around = |ids: &Vec<u32>| (special && !ids.is_empty()).then(|| Part::Known(ids.as_slice().into()));
         begun.parts.extend(around(&self.around.0));
         for piece in self.cuts.pieces(&text) {

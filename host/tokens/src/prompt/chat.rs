@@ -176,7 +176,7 @@ impl Conversation {
             match text.strip_prefix(BILLING).filter(|_| is_system) {
                 None => texts.push(text),
                 Some(line) => {
-                    texts.extend(line.split_once('\n').map(|(_, rest)| rest.to_owned()).filter(|rest| !rest.is_empty()))
+                    texts.extend(line.split_once('\n').map(|(_, rest)| rest.to_owned()).filter(|rest| !rest.is_empty()));
                 }
             }
         }

@@ -50,7 +50,7 @@ fn ids_are_those_of_hugging_faces_own_library() {
 #[test]
 fn a_chats_new_turn_is_all_that_is_tokenized() {
     let tokenizer = tokenizer(1 << 20);
-    let say = |number: usize| json!({ "role": if number % 2 == 0 { "user" } else { "assistant" }, "content": format!("{number}: ").repeat(200) });
+    let say = |number: usize| json!({ "role": if number.is_multiple_of(2) { "user" } else { "assistant" }, "content": format!("{number}: ").repeat(200) });
     let mut messages: Vec<Value> = (0..9).map(say).collect();
     tokens(&tokenizer, Endpoint::ChatCompletions, &json!({ "messages": messages })).unwrap();
     messages.extend([say(9), say(10)]);
