@@ -31,7 +31,7 @@ pub(crate) use self::{
 use crate::{
     discovery::Discovery,
     kv::KvConfig,
-    models::{ModelNames, NameConfig, NamesError},
+    models::{ModelNames, NameConfig, NamesError, TokenizerSource},
     policies::Seed,
     receipts::ReceiptsConfig,
     telemetry::LogFormat,
@@ -59,6 +59,10 @@ pub(crate) enum ConfigError {
     Discovery { text: String, reason: String },
     #[error(transparent)]
     Names(#[from] NamesError),
+    #[error(
+        "--model {text:?}: {reason}; write NAME=DIR, with the name that engines list, and the directory of its tokenizer.json"
+    )]
+    Model { text: String, reason: &'static str },
     #[error("{origin}: the settings are not JSON: {reason}; write an object such as {{\"key\": 1}}, or @FILE")]
     Settings { origin: &'static str, reason: String },
     #[error("routing settings are given, but no policy; name one with --routing FILE.wasm")]
@@ -104,6 +108,9 @@ pub(crate) struct ServeFlags {
     /// Where workers come and go: file:DIRECTORY or kubernetes:NAMESPACE/SELECTOR; may be repeated
     #[arg(long, value_name = "SOURCE")]
     discovery: Vec<String>,
+    /// Where a model's tokenizer is: the directory of its tokenizer.json, or `engine` to ask one of its engines; may be repeated
+    #[arg(long = "model", value_name = "NAME=DIR|engine")]
+    models: Vec<String>,
     /// Routing policy to begin with: a component, or `native`. What was activated since wins after a restart
     #[arg(long, value_name = "FILE.wasm|native")]
     routing: Option<String>,
@@ -187,6 +194,8 @@ pub(crate) struct Config {
     pub(crate) workers: Vec<WorkerConfig>,
     pub(crate) discovery: Vec<Discovery>,
     pub(crate) models: ModelNames,
+    /// Where the tokens of prompts come from, by model.
+    pub(crate) tokenizers: BTreeMap<String, TokenizerSource>,
     pub(crate) routing: Option<Seed>,
     /// Wanted of the slot that routes, if anything is said.
     pub(crate) routing_on_error: Option<OnError>,
@@ -236,6 +245,7 @@ impl Config {
             ("expose_worker", self.expose_worker != running.expose_worker),
             ("log", self.log != running.log),
             ("discovery", self.discovery != running.discovery),
+            ("models.*.tokenizer", self.tokenizers != running.tokenizers),
             ("routing", self.routing != running.routing || self.routing_on_error != running.routing_on_error),
             ("kv", self.kv != running.kv),
             ("auth", self.door.keys_file != running.door.keys_file || self.door.tenant_header != running.door.tenant_header),
@@ -274,6 +284,12 @@ impl Config {
             return Err(ConfigError::Discovery { text: twice.to_string(), reason: "it is there twice; name it once".to_owned() });
         }
         let models = ModelNames::new(&file.models)?;
+        let named = file.models.into_iter().filter_map(|(name, config)| Some((name, config.tokenizer?)));
+        let mut tokenizers: BTreeMap<String, TokenizerSource> = named.collect();
+        for text in &flags.models {
+            let (name, source) = read_model(text).map_err(|reason| ConfigError::Model { text: text.clone(), reason })?;
+            tokenizers.insert(name.to_owned(), source);
+        }
         let settings = match (flags.routing_settings, file.routing.settings) {
             (Some(text), _) => Some(read_settings("--routing-settings", &text)?),
             (None, Some(table)) => Some(
@@ -303,6 +319,7 @@ impl Config {
             workers,
             discovery,
             models,
+            tokenizers,
             routing,
             routing_on_error: flags.routing_on_error.or(file.routing.on_error),
             state_dir,
@@ -361,6 +378,15 @@ pub(crate) fn read_settings(origin: &'static str, text: &str) -> Result<String, 
     Ok(serde_json::Value::Object(value).to_string())
 }
 
+/// `NAME=DIR` or `NAME=engine`
+fn read_model(text: &str) -> Result<(&str, TokenizerSource), &'static str> {
+    let (name, source) = text.split_once('=').ok_or("there is no =")?;
+    if name.is_empty() || source.is_empty() {
+        return Err("one side of the = is empty");
+    }
+    Ok((name, PathBuf::from(source).into()))
+}
+
 fn is_loopback(address: IpAddr) -> bool {
     address.to_canonical().is_loopback()
 }
@@ -384,7 +410,7 @@ mod tests {
         let file: File = toml::from_str(&all).unwrap();
         assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
         assert!(file.cors.is_some() && file.tls.is_some() && file.admin_tls.is_some() && file.otlp.is_some());
-        assert!(file.discovery.len() == 2 && file.models.len() == 2);
+        assert!(file.discovery.len() == 2 && file.models.len() == 3);
         let worker = &file.worker[0];
         assert!(worker.name.is_some() && worker.labels.len() == 2 && worker.kind.is_some() && worker.ranks.is_some());
         assert!(
@@ -414,6 +440,23 @@ mod tests {
         fs::write(&path, "[[worker]]\nurl='http://h'\n[[worker]]\nurl='http://i'\nranks=0\n").unwrap();
         let error = with(flags(&[])).unwrap_err().to_string();
         assert!(error.contains("worker 2 of config file") && error.contains("ranks is 0"), "{error}");
+    }
+
+    #[test]
+    fn tokenizers_are_of_the_file_and_of_flags_which_win() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("host.toml");
+        fs::write(&path, "[models]\na='b'\nb={tokenizer='/b'}\nc={tokenizer='engine', fallbacks=['b']}\n").unwrap();
+        let with = |models: &[&str]| {
+            let models = models.iter().map(|&model| model.to_owned()).collect();
+            Config::resolve(ServeFlags { config: Some(path.clone()), models, ..flags(&["http://h:1"]) })
+        };
+        let directory = |path: &str| TokenizerSource::Directory(path.into());
+        let tokenizers = with(&["b=./engine", "d/e=/d=e"]).unwrap().tokenizers;
+        let expected = [("b", directory("./engine")), ("c", TokenizerSource::Engine), ("d/e", directory("/d=e"))];
+        assert_eq!(tokenizers, BTreeMap::from(expected.map(|(name, source)| (name.to_owned(), source))));
+        assert!(with(&["b"]).unwrap_err().to_string().contains("write NAME=DIR"));
+        assert!(with(&["=x"]).unwrap_err().to_string().contains("empty"));
     }
 
     #[test]

@@ -37,5 +37,6 @@ mod tasks;
 mod telemetry;
 mod text;
 mod tls;
+mod tokenize;
 mod trace;
 mod watch;

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
+    path::PathBuf,
 };
 
 use serde::{
@@ -17,6 +18,22 @@ use serde::{
 /// Most fallbacks of one name.
 const MAX_FALLBACKS: usize = 16;
 
+/// Where the tokens of a model's prompts come from: `"engine"`, or a directory. A directory of that name is `./engine`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "PathBuf")]
+pub(crate) enum TokenizerSource {
+    /// Its own files, as Hugging Face lays them out.
+    Directory(PathBuf),
+    /// One of its engines is asked.
+    Engine,
+}
+
+impl From<PathBuf> for TokenizerSource {
+    fn from(path: PathBuf) -> Self {
+        if path.as_os_str() == "engine" { Self::Engine } else { Self::Directory(path) }
+    }
+}
+
 /// What is configured for one name: `"gpt-4o" = "qwen3-32b"`, or a table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct NameConfig {
@@ -24,6 +41,8 @@ pub(crate) struct NameConfig {
     pub(crate) model: Option<String>,
     /// Names to try when no worker is ready, in order.
     pub(crate) fallbacks: Vec<String>,
+    /// Where the tokens of its prompts come from.
+    pub(crate) tokenizer: Option<TokenizerSource>,
 }
 
 impl<'de> Deserialize<'de> for NameConfig {
@@ -34,6 +53,7 @@ impl<'de> Deserialize<'de> for NameConfig {
             model: Option<String>,
             #[serde(default)]
             fallbacks: Vec<String>,
+            tokenizer: Option<TokenizerSource>,
         }
 
         struct NameVisitor;
@@ -42,16 +62,16 @@ impl<'de> Deserialize<'de> for NameConfig {
             type Value = NameConfig;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the name of a model, or a table of model and fallbacks")
+                f.write_str("the name of a model, or a table of model, fallbacks and tokenizer")
             }
 
             fn visit_str<E>(self, model: &str) -> Result<NameConfig, E> {
-                Ok(NameConfig { model: Some(model.to_owned()), fallbacks: Vec::new() })
+                Ok(NameConfig { model: Some(model.to_owned()), ..NameConfig::default() })
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<NameConfig, A::Error> {
-                let Table { model, fallbacks } = Table::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(NameConfig { model, fallbacks })
+                let Table { model, fallbacks, tokenizer } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(NameConfig { model, fallbacks, tokenizer })
             }
         }
 
@@ -70,6 +90,8 @@ pub(crate) enum NamesError {
     Empty,
     #[error("models.{name:?} is {model:?} and has itself as a fallback; remove it")]
     Itself { name: String, model: String },
+    #[error("models.{name:?} stands for {model:?} and has a tokenizer; give the tokenizer to {model:?}")]
+    TokenizerOfAlias { name: String, model: String },
 }
 
 /// The configured names, each with all that may serve it.
@@ -89,6 +111,9 @@ impl ModelNames {
         for (name, config) in configured {
             if config.fallbacks.len() > MAX_FALLBACKS {
                 return Err(NamesError::TooMany { name: name.clone(), count: config.fallbacks.len() });
+            }
+            if let (Some(model), Some(_)) = (config.model.as_ref().filter(|model| *model != name), &config.tokenizer) {
+                return Err(NamesError::TokenizerOfAlias { name: name.clone(), model: model.clone() });
             }
             let mut steps = vec![name];
             follow(configured, &mut steps)?;
@@ -317,6 +342,7 @@ mod tests {
         assert!(refused("a = { model = 'm', fallbacks = ['b'] }\nb = 'c'\nc = 'b'").contains("is a circle"));
         assert!(refused("a = { model = 'm', fallbacks = ['b'] }\nb = 'm'").contains("has itself as a fallback"));
         assert!(refused("a = ''").contains("empty"));
+        assert!(refused("a = { model = 'm', tokenizer = 'd' }").contains("give the tokenizer to \"m\""));
         names("a = 'a'").unwrap();
     }
 

@@ -2,39 +2,39 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use dynamo_host_core::{Overlap, RequestFacts, TokenCount};
 use dynamo_host_index::{PrefixIndexes, Prompt, Salt};
-use dynamo_host_tokens::{PromptTokens, approximate};
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
-use crate::kv::KvFeed;
+use crate::{
+    kv::KvFeed,
+    roster::Snapshot,
+    tokenize::{Tokenized, Tokenizing},
+};
 
 /// What it takes to know them.
 pub(crate) struct Prefixes {
     indexes: Arc<PrefixIndexes>,
     /// Whether workers whose engines do not tell are expected to hold what they were sent.
     is_approximate: bool,
+    tokenizing: Tokenizing,
 }
 
 /// Keeps stand-ins for tokens apart from tokens.
 const STAND_INS: u64 = 0x5354_414e_4449_4e53;
 
 impl Prefixes {
-    pub(crate) fn new(indexes: Arc<PrefixIndexes>, is_approximate: bool) -> Self {
-        Self { indexes, is_approximate }
+    pub(crate) fn new(indexes: Arc<PrefixIndexes>, is_approximate: bool, tokenizing: Tokenizing) -> Self {
+        Self { indexes, is_approximate, tokenizing }
     }
 
     /// Reads a request's prompt; its count of tokens is exact from then on if its tokenizer is known.
-    pub(crate) fn read(&self, facts: &mut RequestFacts, body: &[u8]) -> Prompt {
-        let Written { ids, cache_salt } = written(body);
-        let ids = ids.map(|ids| PromptTokens { ids: ids.into(), is_exact: true });
-        let PromptTokens { ids, is_exact } = ids.unwrap_or_else(|| approximate(body));
-        if is_exact {
-            facts.prompt = TokenCount { tokens: ids.len() as u32, exact: true };
+    pub(crate) async fn read(&self, facts: &mut RequestFacts, body: &Bytes, snapshot: &Snapshot) -> Prompt {
+        let tokenized = self.tokenizing.tokenize(facts, body, snapshot).await;
+        if tokenized.is_exact {
+            facts.prompt = TokenCount { tokens: tokenized.ids.len() as u32, exact: true };
         }
-        let Salt(salt) = Salt::new(&facts.model, facts.adapter.as_deref(), cache_salt.as_deref());
-        Prompt::new(Salt(if is_exact { salt } else { salt ^ STAND_INS }), ids, is_exact)
+        prompt(facts, tokenized)
     }
 
     /// What the workers of its model hold of it.
@@ -50,25 +50,10 @@ impl Prefixes {
     }
 }
 
-/// What a body says of its prompt's tokens.
-#[derive(Default)]
-struct Written {
-    /// A prompt that is token ids already, exactly as the engine will see it.
-    ids: Option<Vec<u32>>,
-    cache_salt: Option<String>,
-}
-
-fn written(body: &[u8]) -> Written {
-    #[derive(Deserialize)]
-    struct Fields<'a> {
-        #[serde(borrow, default)]
-        prompt: Option<&'a RawValue>,
-        #[serde(default)]
-        cache_salt: Option<String>,
-    }
-    let Ok(Fields { prompt, cache_salt }) = serde_json::from_slice(body) else { return Written::default() };
-    let ids = prompt.filter(|prompt| prompt.get().starts_with('[')).and_then(|prompt| serde_json::from_str(prompt.get()).ok());
-    Written { ids: ids.filter(|ids: &Vec<u32>| !ids.is_empty()), cache_salt }
+fn prompt(facts: &RequestFacts, tokenized: Tokenized) -> Prompt {
+    let Tokenized { ids, is_exact, cache_salt } = tokenized;
+    let Salt(salt) = Salt::new(&facts.model, facts.adapter.as_deref(), cache_salt.as_deref());
+    Prompt::new(Salt(if is_exact { salt } else { salt ^ STAND_INS }), ids, is_exact)
 }
 
 #[cfg(test)]
@@ -77,31 +62,18 @@ mod tests {
 
     use super::*;
 
-    fn read(body: &str) -> (Prompt, RequestFacts) {
-        let mut facts = RequestFacts::new("id", "m".to_owned(), Endpoint::Completions);
-        let prompt = Prefixes::new(PrefixIndexes::new(), true).read(&mut facts, body.as_bytes());
-        (prompt, facts)
+    fn hashes(is_exact: bool, cache_salt: Option<&str>) -> Arc<[u64]> {
+        let facts = RequestFacts::new("id", "m".to_owned(), Endpoint::Completions);
+        let cache_salt = cache_salt.map(str::to_owned);
+        prompt(&facts, Tokenized { ids: [1, 2, 3, 4].into(), is_exact, cache_salt }).hashes(2)
     }
 
     #[test]
-    fn a_prompt_of_token_ids_is_exact_and_kept_apart_from_stand_ins() {
-        let (prompt, facts) = read(r#"{"prompt":[1,2,3,4]}"#);
-        assert_eq!((&**prompt.tokens(), prompt.is_exact()), (&[1, 2, 3, 4][..], true));
-        assert_eq!((facts.prompt.tokens, facts.prompt.exact), (4, true));
-        for body in
-            [r#"{"prompt":"text of some length"}"#, r#"{"prompt":["a","b"]}"#, r#"{"prompt":[[1],[2]]}"#, r#"{"prompt":[]}"#]
-        {
-            assert!(!read(body).0.is_exact(), "{body}");
-        }
-        let stand_ins = Prompt::new(Salt::new("m", None, None), read("aaaabbbb").0.tokens().clone(), true);
-        assert_ne!(read("aaaabbbb").0.hashes(2), stand_ins.hashes(2));
-    }
-
-    #[test]
-    fn a_salt_keeps_equal_prompts_apart() {
-        let (plain, salted) = (read(r#"{"prompt":[1,2]}"#).0, read(r#"{"prompt":[1,2],"cache_salt":"t"}"#).0);
-        assert_ne!(plain.hashes(2), salted.hashes(2));
-        let as_event = Prompt::new(Salt::new("m", None, Some("t")), [1, 2].into(), true);
-        assert_eq!(as_event.hashes(2), salted.hashes(2));
+    fn tokens_are_found_by_the_hashes_of_events_and_kept_apart_from_stand_ins() {
+        let as_event = |cache_salt| Prompt::new(Salt::new("m", None, cache_salt), [1, 2, 3, 4].into(), true).hashes(2);
+        assert_eq!(hashes(true, None), as_event(None));
+        assert_eq!(hashes(true, Some("t")), as_event(Some("t")));
+        assert_ne!(hashes(true, None), hashes(true, Some("t")));
+        assert_ne!(hashes(false, None), hashes(true, None));
     }
 }

@@ -1,4 +1,4 @@
-//! A request's life, top to bottom: decode → resolve → snapshot → **routing policy** → dispatch → relay → account.
+//! A request's life, top to bottom: decode → resolve → tokenize → snapshot → **routing policy** → dispatch → relay → account.
 //!
 //! Each stage is one step here and one module elsewhere. Invariants: a request pins its policy version when it begins
 //! and keeps it over all its attempts; a worker that failed it is never asked again; nothing has been sent to the
@@ -114,13 +114,16 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
     lane.meters.decode.record(begun.elapsed());
     trace::stage("decode", begun);
 
-    let renamed = {
+    let (renamed, prompt) = {
         let snapshot = lane.roster.snapshot();
         let renamed = resolve(&snapshot, &mut facts, &mut body)?;
         notes.model = snapshot.fleet().models().get(&facts.model).cloned();
-        renamed
+        let begun = Instant::now();
+        let prompt = lane.prefixes.read(&mut facts, &body, &snapshot).await;
+        lane.meters.tokenize.record(begun.elapsed());
+        trace::stage("tokenize", begun);
+        (renamed, prompt)
     };
-    let prompt = lane.prefixes.read(&mut facts, &body);
     let pinned = lane.routing.pin();
     let priority = facts.priority;
     let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };

@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use dynamo_host_index::{IndexLimits, PrefixIndexes};
 use dynamo_host_policy::{Limits as PolicyLimits, Now, PolicyRuntime, RuntimeError};
 use dynamo_host_store::StoreError;
+use dynamo_host_tokens::TokenizerError;
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
@@ -31,6 +32,7 @@ use crate::{
     roster::{Roster, RosterError},
     tasks, telemetry,
     tls::{ServerTls, TlsError, TlsFiles},
+    tokenize::Tokenizing,
     trace::{OtlpError, Traces},
 };
 
@@ -53,6 +55,8 @@ pub(crate) enum ServeError {
     State(#[from] StoreError),
     #[error(transparent)]
     Keys(#[from] KeysError),
+    #[error("tokenizer of model {model:?}: {error}")]
+    Tokenizer { model: String, error: TokenizerError },
     #[error("{section} of the configuration: {error}")]
     Tls { section: &'static str, error: TlsError },
     #[error(transparent)]
@@ -71,6 +75,12 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let gate = gate(&config.door)?;
     let (door_tls, admin_tls) = (tls("[tls]", &config.door.tls)?, tls("[admin_tls]", &config.door.admin_tls)?);
     let clock = Clock::start();
+    let tokenizing = {
+        let sources = config.tokenizers.clone();
+        let loaded = tokio::task::spawn_blocking(move || Tokenizing::load(&sources)).await;
+        let loaded = loaded.map_err(|error| ServeError::Failed { what: "reading of tokenizers", reason: error.to_string() })?;
+        loaded.map_err(|(model, error)| ServeError::Tokenizer { model, error })?
+    };
 
     let door_listener = listen("front door", config.http, "--http").await?;
     let admin_listener = listen("admin API", config.admin, "--admin").await?;
@@ -109,7 +119,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let lane = Arc::new(Lane {
         routing: Arc::clone(policies.routing()),
         roster: Arc::clone(&roster),
-        prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate),
+        prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
         limits: ArcSwap::from_pointee(config.limits.clone()),
         meters: RequestMeters::new(),

@@ -38,5 +38,6 @@ mod retries;
 mod simulate;
 mod swap;
 mod tls;
+mod tokens;
 mod traces;
 mod workers;

@@ -7,6 +7,7 @@ mod adapter;
 mod conformance;
 mod engine;
 mod through_the_host;
+mod tokens;
 mod vllm;
 
 #[path = "../e2e/harness/mod.rs"]

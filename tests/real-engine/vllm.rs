@@ -5,10 +5,12 @@
 mod kv;
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsStr,
+    fs,
     net::SocketAddr,
     os::unix::process::CommandExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -24,6 +26,7 @@ use tokio::time::{Instant, sleep};
 use crate::{
     engine::{MODEL, completion},
     harness::client::Client,
+    tokens,
 };
 
 /// How long it may take to start: three processes import all of torch, on two cores.
@@ -39,12 +42,14 @@ struct VllmServer {
 }
 
 impl VllmServer {
-    fn start() -> Self {
-        Self::start_at(closed_port().unwrap(), &[])
+    /// With the tokenizer of its model, or another.
+    fn start(tokenizer: Option<&Path>) -> Self {
+        let flags = tokenizer.into_iter().flat_map(|directory| [OsStr::new("--tokenizer"), directory.as_os_str()]);
+        Self::start_at(closed_port().unwrap(), &flags.collect::<Vec<_>>())
     }
 
     /// The same at an address, with flags of one's own.
-    fn start_at(address: SocketAddr, flags: &[&str]) -> Self {
+    fn start_at(address: SocketAddr, flags: &[impl AsRef<OsStr>]) -> Self {
         let files = told("DYNAMO_HOST_TEST_VLLM_FILES");
         let log = files.join("vllm.log");
         let output = fs::File::create(&log).unwrap();
@@ -146,7 +151,7 @@ impl Fixture for Vllm {
 
 #[tokio::test]
 async fn a_real_vllm_is_known_and_conforms() {
-    let mut server = VllmServer::start();
+    let mut server = VllmServer::start(None);
     let options = OpenAiOptions { forward_priority: true, ..Default::default() };
     let adapter = Arc::new(OpenAiEngine::new(&server.url, options).unwrap());
     server.alive(&adapter).await;
@@ -169,10 +174,25 @@ async fn a_real_vllm_is_known_and_conforms() {
         assert_eq!(reply.status, 200, "priority {priority}, rank {rank:?}, model {model}: {:?}", reply.body);
     }
 
+    tokens::assert_equal(&told("DYNAMO_HOST_TEST_VLLM_FILES").join("model"), &*adapter).await;
+    tokens::assert_equal_counts(&told("DYNAMO_HOST_TEST_VLLM_FILES").join("model"), &Client::new(&server.url)).await;
+
     let vllm = Vllm { adapter: adapter.clone(), http: Client::new(&server.url) };
     assert_conforms(&vllm).await;
 
     drop(server);
     let error = adapter.probe().await.unwrap_err();
     assert!(matches!(error, EngineError::Connect { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_real_vllm_tokenizes_as_we_do_with_other_tokenizers() {
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("tokens/tests/fixtures/small");
+    let given = env::var_os("DYNAMO_HOST_TEST_TOKENIZER").map(PathBuf::from);
+    for directory in [Some(small), given].into_iter().flatten() {
+        let mut server = VllmServer::start(Some(&directory));
+        let adapter = OpenAiEngine::new(&server.url, OpenAiOptions::default()).unwrap();
+        server.alive(&adapter).await;
+        tokens::assert_equal(&directory, &adapter).await;
+    }
 }

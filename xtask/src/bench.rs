@@ -4,6 +4,7 @@ mod index;
 mod processes;
 mod prompts;
 mod proxy;
+mod tokenize;
 
 use std::{
     path::{Path, PathBuf},
@@ -36,6 +37,8 @@ pub(crate) enum What {
     Proxy(proxy::Options),
     /// Prompts of 100,000 tokens through the host: what reading, hashing and routing them costs
     Prompts(prompts::Options),
+    /// Tokens of a prompt of 100,000 and of a ten-turn chat, with the cache and without
+    Tokenize(tokenize::Options),
 }
 
 /// Numbers of candidates.
@@ -48,6 +51,7 @@ pub(crate) fn run(what: &What) -> Result<()> {
         What::Index(options) => index::run(options),
         What::Proxy(options) => proxy::run(options),
         What::Prompts(options) => prompts::run(options),
+        What::Tokenize(options) => tokenize::run(options),
     }
 }
 

@@ -15,6 +15,8 @@ mod structure;
 mod system;
 mod wasm;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -73,6 +75,9 @@ enum Task {
         /// Instead, install a real vLLM for the CPU (5 GB, once) and drive the adapter at it.
         #[arg(long)]
         vllm: bool,
+        /// Compare our tokens with vLLM's also over the tokenizer in this directory
+        #[arg(long, value_name = "DIR", requires = "vllm")]
+        tokenizer: Option<PathBuf>,
     },
 }
 
@@ -86,8 +91,8 @@ fn main() -> Result<()> {
         Task::Dist { target } => dist::run(target.as_deref()),
         Task::Dashboard => dist::dashboard(),
         Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
-        Task::RealEngine { vllm: false } => real_engine::llama_cpp(),
-        Task::RealEngine { vllm: true } => real_engine::vllm(),
+        Task::RealEngine { vllm: false, .. } => real_engine::llama_cpp(),
+        Task::RealEngine { vllm: true, tokenizer } => real_engine::vllm(tokenizer.as_deref()),
     }
 }
 

@@ -1,6 +1,10 @@
 //! Real engines: gets llama.cpp's server or vLLM, makes their tiny models, and runs `tests/real-engine` over them.
 
-use std::{env, path::PathBuf, process::Command};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result};
 
@@ -33,8 +37,9 @@ pub(crate) fn llama_cpp() -> Result<()> {
     )
 }
 
-/// Installs vLLM for the CPU if it is missing, then tests the adapter at it, and its KV events through the host.
-pub(crate) fn vllm() -> Result<()> {
+/// Installs vLLM for the CPU if it is missing, then tests the adapter at it, its KV events through the host, and our tokens
+/// beside its own: with its model's tokenizer, with ours, and with another one where one is given.
+pub(crate) fn vllm(another: Option<&Path>) -> Result<()> {
     let recipes = paths::root().join("tests/real-engine");
     let directory = cache()?.join("dynamo-host/vllm");
     println!("1/4 vLLM for the CPU, in {} (5 GB, one to five minutes the first time)", directory.display());
@@ -54,7 +59,9 @@ pub(crate) fn vllm() -> Result<()> {
     println!("4/4 the tests; vLLM takes one to three minutes to start");
     run::check(
         tests()
-            .args(["--test-threads=1", "vllm::", "--nocapture"])
+            // One server at a time: each has three processes that import all of torch.
+            .args(["vllm::", "--nocapture", "--test-threads=1"])
+            .envs(another.map(|directory| ("DYNAMO_HOST_TEST_TOKENIZER", directory)))
             .env("DYNAMO_HOST_TEST_VLLM", directory.join("venv/bin/vllm"))
             .env("DYNAMO_HOST_TEST_VLLM_FILES", directory),
     )

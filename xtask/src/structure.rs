@@ -56,6 +56,9 @@ const QUARANTINED: &[(&str, &str)] = &[
     ("sled", "dynamo-host-store"),
     ("zeromq", "dynamo-engine-kv-events"),
     ("rmpv", "dynamo-engine-kv-events"),
+    ("tokenizers", "dynamo-host-tokens"),
+    ("minijinja", "dynamo-host-tokens"),
+    ("minijinja-contrib", "dynamo-host-tokens"),
     // The product has typed errors.
     ("anyhow", "xtask"),
 ];

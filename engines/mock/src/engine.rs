@@ -189,6 +189,13 @@ impl Engine for MockEngine {
         Some(Box::pin(stream::unfold(reading, async |mut reading| reading.next().await.map(|update| (update, reading)))))
     }
 
+    /// Of a batch, the first prompt.
+    fn tokenize(&self, endpoint: Endpoint, body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {
+        let order = service::decode(endpoint, &body, &self.options).ok();
+        let prompt = order.and_then(|order| Some(order.choices.first()?.prompt.to_vec()));
+        Box::pin(async { Ok(prompt) })
+    }
+
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
         Box::pin(self.serve(request))
     }

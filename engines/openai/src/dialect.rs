@@ -19,6 +19,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
+use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest, KvUpdate, RankLoad, WholeReply};
 use futures_core::future::BoxFuture;
 use http::{HeaderName, HeaderValue, StatusCode};
@@ -43,6 +44,16 @@ pub(crate) trait Dialect: Debug + Send + Sync {
     /// Asks for changes of its KV since it was asked last, where that is how it tells.
     fn poll_kv<'a>(&'a self, _control: &'a Control) -> BoxFuture<'a, Result<Vec<KvUpdate>, EngineError>> {
         Box::pin(async { Ok(Vec::new()) })
+    }
+
+    /// Asks for the tokens of a request's prompt.
+    fn tokenize<'a>(
+        &'a self,
+        _control: &'a Control,
+        _endpoint: Endpoint,
+        _body: Bytes,
+    ) -> BoxFuture<'a, Result<Option<Vec<u32>>, EngineError>> {
+        Box::pin(async { Ok(None) })
     }
 
     /// What is said with a request. `wish.id` is asked for only where the dialect cancels by it.

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use dynamo_engine_api::{Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply};
+use bytes::Bytes;
+use dynamo_engine_api::{Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply};
 use futures_core::future::BoxFuture;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request,
@@ -183,6 +184,10 @@ impl Engine for OpenAiEngine {
 
     fn kv_events(&self) -> Option<KvUpdates> {
         kv::events(&self.control, &self.dialects, &self.options)
+    }
+
+    fn tokenize(&self, endpoint: Endpoint, body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {
+        self.dialects.spoken().tokenize(&self.control, endpoint, body)
     }
 
     fn generate(&self, asked: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {

@@ -7,7 +7,9 @@ use dynamo_host_policy::{Limits, Now, PolicyRuntime};
 use serde_json::{Value, json};
 
 use super::Output;
-use crate::{auth::Keys, config::Config, policies::Seed, roster, telemetry, text::plain, tls::ServerTls};
+use crate::{
+    auth::Keys, config::Config, models::TokenizerSource, policies::Seed, roster, telemetry, text::plain, tls::ServerTls, tokenize,
+};
 
 /// What is wrong, and what may be.
 #[derive(Default)]
@@ -83,6 +85,9 @@ fn check_names(config: &Config, verdict: &mut Verdict) {
 
 /// Files that the configuration names.
 fn check_files(config: &Config, verdict: &mut Verdict) {
+    for (name, reason) in tokenize::check(&config.tokenizers) {
+        verdict.errors.push(format!("models.{name:?}.tokenizer: {reason}"));
+    }
     if let Err(reason) = telemetry::parse(&config.log_level) {
         verdict.errors.push(format!("log_level: {reason}"));
     }
@@ -126,13 +131,21 @@ fn shown(config: &Config) -> Value {
         .collect();
     let names: serde_json::Map<String, Value> =
         config.models.orders().map(|(name, order)| (name.to_owned(), json!(order))).collect();
+    let tokenizers = config.tokenizers.iter().map(|(name, source)| {
+        let source = match source {
+            TokenizerSource::Directory(path) => json!(path),
+            TokenizerSource::Engine => json!("engine"),
+        };
+        (name.clone(), source)
+    });
+    let tokenizers: serde_json::Map<String, Value> = tokenizers.collect();
     let routing = match &config.routing {
         None | Some(Seed::Native) => json!("native"),
         Some(Seed::File { path, .. }) => json!(path),
     };
     json!({
         "http": config.http, "admin": config.admin, "admin_token": config.admin_token.as_ref().map(|_| "(set)"),
-        "state_dir": config.state_dir, "routing": routing, "models": names, "workers": workers,
+        "state_dir": config.state_dir, "routing": routing, "models": names, "tokenizers": tokenizers, "workers": workers,
         "discovery": config.discovery.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })
 }
@@ -147,6 +160,9 @@ fn print_shown(shown: &Value) {
     for (name, order) in shown["models"].as_object().into_iter().flatten() {
         let order: Vec<&str> = order.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         println!("  {:<12} {name} -> {}", "model", order.join(", else "));
+    }
+    for (name, source) in shown["tokenizers"].as_object().into_iter().flatten() {
+        println!("  {:<12} {name} by {}", "tokenizer", source.as_str().unwrap_or_default());
     }
     for worker in shown["workers"].as_array().into_iter().flatten() {
         let known: Vec<String> = worker

@@ -255,3 +255,13 @@ async fn it_describes_itself() {
     assert_eq!((engine.kind(), engine.probe().await.is_ok()), ("mock", true));
     assert_eq!(engine.models().await.unwrap(), [ModelCard { id: "m".to_owned(), max_model_len: Some(777), parent: None }]);
 }
+
+#[tokio::test]
+async fn the_tokens_of_a_prompt_are_those_that_it_would_compute() {
+    let engine = engine("");
+    let chat = json!({ "model": "m", "messages": [{ "role": "user", "content": "one two three" }], "max_tokens": 1 });
+    let tokens = engine.tokenize(Endpoint::ChatCompletions, chat.to_string().into()).await.unwrap().unwrap();
+    let (_, reply) = whole(&engine, Endpoint::ChatCompletions, chat).await;
+    assert_eq!(reply["usage"]["prompt_tokens"], tokens.len());
+    assert_eq!(engine.tokenize(Endpoint::ChatCompletions, "{}".into()).await.unwrap(), None);
+}

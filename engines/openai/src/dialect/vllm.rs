@@ -4,9 +4,12 @@
 
 use std::{collections::BTreeMap, sync::Mutex, time::Instant};
 
+use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, EngineError, RankLoad};
 use futures_core::future::BoxFuture;
 use http::{HeaderName, HeaderValue};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::{Additions, Dialect, Wish, rate::Rates, succeeds};
 use crate::{
@@ -17,6 +20,9 @@ use crate::{
 
 pub(super) const OWNED_BY: &str = "vllm";
 const METRICS: &str = "/metrics";
+const TOKENIZE: &str = "/tokenize";
+/// Fields that change a chat's prompt and that `/tokenize` does not know.
+const UNKNOWN_TO_TOKENIZE: [&str; 3] = ["reasoning_effort", "documents", "truncate_prompt_tokens"];
 const RANK: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 
 #[derive(Debug, Default)]
@@ -42,6 +48,27 @@ impl Dialect for Vllm {
         Box::pin(kv::vllm_sources(control))
     }
 
+    /// By `/tokenize`, which reads the fields of chats and completions and passes over the others.
+    fn tokenize<'a>(
+        &'a self,
+        control: &'a Control,
+        endpoint: Endpoint,
+        body: Bytes,
+    ) -> BoxFuture<'a, Result<Option<Vec<u32>>, EngineError>> {
+        Box::pin(async move {
+            if !is_tokenized(endpoint, &body) {
+                return Ok(None);
+            }
+            let reply = control.post(TOKENIZE, body).await?;
+            // What it refuses here it will refuse there, in words for the client.
+            if reply.status.is_client_error() {
+                return Ok(None);
+            }
+            let Some(body) = control.offered(TOKENIZE, reply)? else { return Ok(None) };
+            control.json::<Tokens>(TOKENIZE, &body).map(|Tokens { tokens }| Some(tokens))
+        })
+    }
+
     fn additions(&self, wish: &Wish<'_>) -> Additions {
         let mut additions = Additions { header: wish.rank.map(|rank| (RANK, HeaderValue::from(rank))), ..Additions::default() };
         // Lower is sooner. Messages and embeddings have no such field.
@@ -54,6 +81,24 @@ impl Dialect for Vllm {
 
     fn forget(&self) {
         self.rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).forget();
+    }
+}
+
+#[derive(Deserialize)]
+struct Tokens {
+    tokens: Vec<u32>,
+}
+
+/// Whether `/tokenize` makes the same of a body as the endpoint does.
+fn is_tokenized(endpoint: Endpoint, body: &[u8]) -> bool {
+    let Ok(fields) = serde_json::from_slice::<BTreeMap<String, &RawValue>>(body) else { return false };
+    let is_given = |name: &str| fields.get(name).is_some_and(|value| value.get() != "null");
+    match endpoint {
+        Endpoint::ChatCompletions => !UNKNOWN_TO_TOKENIZE.into_iter().any(is_given),
+        Endpoint::Completions => {
+            fields.get("prompt").is_some_and(|prompt| prompt.get().starts_with('"')) && !is_given("messages")
+        }
+        _ => false,
     }
 }
 

@@ -96,6 +96,32 @@ async fn only_an_old_sglang_is_asked_for_its_costly_health() {
 }
 
 #[tokio::test]
+async fn vllm_is_asked_for_the_tokens_of_what_it_can_tokenize() {
+    let server = Scripted::start(|mut connection| async move {
+        while let Some(request) = connection.request().await {
+            let answer = if !request.head.starts_with("post /tokenize") {
+                whole_answer("200 OK", "{}")
+            } else if request.body.contains("refuse") {
+                whole_answer("400 Bad Request", "{}")
+            } else {
+                whole_answer("200 OK", r#"{"count":3,"max_model_len":9,"tokens":[7,8,9],"token_strs":null}"#)
+            };
+            connection.write(answer).await;
+        }
+    })
+    .await;
+    let engine = server.engine_with(OpenAiOptions { kind: Some(Kind::Vllm), ..Default::default() });
+    let tokens = async |endpoint, body: Value| soon(engine.tokenize(endpoint, body.to_string().into())).await.unwrap();
+    let chat = |more: &str| json!({ "messages": [{ "role": "user", "content": "hi" }], more: "low" });
+    assert_eq!(tokens(Endpoint::ChatCompletions, chat("user")).await, Some(vec![7, 8, 9]));
+    assert_eq!(tokens(Endpoint::ChatCompletions, chat("reasoning_effort")).await, None, "it would tokenize another prompt");
+    assert_eq!(tokens(Endpoint::Completions, json!({ "prompt": "hi" })).await, Some(vec![7, 8, 9]));
+    assert_eq!(tokens(Endpoint::Completions, json!({ "prompt": "refuse" })).await, None);
+    assert_eq!(tokens(Endpoint::Completions, json!({ "prompt": ["hi", "ho"] })).await, None);
+    assert_eq!(tokens(Endpoint::Responses, json!({ "input": "hi" })).await, None);
+}
+
+#[tokio::test]
 async fn vllms_load_is_read_from_its_metrics() {
     let (double, engine) = found(Vllm::default()).await;
     let before = soon(engine.load()).await.unwrap();

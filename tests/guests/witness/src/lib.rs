@@ -28,6 +28,8 @@ impl Router for Witness {
             explain("named", || named(candidates));
             explain("services", services);
         }
+        telemetry::gauge_set("prompt_tokens", f64::from(request.prompt_tokens()));
+        telemetry::gauge_set("prompt_tokens_exact", f64::from(u8::from(request.prompt_tokens_exact())));
         Decision::Place(candidates.rows().take(16).collect())
     }
 
