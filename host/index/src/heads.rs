@@ -191,7 +191,9 @@ impl Table {
             match self.entries[at].run.load(Ordering::Relaxed) {
                 NEVER => return,
                 GONE => {}
-                _ if self.entries[at].head.load(Ordering::Relaxed) == head => return self.entries[at].run.store(GONE, Ordering::Release),
+                _ if self.entries[at].head.load(Ordering::Relaxed) == head => {
+                    return self.entries[at].run.store(GONE, Ordering::Release);
+                }
                 _ => {}
             }
             at = (at + 1) & mask;

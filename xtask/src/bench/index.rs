@@ -80,11 +80,21 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
     }
     let matched = |runs: &[Value]| runs[0]["matched_blocks"].as_u64();
-    ensure!(matched(&speed[0]) == matched(&speed[1]), "the indexes disagree: {:?} and {:?}", matched(&speed[0]), matched(&speed[1]));
+    ensure!(
+        matched(&speed[0]) == matched(&speed[1]),
+        "the indexes disagree: {:?} and {:?}",
+        matched(&speed[0]),
+        matched(&speed[1])
+    );
     let stream = &speed[0][0];
     println!(
         "\n{} blocks looked up, {} stored and {} removed in {} events; {} held at the end. Both found the same {} blocks.\n",
-        stream["lookup_blocks"], stream["stored"], stream["removed"], stream["events"], stream["resident"], stream["matched_blocks"]
+        stream["lookup_blocks"],
+        stream["stored"],
+        stream["removed"],
+        stream["events"],
+        stream["resident"],
+        stream["matched_blocks"]
     );
     println!("| | dynamo-host | Dynamo 1.6.1 | ratio (above 1: ours is better) | dynamo-host from token ids |");
     println!("|---|---:|---:|---:|---:|");

@@ -106,34 +106,37 @@ fn hash_of(tokens: &[u32], odd: u64) -> u64 {
 fn events() -> impl Strategy<Value = KvEvent> {
     // Few tokens: chains meet, part and come again.
     let chain = proptest::collection::vec(0..2_u32, 2..40);
-    let store = (chain.clone(), 0..6_usize, prop_oneof![3 => Just(2_u32), 1 => Just(4)], tier(), salt(), salt(), 0..8_u64, 0..10_u32)
-        .prop_map(|(tokens, from, block_size, tier, adapter, cache_salt, odd, strange)| {
-            let size = block_size as usize;
-            let blocks = tokens.len() / size;
-            let from = from.min(blocks.saturating_sub(1));
-            // Names differ for a few, so that one block has two names.
-            let name = |end: usize| hash_of(&tokens[..end * size], odd) ^ u64::from(strange == 0) << 50 ^ u64::from(block_size) << 55;
-            KvEvent::Stored(StoredBlocks {
-                parent: (from > 0).then(|| EngineHash(name(from))),
-                hashes: (from..blocks).map(|nth| EngineHash(name(nth + 1))).collect(),
-                tokens: tokens[from * size..].to_vec(),
-                block_size,
-                tier,
-                adapter: if from == 0 { adapter } else { None },
-                cache_salt: if from == 0 { cache_salt } else { None },
-            })
+    let store =
+        (chain.clone(), 0..6_usize, prop_oneof![3 => Just(2_u32), 1 => Just(4)], tier(), salt(), salt(), 0..8_u64, 0..10_u32)
+            .prop_map(|(tokens, from, block_size, tier, adapter, cache_salt, odd, strange)| {
+                let size = block_size as usize;
+                let blocks = tokens.len() / size;
+                let from = from.min(blocks.saturating_sub(1));
+                // Names differ for a few, so that one block has two names.
+                let name = |end: usize| {
+                    hash_of(&tokens[..end * size], odd) ^ u64::from(strange == 0) << 50 ^ u64::from(block_size) << 55
+                };
+                KvEvent::Stored(StoredBlocks {
+                    parent: (from > 0).then(|| EngineHash(name(from))),
+                    hashes: (from..blocks).map(|nth| EngineHash(name(nth + 1))).collect(),
+                    tokens: tokens[from * size..].to_vec(),
+                    block_size,
+                    tier,
+                    adapter: if from == 0 { adapter } else { None },
+                    cache_salt: if from == 0 { cache_salt } else { None },
+                })
+            });
+    let remove =
+        (chain, tier(), 0..8_u64, 0..3_u8, any::<proptest::sample::Index>()).prop_map(|(tokens, tier, odd, how, index)| {
+            let all: Vec<u64> = (1..=tokens.len() / 2).map(|nth| hash_of(&tokens[..nth * 2], odd) ^ 2 << 55).collect();
+            let at = index.index(all.len().max(1));
+            let hashes = match how {
+                0 => all.get(at).map(|hash| vec![*hash]).unwrap_or_default(),
+                1 => all[at.min(all.len())..].iter().rev().copied().collect(),
+                _ => all,
+            };
+            removed(&hashes, tier)
         });
-    let remove = (chain, tier(), 0..8_u64, 0..3_u8, any::<proptest::sample::Index>()).prop_map(|(tokens, tier, odd, how, index)| {
-        let all: Vec<u64> =
-            (1..=tokens.len() / 2).map(|nth| hash_of(&tokens[..nth * 2], odd) ^ 2 << 55).collect();
-        let at = index.index(all.len().max(1));
-        let hashes = match how {
-            0 => all.get(at).map(|hash| vec![*hash]).unwrap_or_default(),
-            1 => all[at.min(all.len())..].iter().rev().copied().collect(),
-            _ => all,
-        };
-        removed(&hashes, tier)
-    });
     prop_oneof![60 => store, 40 => remove, 1 => Just(KvEvent::Cleared)]
 }
 
@@ -148,7 +151,9 @@ fn check_against_naive(steps: &[Step], prompts: &[Vec<u32>]) -> Result<(), TestC
     let mut naive: Vec<Naive> = (0..4).map(|_| Naive::default()).collect();
     let prompts: Vec<Prompt> = prompts
         .iter()
-        .flat_map(|tokens| [None, Some("a")].map(|salt| Prompt::new(Salt::new(MODEL, None, salt), tokens.as_slice().into(), true)))
+        .flat_map(|tokens| {
+            [None, Some("a")].map(|salt| Prompt::new(Salt::new(MODEL, None, salt), tokens.as_slice().into(), true))
+        })
         .collect();
     for step in steps {
         match step {
@@ -215,7 +220,8 @@ fn a_worker_holds_what_its_events_say_until_they_say_otherwise() {
     assert_eq!(held(3), Some([6, 0, 0, 0]));
     a.apply(&removed(&[10], Tier::Device));
     assert_eq!((held(3), held(4)), (None, Some([2, 0, 0, 0])));
-    let expected = IndexStats { blocks: 3, workers: 2, bytes: indexes.stats().bytes, unknown_parents: 1, ..IndexStats::default() };
+    let expected =
+        IndexStats { blocks: 3, workers: 2, bytes: indexes.stats().bytes, unknown_parents: 1, ..IndexStats::default() };
     assert_eq!(indexes.stats(), expected);
     drop((a, b));
     assert_eq!(indexes.stats(), IndexStats { unknown_parents: 1, ..IndexStats::default() });
