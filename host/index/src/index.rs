@@ -132,9 +132,10 @@ impl PrefixIndexes {
         let mut all: Vec<Held> = Vec::new();
         for Index { block_size, runs, .. } in indexes.iter().filter(|index| &*index.model == model) {
             let found = runs.find(&prompt.hashes(*block_size));
+            // No more than the prompt's own tokens: they are fewer than u32 holds.
             let held = |Found { who, blocks }| Held {
                 slot: (who >> 32) as u32,
-                tokens: blocks.map(|blocks: u32| blocks.saturating_mul(*block_size)),
+                tokens: blocks.map(|blocks: u32| blocks.wrapping_mul(*block_size)),
             };
             all.extend(found.into_iter().map(held));
         }

@@ -222,7 +222,7 @@ impl Entry {
 
 /// A bit in the byte of each slot with this tag, and perhaps in some behind the first: all twelve in one comparison.
 fn slots_with(tags: &[u8; SLOTS], tag: u8) -> u128 {
-    const ONES: u128 = u128::MAX / 0xff >> 32;
+    const ONES: u128 = (u128::MAX / 0xff) >> 32;
     let mut bytes = [0; 16];
     bytes[..SLOTS].copy_from_slice(tags);
     let other = u128::from_le_bytes(bytes) ^ (ONES * tag as u128);

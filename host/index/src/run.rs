@@ -197,6 +197,14 @@ impl Holder {
         }
     }
 
+    /// Whether it holds any of the blocks `from..to`.
+    pub(crate) fn holds_any(&self, from: usize, to: usize) -> bool {
+        match &self.scattered {
+            Some(tiers) => tiers.iter().take(to).skip(from).any(|tiers| *tiers != 0),
+            None => from < to && from < self.leading().0,
+        }
+    }
+
     /// Counts its leading blocks, `most` at most, each in its nearest tier.
     pub(crate) fn count(&self, most: usize, by_tier: &mut [u32; 4]) -> usize {
         match &self.scattered {

@@ -213,8 +213,8 @@ impl Runs {
         let current = grown.as_ref().unwrap_or(run);
         let (to, at) = (from + count, current.find(who));
         let holder = at.ok().map(|at| &current.holders()[at]);
-        let before: Option<Vec<Tiers>> = holder.map(|holder| (from..to).map(|at| holder.tiers(at)).collect());
-        let before = before.filter(|tiers| tiers.iter().any(|tiers| *tiers != 0));
+        let before = holder.filter(|holder| holder.holds_any(from, to));
+        let before = before.map(|holder| (from..to).map(|at| holder.tiers(at)).collect());
         let changed = holder.map_or_else(|| Some(Holder::of(who, from, to, tiers)), |holder| holder.add(from, to, tiers));
         match (changed, grown) {
             (Some(holder), grown) => {

@@ -97,8 +97,11 @@ fn measure<C: Contender>(arguments: &Arguments, stream: &Stream) -> serde_json::
 
 fn speed<C: Contender>(arguments: &Arguments, stream: &Stream) -> serde_json::Value {
     let keys: Vec<C::Key> = stream.steps.iter().map(|step| C::key(&step.blocks, arguments.block)).collect();
-    let events: Vec<Vec<(usize, C::Event)>> =
-        stream.steps.iter().map(|step| step.events.iter().map(|(w, e)| (*w, C::event(*w, e, arguments.block))).collect()).collect();
+    let events: Vec<Vec<(usize, C::Event)>> = stream
+        .steps
+        .iter()
+        .map(|step| step.events.iter().map(|(w, e)| (*w, C::event(*w, e, arguments.block))).collect())
+        .collect();
     let mut index = C::new(arguments.workers, arguments.threads, arguments.block);
     let mut flood = Vec::with_capacity(keys.len());
     let mut matched = 0;

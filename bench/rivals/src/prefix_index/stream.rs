@@ -31,7 +31,10 @@ pub(crate) struct Step {
 
 pub(crate) enum Event {
     /// Blocks: the engine's hash and content of each.
-    Stored { parent: Option<u64>, blocks: Vec<(u64, u64)> },
+    Stored {
+        parent: Option<u64>,
+        blocks: Vec<(u64, u64)>,
+    },
     Removed(Vec<u64>),
 }
 
@@ -108,7 +111,7 @@ impl Cache {
             events.push(Event::Stored { parent, blocks });
         }
         for nth_output in 0..request.output_length / block {
-            let content = mix((now << 16 | u64::from(nth_output)) ^ 0x0u64.wrapping_sub(1));
+            let content = mix(!(now << 16 | u64::from(nth_output)));
             let engine = mix(parent.unwrap_or(7) ^ mix(content));
             self.touch(engine, now, prompt.len() + nth_output as usize);
             events.push(Event::Stored { parent, blocks: vec![(engine, content)] });

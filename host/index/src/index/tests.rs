@@ -197,6 +197,49 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    #[test]
+    fn workers_that_apply_at_the_same_time_end_up_exact(
+        streams in proptest::collection::vec(proptest::collection::vec(events(), 1..150), 4),
+        prompts in proptest::collection::vec(proptest::collection::vec(0..2_u32, 2..40), 1..20),
+    ) {
+        let indexes = PrefixIndexes::new();
+        let workers: Vec<(WorkerKv, Naive)> = std::thread::scope(|scope| {
+            let apply = |(slot, stream): (u32, &Vec<KvEvent>)| {
+                let (worker, mut naive) = (indexes.join(MODEL, slot), Naive::default());
+                for event in stream {
+                    worker.apply(event);
+                    naive.apply(event);
+                }
+                (worker, naive)
+            };
+            let threads: Vec<_> = (0..).zip(&streams).map(|each| scope.spawn(move || apply(each))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for tokens in &prompts {
+            let prompt = prompt(tokens);
+            let overlap = indexes.overlap(MODEL, &prompt);
+            for (slot, (_, naive)) in (0..).zip(&workers) {
+                let best = [2, 4].map(|size| naive.held(&prompt, size).iter().sum::<u32>()).into_iter().max();
+                prop_assert_eq!(Some(overlap.of(slot).map_or(0, Held::total)), best);
+            }
+        }
+        drop(workers);
+        prop_assert_eq!((indexes.stats().blocks, indexes.stats().bytes), (0, 0));
+    }
+}
+
+#[test]
+fn a_prompt_of_hashed_blocks_is_the_prompt_of_their_tokens() {
+    let tokens: Vec<u32> = (0..100).collect();
+    let salt = Salt::new(MODEL, None, None);
+    let hashed = Prompt::of_blocks(salt, 16, &crate::block_hashes(16, &tokens));
+    assert_eq!(hashed.hashes(16), prompt(&tokens).hashes(16));
+    assert_eq!((hashed.hashes(16).len(), hashed.hashes(32).len()), (6, 0));
+    assert_eq!(sequence_hashes(salt.0, 0, &tokens), [] as [u64; 0]);
+}
+
 #[test]
 fn a_worker_holds_what_its_events_say_until_they_say_otherwise() {
     let indexes = PrefixIndexes::new();
