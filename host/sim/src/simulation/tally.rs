@@ -11,6 +11,9 @@ use crate::{
     trace::TraceRequest,
 };
 
+/// Points of the load over time: a fleet that works off a long queue after the last arrival is looked at less often.
+const MAX_SAMPLES: usize = 480;
+
 /// What is counted of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
@@ -90,6 +93,11 @@ impl Tally {
     }
 
     pub(super) fn sample(&mut self, engines: &[Engine]) {
+        if self.load.len() == MAX_SAMPLES {
+            let mut nth = 0..;
+            self.load.retain(|_| nth.next().is_some_and(|nth: usize| nth.is_multiple_of(2)));
+            self.sample_every *= 2;
+        }
         self.load.push(engines.iter().map(|engine| engine.load.get(Load::ActiveRequests)).collect());
     }
 
