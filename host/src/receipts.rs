@@ -25,7 +25,7 @@ use serde::Deserialize;
 
 pub(crate) use self::{
     line::{By, DecisionLine, Done, Hex, Line, OutcomeLine, VERSION},
-    read::{Skipped, Source},
+    read::{Skipped, Source, Tail},
 };
 use self::{
     log::Log,
