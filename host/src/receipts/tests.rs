@@ -134,7 +134,7 @@ async fn what_was_left_is_on_disk_when_it_is_flushed() {
     call.explain = true;
     let recorder = receipts.sample().unwrap();
     let draft = recorder.draft(&call);
-    draft.close(&RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call));
+    draft.close(&mut RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call));
     receipts.flush(Duration::from_secs(20)).await;
     let mut lines = Vec::new();
     let skipped = Source::of(directory.path()).unwrap().each(|line, _| lines.push(line)).unwrap();
