@@ -25,7 +25,7 @@ use serde::Deserialize;
 
 pub(crate) use self::{
     line::{By, DecisionLine, Done, Hex, Line, OutcomeLine, VERSION},
-    read::{Skipped, Source},
+    read::{Skipped, Source, Tail},
 };
 use self::{
     log::Log,
@@ -201,10 +201,10 @@ impl Recorder {
 }
 
 impl Draft {
-    /// Leaves what was decided.
-    pub(crate) fn close(self, decision: &Decision) {
+    /// Leaves what was decided, and takes what only a receipt needs of it.
+    pub(crate) fn close(self, decision: &mut Decision) {
         let Self { recorder: Recorder(office), call } = self;
-        let mut readings = decision.readings.clone();
+        let mut readings = std::mem::take(&mut decision.readings);
         if office.columns == Columns::All {
             read_the_rest(&call, &mut readings);
         }
@@ -217,7 +217,7 @@ impl Draft {
             seed: call.seed,
             verdict: decision.verdict.clone(),
             by: decision.by.clone(),
-            explanations: decision.explanations.clone(),
+            explanations: std::mem::take(&mut decision.explanations),
             readings,
             elapsed: decision.elapsed,
             fuel: decision.fuel,

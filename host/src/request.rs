@@ -219,14 +219,14 @@ async fn place(
             explain: recorder.is_some(),
         };
         let draft = recorder.map(|recorder| recorder.draft(&call));
-        let decision = if holds < MAX_HOLDS {
+        let mut decision = if holds < MAX_HOLDS {
             lane.routing.decide(pinned, call)
         } else {
             let detail = format!("it held the request {MAX_HOLDS} times");
             lane.routing.decide_instead_of(pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail })
         };
         if let Some(draft) = draft {
-            draft.close(&decision);
+            draft.close(&mut decision);
         }
         lane.meters.route.record(begun.elapsed());
         trace::stage("route", begun);

@@ -12,7 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::Output;
 use crate::{
     clock::{unix_ms, utc},
-    receipts::{By, DecisionLine, Done, Hex, Line, OutcomeLine, Source},
+    receipts::{By, DecisionLine, Done, Hex, Line, OutcomeLine, Source, Tail},
     text::plain,
 };
 
@@ -110,8 +110,8 @@ impl From<io::Error> for Failure {
 
 fn tail(place: &Place, lines: usize, follow: bool, output: Output) -> Result<(), Failure> {
     let mut source = place.open()?;
-    source.keep_newest(lines).map_err(|error| error.to_string())?;
     let mut tail = source.follow().map_err(|error| error.to_string())?;
+    source.keep_newest(lines).map_err(|error| error.to_string())?;
     let mut kept: VecDeque<(Box<DecisionLine>, String)> = VecDeque::new();
     let mut outcomes: HashMap<Hex, Vec<(Box<OutcomeLine>, String)>> = HashMap::new();
     let skipped = source.each(|line, text| match line {
@@ -141,7 +141,15 @@ fn tail(place: &Place, lines: usize, follow: bool, output: Output) -> Result<(),
         }
     }
     out.flush()?;
-    while follow {
+    if follow {
+        return go_on(&mut tail, output, &mut out);
+    }
+    Ok(())
+}
+
+/// Prints what is written from now on, until nobody reads it any more.
+fn go_on(tail: &mut Tail, output: Output, out: &mut impl Write) -> Result<(), Failure> {
+    loop {
         let mut written = Ok(());
         tail.look(|line, text| {
             let text = match (&line, output) {
@@ -158,7 +166,6 @@ fn tail(place: &Place, lines: usize, follow: bool, output: Output) -> Result<(),
         written.and_then(|()| out.flush())?;
         std::thread::sleep(LOOK_EVERY);
     }
-    Ok(())
 }
 
 /// A decision on one line.
@@ -205,7 +212,7 @@ fn outcome_text(line: &OutcomeLine) -> String {
     match line.cached_reported {
         Some(cached) => text += &format!(", {cached} of {} cached, {} expected", line.prompt_tokens, line.cached_predicted),
         None if line.cached_predicted > 0 => {
-            text += &format!(", {} of {} expected in cache", line.cached_predicted, line.prompt_tokens)
+            text += &format!(", {} of {} expected in cache", line.cached_predicted, line.prompt_tokens);
         }
         None => {}
     }
@@ -229,7 +236,7 @@ fn export(place: &Place, since: Option<&str>, until: Option<&str>, format: Forma
                 Format::Jsonl => {}
                 // Its columns have no place in a table.
                 Format::Csv => {
-                    rows.push(Box::new(DecisionLine { columns: Default::default(), labels: Default::default(), ..*decision }))
+                    rows.push(Box::new(DecisionLine { columns: Default::default(), labels: Default::default(), ..*decision }));
                 }
             }
         }

@@ -82,9 +82,8 @@ fn solve(points: &[Point], chosen: u8) -> Option<[f64; 3]> {
         for below in 0..size {
             if below != at {
                 let factor = rows[below][at] / rows[at][at];
-                for column in at..=size {
-                    rows[below][column] -= factor * rows[at][column];
-                }
+                let pivot = rows[at].clone();
+                rows[below].iter_mut().zip(&pivot).for_each(|(cell, pivot)| *cell -= factor * pivot);
             }
         }
     }

@@ -4,16 +4,16 @@
 //! digits: JSON's numbers are floats elsewhere. `null` in a column is "not known"; a column that has one value in all rows is
 //! that value alone. What has its default is left out.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+mod values;
 
-use dynamo_host_core::{
-    Candidates, Column, Endpoint, RecordedError, RequestFacts, TokenCount, UNKNOWN, WorkerId,
-    answer::Verdict,
-    column::{F32Column, U64Column},
-};
+use std::{collections::BTreeMap, sync::Arc};
+
+use dynamo_host_core::{Candidates, Endpoint, RecordedError, RequestFacts, TokenCount, WorkerId, answer::Verdict};
 use dynamo_host_policy::{DecidedBy, Digest, Explanation, Failed, Reading, RouteCall};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde::{Deserialize, Serialize};
 
+pub(crate) use self::values::Hex;
+use self::values::{Cell, Values, column, measure, values};
 use super::Decided;
 
 /// Version of the form.
@@ -27,29 +27,6 @@ const MAX_VALUES: usize = 100_000;
 pub(crate) enum Line {
     Decision(Box<DecisionLine>),
     Outcome(Box<OutcomeLine>),
-}
-
-/// An identity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Hex(pub(crate) u64);
-
-impl fmt::Display for Hex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
-
-impl Serialize for Hex {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Hex {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        u64::from_str_radix(&text, 16).map(Self).map_err(|_| D::Error::custom(format!("{text:?} is not hexadecimal")))
-    }
 }
 
 /// Who decided.
@@ -80,48 +57,6 @@ pub(crate) enum Done {
     HoldMs(u32),
     /// With this status.
     Reject(u16),
-}
-
-/// One value.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub(crate) enum Cell {
-    Amount(u32),
-    Measure(f32),
-    Key(Hex),
-    Unknown(()),
-}
-
-/// One value per row, or one for all of them.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub(crate) enum Values<T> {
-    Each(Vec<T>),
-    All(T),
-}
-
-impl<T: Clone + PartialEq> Values<T> {
-    fn of(values: Vec<T>) -> Self {
-        match values.split_first() {
-            Some((first, rest)) if !rest.is_empty() && rest.iter().all(|value| value == first) => Self::All(first.clone()),
-            _ => Self::Each(values),
-        }
-    }
-
-    /// The value in a row.
-    pub(crate) fn get(&self, row: usize) -> Option<&T> {
-        match self {
-            Self::Each(values) => values.get(row),
-            Self::All(value) => Some(value),
-        }
-    }
-
-    fn each(&self, rows: usize) -> Vec<T> {
-        match self {
-            Self::Each(values) => values.clone(),
-            Self::All(value) => vec![value.clone(); rows],
-        }
-    }
 }
 
 /// One term of a policy's reasoning.
@@ -407,47 +342,6 @@ fn rows_kept(count: usize, per_row: usize, verdict: &Verdict) -> Vec<u32> {
     rows.extend(others);
     rows.sort_unstable();
     rows
-}
-
-fn values(column: &Column, rows: &[u32]) -> Values<Cell> {
-    let cell = |&row: &u32| match column {
-        Column::U64(values) => Cell::Key(Hex(values[row as usize])),
-        Column::U32(values) => match values[row as usize] {
-            UNKNOWN => Cell::Unknown(()),
-            amount => Cell::Amount(amount),
-        },
-        Column::F32(values) => measure(values[row as usize]).map_or(Cell::Unknown(()), Cell::Measure),
-    };
-    Values::of(rows.iter().map(cell).collect())
-}
-
-/// A number that JSON has.
-fn measure(value: f32) -> Option<f32> {
-    Some(value).filter(|value| value.is_finite())
-}
-
-fn column(name: &str, values: &Values<Cell>, rows: usize) -> Result<Column, String> {
-    let cells = values.each(rows);
-    let wrong = |cell: Cell| format!("its column {name} holds {cell:?}");
-    if U64Column::ALL.iter().any(|(of, _)| *of == name) {
-        let key = |cell| if let Cell::Key(key) = cell { Ok(key.0) } else { Err(wrong(cell)) };
-        return Ok(Column::U64(cells.into_iter().map(key).collect::<Result<_, _>>()?));
-    }
-    if F32Column::ALL.iter().any(|(of, _)| *of == name) {
-        let measure = |cell| match cell {
-            Cell::Amount(value) => Ok(value as f32),
-            Cell::Measure(value) => Ok(value),
-            Cell::Unknown(()) => Ok(f32::NAN),
-            Cell::Key(_) => Err(wrong(cell)),
-        };
-        return Ok(Column::F32(cells.into_iter().map(measure).collect::<Result<_, _>>()?));
-    }
-    let amount = |cell| match cell {
-        Cell::Amount(value) => Ok(value),
-        Cell::Unknown(()) => Ok(UNKNOWN),
-        Cell::Measure(_) | Cell::Key(_) => Err(wrong(cell)),
-    };
-    Ok(Column::U32(cells.into_iter().map(amount).collect::<Result<_, _>>()?))
 }
 
 /// A term over the kept rows; one that is not about candidates is kept as it is.

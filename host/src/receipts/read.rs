@@ -4,7 +4,7 @@
 //! half written, and a later release may write what this one does not know.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
@@ -25,6 +25,8 @@ pub(crate) enum ReadError {
 /// Files of receipts, oldest first.
 pub(crate) struct Source {
     files: Vec<PathBuf>,
+    /// Where the last one ends, if the rest of it is followed.
+    end: Option<u64>,
 }
 
 /// Lines that could not be read.
@@ -61,12 +63,12 @@ impl Source {
     pub(crate) fn of(path: &Path) -> Result<Self, ReadError> {
         let none = || ReadError::None { path: path.to_owned() };
         if path.is_file() {
-            return Ok(Self { files: vec![path.to_owned()] });
+            return Ok(Self { files: vec![path.to_owned()], end: None });
         }
         for folder in [path.join(FOLDER), path.to_owned()] {
             let files: Vec<_> = numbered(&folder).unwrap_or_default().into_iter().map(|(_, file)| file).collect();
             if !files.is_empty() {
-                return Ok(Self { files });
+                return Ok(Self { files, end: None });
             }
         }
         Err(none())
@@ -78,13 +80,14 @@ impl Source {
     /// If a file cannot be read. One that was removed meanwhile is no error: the host makes room.
     pub(crate) fn each(&self, mut take: impl FnMut(Line, &str)) -> Result<Skipped, ReadError> {
         let mut skipped = Skipped::default();
-        for path in &self.files {
+        for (nth, path) in self.files.iter().enumerate() {
+            let end = self.end.filter(|_| nth + 1 == self.files.len()).unwrap_or(u64::MAX);
             let unreadable = |error| ReadError::Unreadable { path: path.clone(), error };
             let file = match File::open(path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && self.files.len() > 1 => continue,
                 other => other.map_err(unreadable)?,
             };
-            let mut reader = BufReader::new(file);
+            let mut reader = BufReader::new(file.take(end));
             let mut bytes = Vec::new();
             for number in 1.. {
                 bytes.clear();
@@ -126,15 +129,30 @@ impl Source {
         Ok(())
     }
 
-    /// What is written from now on.
+    /// What is written from now on; [`each`](Self::each) gives what is there by now.
     ///
     /// # Errors
     /// If the newest file cannot be read.
-    pub(crate) fn follow(&self) -> Result<Tail, ReadError> {
+    pub(crate) fn follow(&mut self) -> Result<Tail, ReadError> {
         let path = self.files.last().cloned().unwrap_or_default();
-        let at = fs::metadata(&path).map_err(|error| ReadError::Unreadable { path: path.clone(), error })?.len();
+        let at = whole_lines(&path).map_err(|error| ReadError::Unreadable { path: path.clone(), error })?;
+        self.end = Some(at);
         Ok(Tail { path, at, begun: Vec::new() })
     }
+}
+
+/// Longest line that is looked for at the end of a file.
+const MAX_LINE: u64 = 8 << 20;
+
+/// Bytes of a file up to the end of its last whole line.
+fn whole_lines(path: &Path) -> io::Result<u64> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let from = length.saturating_sub(MAX_LINE);
+    file.seek(SeekFrom::Start(from))?;
+    let mut end = Vec::new();
+    file.take(length - from).read_to_end(&mut end)?;
+    Ok(end.iter().rposition(|&byte| byte == b'\n').map_or(from, |at| from + at as u64 + 1))
 }
 
 /// The end of receipts that are being written.

@@ -134,7 +134,7 @@ async fn what_was_left_is_on_disk_when_it_is_flushed() {
     call.explain = true;
     let recorder = receipts.sample().unwrap();
     let draft = recorder.draft(&call);
-    draft.close(&RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call));
+    draft.close(&mut RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call));
     receipts.flush(Duration::from_secs(20)).await;
     let mut lines = Vec::new();
     let skipped = Source::of(directory.path()).unwrap().each(|line, _| lines.push(line)).unwrap();
@@ -149,4 +149,49 @@ fn a_configuration_that_cannot_be_says_which_key() {
     assert!(refused(ReceiptsConfig { sample: 1.5, ..ReceiptsConfig::default() }).contains("receipts.sample is 1.5"));
     assert!(refused(ReceiptsConfig { files: 1, ..ReceiptsConfig::default() }).contains("receipts.files is 1; use 2"));
     assert!(refused(ReceiptsConfig { sample: f64::NAN, ..ReceiptsConfig::default() }).contains("receipts.sample"));
+}
+
+#[test]
+fn what_is_followed_is_given_once_over_a_change_of_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = directory.path().join(FOLDER);
+    let line = |id: u64| {
+        let outcome = format!(
+            r#"{{"kind":"outcome","v":1,"id":"{id:x}","unix_ms":1,"worker":"a","name":"w","end":"done","prompt_tokens":1,"output_tokens":1,"cached_predicted":0}}"#
+        );
+        (outcome + "\n").into_bytes()
+    };
+    let mut log = Log::new(folder.clone(), 400, 9);
+    let id = |line: Line| if let Line::Outcome(outcome) = line { outcome.id.0 } else { 0 };
+    log.append(&line(1)).unwrap();
+    log.append(&line(2)).unwrap();
+    let mut source = Source::of(directory.path()).unwrap();
+    let mut tail = source.follow().unwrap();
+    log.append(&line(3)).unwrap();
+    let mut seen = Vec::new();
+    source.each(|line, _| seen.push(id(line))).unwrap();
+    assert_eq!(seen, [1, 2]);
+    tail.look(|line, _| seen.push(id(line)));
+    (4..12).for_each(|nth| log.append(&line(nth)).unwrap());
+    // A file at each look.
+    (0..9).for_each(|_| tail.look(|line, _| seen.push(id(line))));
+    assert_eq!(seen, (1..12).collect::<Vec<u64>>());
+    let files = || std::fs::read_dir(&folder).unwrap().count();
+    assert!(files() > 2);
+    // A line that is half written is for the next look.
+    let newest = folder.join(format!("receipts-{:08}.jsonl", files()));
+    let half = line(12);
+    let append = |bytes: &[u8]| {
+        use std::io::Write;
+        std::fs::OpenOptions::new().append(true).open(&newest).unwrap().write_all(bytes).unwrap();
+    };
+    append(&half[..20]);
+    tail.look(|_, _| panic!("it is not whole"));
+    let mut source = Source::of(directory.path()).unwrap();
+    let mut later = source.follow().unwrap();
+    append(&half[20..]);
+    let mut whole = Vec::new();
+    tail.look(|line, _| whole.push(id(line)));
+    later.look(|line, _| whole.push(id(line)));
+    assert_eq!(whole, [12, 12]);
 }
