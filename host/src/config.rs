@@ -404,7 +404,7 @@ mod tests {
         let document = include_str!("../../docs/configuration.md");
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
-        assert_eq!((file.limits, file.receipts), (Limits::default(), ReceiptsConfig::default()));
+        assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();

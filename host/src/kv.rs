@@ -165,11 +165,13 @@ impl KvFeed {
                 }
             }
             KvNote::Silent { reason } => {
-                if self.has_events.swap(false, Relaxed) {
-                    self.kv.clear();
-                }
+                let told_before = self.has_events.swap(false, Relaxed);
                 let mut standing = self.standing();
-                (standing.source, standing.is_interrupted) = (KvSource::None, false);
+                if told_before {
+                    self.kv.clear();
+                    standing.source = KvSource::None;
+                }
+                standing.is_interrupted = false;
                 let reason = plain(reason);
                 if standing.trouble.as_ref() != Some(&reason) {
                     tracing::debug!(worker, "it does not tell of its KV: {reason}");

@@ -3,6 +3,9 @@
 //! Two of its ways are worked around. Its subscribers connect again by themselves and would hide that batches were lost: a
 //! lost peer ends a [`Listening`], and the next connection is a new one. Its dealers wait for ever for a peer that is gone:
 //! every wait is bounded here.
+//!
+//! What cannot be worked around: the crate knows no bound on a frame, and takes the memory that a frame announces. Whoever can
+//! publish to us can thus end the process, which is one more reason to keep events on a network that is trusted.
 
 use std::time::Duration;
 

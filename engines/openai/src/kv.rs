@@ -203,7 +203,7 @@ struct Publishing {
 
 impl Publishing {
     /// The publisher of a rank; `None` if nothing is published.
-    fn source(&self, control: &Control, rank: u32, port_offset: u32) -> Result<Option<Source>, String> {
+    fn source(&self, host: &str, rank: u32, port_offset: u32) -> Result<Option<Source>, String> {
         let publisher = self.publisher.as_deref().unwrap_or("zmq");
         if self.enable_kv_cache_events == Some(false) || publisher == "null" {
             return Ok(None);
@@ -217,7 +217,7 @@ impl Publishing {
         }
         let seen = |text: &String| {
             let endpoint = text.parse::<Endpoint>().map_err(|error| error.to_string())?;
-            Ok::<_, String>(endpoint.of_rank(port_offset).seen_from_outside(control.host()))
+            Ok::<_, String>(endpoint.of_rank(port_offset).seen_from_outside(host))
         };
         let replay = self.replay_endpoint.as_ref().map(seen).transpose()?;
         let topic = self.topic.clone().unwrap_or_default();
@@ -234,9 +234,12 @@ pub(crate) async fn vllm_sources(control: &Control) -> Result<KvSources, EngineE
         )));
     }
     let Some(body) = control.offered(VLLM_SOURCES, reply)? else { return Ok(KvSources::None("it does not publish".to_owned())) };
-    let by_rank: BTreeMap<String, Publishing> = control.json(VLLM_SOURCES, &body)?;
+    Ok(of_vllm(&control.json(VLLM_SOURCES, &body)?, control.host()))
+}
+
+fn of_vllm(by_rank: &BTreeMap<String, Publishing>, host: &str) -> KvSources {
     let ranks = by_rank.iter().filter_map(|(rank, publishing)| Some((rank.parse().ok()?, publishing)));
-    Ok(sources(ranks.map(|(rank, publishing)| publishing.source(control, rank, 0))))
+    sources(ranks.map(|(rank, publishing)| publishing.source(host, rank, 0)))
 }
 
 /// What SGLang publishes: its own setting, with the ports of further ranks after that of the first.
@@ -246,6 +249,10 @@ pub(crate) async fn sglang_sources(control: &Control) -> Result<KvSources, Engin
         return Ok(KvSources::None(format!("GET {SGLANG_INFO} is not there; set kv_events=tcp://HOST:PORT if it publishes")));
     };
     let info: Value = control.json(SGLANG_INFO, &body)?;
+    of_sglang(&info, control.host()).map_err(|reason| control.protocol(SGLANG_INFO, reason))
+}
+
+fn of_sglang(info: &Value, host: &str) -> Result<KvSources, &'static str> {
     let setting = ["kv_events", "kv_events_config"].iter().map(|key| &info[*key]).find(|setting| !setting.is_null());
     // A text of JSON as on its command line, or what that says.
     let publishing = match setting {
@@ -253,10 +260,10 @@ pub(crate) async fn sglang_sources(control: &Control) -> Result<KvSources, Engin
         Some(object) => serde_json::from_value(object.clone()).ok(),
         None => Some(Publishing::default()),
     };
-    let Some(publishing) = publishing else { return Err(control.protocol(SGLANG_INFO, "its kv_events_config is no object")) };
+    let publishing = publishing.ok_or("its kv_events_config is no object")?;
     let has_ranks = info["enable_dp_attention"].as_bool().unwrap_or(false);
     let ranks = info["dp_size"].as_u64().filter(|_| has_ranks).and_then(|ranks| u32::try_from(ranks).ok()).unwrap_or(1);
-    Ok(sources((0..ranks.clamp(1, 1024)).map(|rank| publishing.source(control, rank, rank))))
+    Ok(sources((0..ranks.clamp(1, 1024)).map(|rank| publishing.source(host, rank, rank))))
 }
 
 fn sources(found: impl Iterator<Item = Result<Option<Source>, String>>) -> KvSources {
@@ -269,5 +276,70 @@ fn sources(found: impl Iterator<Item = Result<Option<Source>, String>>) -> KvSou
             }
             KvSources::Published(published)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// What is followed, as (rank, endpoint, replay, topic); or why nothing is.
+    type Shown = Result<Vec<(u32, String, Option<String>, String)>, String>;
+
+    fn shown(sources: KvSources) -> Shown {
+        match sources {
+            KvSources::None(reason) => Err(reason),
+            KvSources::Polled => panic!("it is not asked for events"),
+            KvSources::Published(sources) => Ok(sources
+                .into_iter()
+                .map(|source| {
+                    (source.rank, source.endpoint.to_string(), source.replay.map(|replay| replay.to_string()), source.topic)
+                })
+                .collect()),
+        }
+    }
+
+    fn vllm(answer: Value) -> Shown {
+        shown(of_vllm(&serde_json::from_value(answer).unwrap(), "10.0.0.7"))
+    }
+
+    fn sglang(answer: &Value) -> Shown {
+        shown(of_sglang(answer, "10.0.0.7").unwrap())
+    }
+
+    #[test]
+    fn vllm_says_each_ranks_publisher() {
+        // Captured from 0.32, and a second rank as its source has it.
+        let answer = json!({
+            "0": { "enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://[::ffff:127.0.0.1]:9131",
+                   "replay_endpoint": "tcp://127.0.0.1:10131", "buffer_steps": 10000, "hwm": 100_000, "max_queue_size": 100_000, "topic": "kv" },
+            "1": { "enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:9132", "replay_endpoint": null, "topic": "" },
+        });
+        let first = (0, "tcp://10.0.0.7:9131".to_owned(), Some("tcp://10.0.0.7:10131".to_owned()), "kv".to_owned());
+        assert_eq!(vllm(answer), Ok(vec![first, (1, "tcp://10.0.0.7:9132".to_owned(), None, String::new())]));
+        assert!(vllm(json!({})).unwrap_err().contains("--kv-events-config"));
+        assert!(vllm(json!({ "0": { "enable_kv_cache_events": false, "endpoint": "tcp://*:1" } })).is_err());
+        assert!(vllm(json!({ "0": { "endpoint": "ipc:///tmp/kv" } })).unwrap_err().contains("tcp://HOST:PORT"));
+        assert!(vllm(json!({ "0": { "publisher": "kafka", "endpoint": "x" } })).unwrap_err().contains("only zmq"));
+    }
+
+    #[test]
+    fn sglang_says_its_setting_and_further_ranks_count_on_from_there() {
+        let setting =
+            r#"{"publisher":"zmq","endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:6557","bind":true,"topic":"kv"}"#;
+        let info = json!({ "kv_events_config": setting, "page_size": 64, "dp_size": 2, "enable_dp_attention": true });
+        let rank = |rank: u32| {
+            let replay = Some(format!("tcp://10.0.0.7:{}", 6557 + rank));
+            (rank, format!("tcp://10.0.0.7:{}", 5557 + rank), replay, "kv".to_owned())
+        };
+        assert_eq!(sglang(&info), Ok(vec![rank(0), rank(1)]));
+        let object = json!({ "kv_events": serde_json::from_str::<Value>(setting).unwrap(), "dp_size": 2 });
+        assert_eq!(sglang(&object), Ok(vec![rank(0)]));
+        assert!(sglang(&json!({ "kv_events_config": null })).unwrap_err().contains("--kv-events-config"));
+        let connects = json!({ "kv_events_config": { "endpoint": "tcp://10.1.1.1:5557", "bind": false } });
+        assert!(sglang(&connects).unwrap_err().contains("kv_events=bind:tcp://HOST:PORT"));
+        assert!(of_sglang(&json!({ "kv_events_config": "zmq" }), "h").is_err());
     }
 }
