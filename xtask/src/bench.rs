@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what is measured against others, side by side in one run.
 
 mod proxy;
+mod routing;
 
 use std::{path::Path, process::Command};
 
@@ -26,6 +27,8 @@ pub(crate) enum What {
     },
     /// CPU, latency, memory and start-up as a proxy, beside vLLM's router and the SGLang model gateway
     Proxy(proxy::Options),
+    /// Routing policies side by side in the simulator, and whether adaptive meets its goals
+    Routing(routing::Options),
 }
 
 /// Numbers of candidates.
@@ -36,6 +39,7 @@ pub(crate) fn run(what: &What) -> Result<()> {
         What::Policy { rounds } => policy(*rounds),
         What::Swap { streams } => swap(*streams),
         What::Proxy(options) => proxy::run(options),
+        What::Routing(options) => routing::run(options),
     }
 }
 
