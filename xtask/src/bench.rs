@@ -4,6 +4,7 @@ mod index;
 mod processes;
 mod prompts;
 mod proxy;
+mod routing;
 mod tokenize;
 
 use std::{
@@ -39,6 +40,8 @@ pub(crate) enum What {
     Prompts(prompts::Options),
     /// Tokens of a prompt of 100,000 and of a ten-turn chat, with the cache and without
     Tokenize(tokenize::Options),
+    /// Routing policies side by side in the simulator, and whether adaptive meets its goals
+    Routing(routing::Options),
 }
 
 /// Numbers of candidates.
@@ -52,6 +55,7 @@ pub(crate) fn run(what: &What) -> Result<()> {
         What::Proxy(options) => proxy::run(options),
         What::Prompts(options) => prompts::run(options),
         What::Tokenize(options) => tokenize::run(options),
+        What::Routing(options) => routing::run(options),
     }
 }
 

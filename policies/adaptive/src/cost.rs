@@ -29,6 +29,11 @@ const MOST_ERRORS: f32 = 0.9;
 /// Tokens of a prompt of which nobody knows how long it is.
 const PROMPT_TOKENS: f32 = 1000.0;
 
+/// A term, and its name in receipts.
+type Named = (&'static str, fn(Terms) -> f32);
+/// What a token of a tier saves, and the column of those that a worker can load.
+type Tiered = (f32, fn(&Candidates) -> &[u32]);
+
 /// What the costs are made of: columns as they are, and the request.
 pub(crate) struct Costs<'a> {
     settings: &'a Settings,
@@ -105,7 +110,7 @@ impl<'a> Costs<'a> {
         if !explain_wanted() {
             return;
         }
-        let terms: [(&str, fn(Terms) -> f32); 7] = [
+        let terms: [Named; 7] = [
             ("wait_ms", |terms| terms.wait),
             ("prefill_ms", |terms| terms.prefill),
             ("interference_ms", |terms| terms.interference),
@@ -223,7 +228,7 @@ fn uncached(settings: &Settings, prompt: f32, candidates: &Candidates) -> Vec<f3
     let known = |tokens: u32| if tokens == UNKNOWN { 0.0 } else { tokens as f32 };
     let credit = &settings.tier_credit;
     let mut uncached: Vec<f32> = candidates.cached_device_tokens().iter().map(|&tokens| prompt - known(tokens)).collect();
-    let tiers: [(f32, fn(&Candidates) -> &[u32]); 3] = [
+    let tiers: [Tiered; 3] = [
         (credit.host, Candidates::cached_host_tokens),
         (credit.disk, Candidates::cached_disk_tokens),
         (credit.remote, Candidates::cached_remote_tokens),

@@ -51,11 +51,11 @@ pub struct TierCredit {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            decode_weight: 0.05,
-            interference: 0.05,
+            decode_weight: 0.1,
+            interference: 0.03,
             cache_price: 0.1,
             give_way: 0.01,
-            give_way_passes: 5.0,
+            give_way_passes: 3.0,
             expected_output_tokens: 256.0,
             tier_credit: TierCredit::default(),
             profile: Profile::default(),

@@ -97,6 +97,9 @@ fn costs(settings: &Settings, request: &Request, candidates: &Candidates, blocks
     costs
 }
 
+/// What a block of a tier counts, and the column of tokens that a worker can load from it.
+type Tiered = (f32, fn(&Candidates) -> &[u32]);
+
 /// Blocks of the prompt that a worker need not compute, by what each tier is worth.
 fn credit(settings: &Settings, candidates: &Candidates, blocks: &Blocks) -> Vec<f32> {
     let device = candidates.cached_device_tokens();
@@ -112,7 +115,7 @@ fn credit(settings: &Settings, candidates: &Candidates, blocks: &Blocks) -> Vec<
             *credit /= 1.0 + settings.overlap_score_credit_decay * excess / request_blocks;
         }
     }
-    let tiers: [(f32, fn(&Candidates) -> &[u32]); 3] = [
+    let tiers: [Tiered; 3] = [
         (settings.host_cache_hit_weight, Candidates::cached_host_tokens),
         (settings.disk_cache_hit_weight, Candidates::cached_disk_tokens),
         (settings.shared_cache_multiplier, Candidates::cached_remote_tokens),
