@@ -37,6 +37,8 @@ pub(crate) struct Tokenizing {
     sources: HashMap<String, Source>,
     runs: Arc<RunCache>,
     pool: Pool,
+    /// Whether it was said that some could not be tokenized.
+    was_told: AtomicBool,
     meters: Meters,
 }
 
@@ -88,7 +90,7 @@ impl Tokenizing {
             Ok((name.clone(), source))
         };
         let sources = sources.iter().map(load).collect::<Result<_, _>>()?;
-        Ok(Self { sources, runs, pool: Pool::new(), meters: Meters::new() })
+        Ok(Self { sources, runs, pool: Pool::new(), was_told: AtomicBool::new(false), meters: Meters::new() })
     }
 
     /// The tokens of a request's prompt.
@@ -152,18 +154,18 @@ impl Tokenizing {
             }
             Err(failure) => {
                 counter!("dynamo_host_tokenize_failures_total", "cause" => failure.label()).increment(1);
-                match failure {
-                    NotComputed::Prompt(error) => {
-                        tracing::debug!("the tokens of a prompt are approximate: {}", plain(&error.to_string()));
-                    }
-                    failure => tracing::warn!("the tokens of a prompt are approximate: {failure}"),
+                // A prompt's fault may be any client's, and a host that is busy is so for many.
+                if matches!(failure, NotComputed::Prompt(_)) || self.was_told.swap(true, Relaxed) {
+                    tracing::debug!("the tokens of a prompt are approximate: {}", plain(&failure.to_string()));
+                } else {
+                    tracing::warn!("the tokens of a prompt, and of more from now on, are approximate: {failure}");
                 }
                 None
             }
         }
     }
 
-    /// Asks the first engine that would be a candidate.
+    /// Asks one of the engines that may serve the request.
     async fn by_engine(
         &self,
         facts: &RequestFacts,
@@ -172,7 +174,7 @@ impl Tokenizing {
         was_told: &AtomicBool,
     ) -> Option<PromptTokens> {
         let candidates = snapshot.candidates(facts).ok()?;
-        // Another one each time: the request's id is as good as chance.
+        // Another one each time; any will do.
         let row = (facts.prefix_key ^ facts.accepted_ms) % u64::from(candidates.count());
         let engine = snapshot.engine(candidates.worker(row as u32).id);
         let answer = tokio::time::timeout(ENGINE_TIMEOUT, engine.tokenize(facts.endpoint, body.clone())).await;

@@ -24,7 +24,7 @@ fn small() -> String {
 
 /// A host over one engine of model `m`, with a policy that says what it is told.
 async fn witnessed(arguments: &[&str]) -> Host {
-    let host = Host::over_mocks(&["a"], "speedup=1000", arguments).await;
+    let host = Host::over_mocks(&["a"], "speedup=1000&max_model_len=250000", arguments).await;
     host.activate(&components::guest("witness"), &json!({})).await;
     host
 }
@@ -94,9 +94,7 @@ async fn a_long_documents_next_question_costs_its_own_tokens() {
         let bytes = async |from: &str| host.http.metric("dynamo_host_tokenize_text_bytes_total", &[("from", from)]).await;
         (bytes("tokenizer").await, bytes("cache").await)
     };
-    let (computed, _) = ask("What is it about?").await;
-    // Even the first time, since its lines are all the same, a run of them is known; it must be long by its text.
-    assert!(computed + 1.0 > 1000.0);
+    assert!(ask("What is it about?").await.0 > 390_000.0);
     let (first, cached) = ask("Who wrote it?").await;
     let (second, more) = ask("And when was that?").await;
     assert!(second - first < 2048.0, "{first} {second}");
