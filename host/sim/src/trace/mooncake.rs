@@ -27,10 +27,15 @@ pub(super) fn read(text: &str) -> Result<Vec<TraceRequest>, (usize, Broken)> {
     lines.map(|(number, line)| request(line, &mut streams).map_err(|broken| (number, broken))).collect()
 }
 
+/// What the parser says, without its own count of lines, of which it sees one.
+fn said(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" at line ").map_or(text.as_str(), |(said, _)| said).to_owned()
+}
+
 /// `streams` numbers the hash ids in the order in which they come.
 fn request(line: &str, streams: &mut HashMap<u64, u32>) -> Result<TraceRequest, Broken> {
-    let Line { timestamp, input_length, output_length, hash_ids } =
-        serde_json::from_str(line).map_err(|error| error.to_string())?;
+    let Line { timestamp, input_length, output_length, hash_ids } = serde_json::from_str(line).map_err(|error| said(&error))?;
     if input_length == 0 {
         return Err("input_length is 0, and a prompt has at least 1 token".to_owned());
     }

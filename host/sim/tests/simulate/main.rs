@@ -37,9 +37,11 @@ fn options(workers: usize) -> Options {
     }
 }
 
-/// Requests as (milliseconds, tokens of streams, output tokens).
-fn trace(requests: &[(u64, &[(u32, u32)], u32)]) -> Trace {
-    let request = |&(at_ms, streams, output_tokens): &(u64, &[(u32, u32)], u32)| TraceRequest {
+/// A request: its milliseconds, streams with how many of their tokens its prompt has, and its output tokens.
+type Line<'a> = (u64, &'a [(u32, u32)], u32);
+
+fn trace(requests: &[Line<'_>]) -> Trace {
+    let request = |&(at_ms, streams, output_tokens): &Line<'_>| TraceRequest {
         at: Duration::from_millis(at_ms),
         prompt: streams.iter().map(|&(stream, tokens)| Segment { stream, tokens }).collect(),
         output_tokens,

@@ -23,7 +23,7 @@ fn a_policy_reads_what_engines_have_cached_after_their_events_have_come() {
 
 #[test]
 fn round_robin_takes_turns() {
-    let requests: Vec<(u64, &[(u32, u32)], u32)> = vec![(0, &[(1, 100)], 1); 12];
+    let requests: Vec<Line<'_>> = vec![(0, &[(1, 100)], 1); 12];
     let tally = run(&trace(&requests), &options(4), &component("policies", "round-robin", "{}"));
     assert_eq!(tally.imbalance(), 1.0);
     assert_eq!((tally.decisions, tally.policy.split_once('@').unwrap().0), (12, "round-robin"));
@@ -53,7 +53,7 @@ fn a_request_that_is_refused_is_counted_and_the_run_goes_on() {
 
 #[test]
 fn a_policy_that_fails_is_named_by_cause_and_the_native_fallback_serves() {
-    let requests: Vec<(u64, &[(u32, u32)], u32)> = (0..40).map(|nth| (nth * 300 + 1, &[(1, 100)][..], 1)).collect();
+    let requests: Vec<Line<'_>> = (0..40).map(|nth| (nth * 300 + 1, &[(1, 100)][..], 1)).collect();
     let row = Row::new(run(&trace(&requests), &options(2), &hostile("out-of-range")));
     assert_eq!((row.served, row.fallbacks.values().sum::<u64>()), (40, 40));
     assert!(row.fallbacks["answer-out-of-range"] >= 8 && row.fallbacks["quarantined"] > 0, "{:?}", row.fallbacks);
