@@ -147,8 +147,8 @@ impl MockOptions {
     pub fn keys() -> Vec<String> {
         ["model".to_owned(), "chat_tokens".to_owned()]
             .into_iter()
-            .chain(KV_KEYS.map(str::to_owned))
             .chain(fields(&Profile::default()).into_iter().map(|(key, _)| key))
+            .chain(KV_KEYS.map(str::to_owned))
             .collect()
     }
 }

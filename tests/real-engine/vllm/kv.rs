@@ -21,6 +21,9 @@ const COMPLETIONS: &str = "/v1/completions";
 /// Six whole blocks of 32 tokens, and some.
 const TOKENS: u32 = 200;
 const WHOLE: u32 = 192;
+/// By the hashes of these names, the decoy is the first row of a decision: with nothing known, it is the policy's choice.
+const VLLM: &str = "a";
+const DECOY: &str = "v";
 
 fn prompt(number: u32) -> Value {
     let ids: Vec<u32> = (0..TOKENS).map(|at| 100 + (at * 7 + number * 31) % 150).collect();
@@ -38,7 +41,7 @@ async fn served(host: &Host, number: u32) -> (String, u64) {
 async fn known(host: &Host, blocks: RangeInclusive<u64>) -> Value {
     eventually(&format!("the host knows {blocks:?} blocks of vLLM's"), async || {
         let workers = host.admin.get_json("/v1/workers").await["workers"].as_array().unwrap().clone();
-        let kv = workers.into_iter().find(|worker| worker["name"] == "v").unwrap()["kv"].take();
+        let kv = workers.into_iter().find(|worker| worker["name"] == VLLM).unwrap()["kv"].take();
         kv["blocks"].as_u64().is_some_and(|known| blocks.contains(&known)).then_some(kv)
     })
     .await
@@ -66,19 +69,18 @@ async fn a_repeated_prompt_goes_to_the_vllm_that_holds_it_and_a_restart_is_forgo
     alive(&mut server).await;
     let vllm = Client::new(&server.url);
 
-    // Idle and first: with nothing known, it is the policy's choice.
     let mut decoy = Process::start("mock engine", &mut dynamo_host(&["mock-engine", "--http", "127.0.0.1:0", "--model", MODEL]));
-    let decoy = format!("{},name=a", decoy.listener("mock engine listening on http://").await);
+    let decoy = format!("{},name={DECOY}", decoy.listener("mock engine listening on http://").await);
     let routing = components::guest("kv-cost");
-    let worker = format!("{},name=v,model={MODEL}", server.url);
+    let worker = format!("{},name={VLLM},model={MODEL}", server.url);
     let host = Host::start(&["--expose-worker", "--routing", &routing, "--worker", &decoy, "--worker", &worker]).await;
 
     // Past the host: only events can tell it.
     vllm.ask(COMPLETIONS, &prompt(1)).await;
     let kv = known(&host, 6..=7).await;
     assert_eq!(kv["source"], "events", "{kv}");
-    assert_eq!(served(&host, 1).await, ("v".to_owned(), WHOLE.into()));
-    assert_eq!(served(&host, 2).await.0, "a");
+    assert_eq!(served(&host, 1).await, (VLLM.to_owned(), WHOLE.into()));
+    assert_eq!(served(&host, 2).await.0, DECOY);
 
     server.signal("KILL");
     drop(server);
@@ -88,7 +90,7 @@ async fn a_repeated_prompt_goes_to_the_vllm_that_holds_it_and_a_restart_is_forgo
     host.workers_are("healthy").await;
     vllm.ask(COMPLETIONS, &prompt(3)).await;
     let kv = known(&host, 6..=7).await;
-    assert_eq!(served(&host, 3).await, ("v".to_owned(), WHOLE.into()));
-    assert_eq!(served(&host, 1).await.0, "a", "what it held before is forgotten");
+    assert_eq!(served(&host, 3).await, (VLLM.to_owned(), WHOLE.into()));
+    assert_eq!(served(&host, 1).await.0, DECOY, "what it held before is forgotten");
     println!("after its restart: {kv}");
 }
