@@ -270,6 +270,10 @@ mod tests {
         };
         let (off, ()) = tokio::join!(off, overtaken);
         assert_eq!(off.unwrap().not_kept, None);
+        // Those who left have work under way that still holds the state directory.
+        while Arc::strong_count(&policies.keeper) > 1 {
+            tokio::task::yield_now().await;
+        }
         drop(policies);
         let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
         let reopened = Policies::open(runtime, Some(directory.path()), wishes).unwrap();

@@ -163,7 +163,7 @@ impl Visit for Stage {
 
     fn record_str(&mut self, _: &Field, value: &str) {
         // Names of spans are static: these are all there are.
-        self.name = ["decode", "route", LAST_BEFORE_RELAY].into_iter().find(|&name| name == value).unwrap_or("stage");
+        self.name = ["decode", "tokenize", "route", LAST_BEFORE_RELAY].into_iter().find(|&name| name == value).unwrap_or("stage");
     }
 
     fn record_u64(&mut self, _: &Field, value: u64) {
