@@ -125,6 +125,11 @@ impl KvFeed {
         self.standing().last_event_ms = Some(now_ms);
     }
 
+    /// Whether its engine tells.
+    pub(crate) fn has_events(&self) -> bool {
+        self.has_events.load(Relaxed)
+    }
+
     /// Forgets what its engine told, which holds no more.
     pub(crate) fn reset(&self, cause: &'static str) {
         self.kv.clear();
@@ -134,7 +139,7 @@ impl KvFeed {
 
     /// Forgets what it was expected to hold: its engine is away, and may come back empty.
     pub(crate) fn forget_expected(&self) {
-        if !self.has_events.load(Relaxed) {
+        if !self.has_events() {
             self.kv.clear();
         }
     }
@@ -202,7 +207,7 @@ impl KvFeed {
 
     /// It was sent a prompt: where nobody tells of it, it is expected to hold it.
     pub(crate) fn sent(&self, prompt: &Prompt, block_size: Option<u32>) {
-        let has_events = self.has_events.load(Relaxed);
+        let has_events = self.has_events();
         // Of stand-ins for tokens, no event can tell.
         if has_events && prompt.is_exact() {
             return;
@@ -216,7 +221,7 @@ impl KvFeed {
 
     /// Whether it tells and is not heard.
     pub(crate) fn is_stale(&self) -> bool {
-        self.standing().is_interrupted && self.has_events.load(Relaxed)
+        self.standing().is_interrupted && self.has_events()
     }
 
     pub(crate) fn report(&self, now_ms: u64) -> KvReport {
@@ -227,7 +232,7 @@ impl KvFeed {
             last_event_age_ms: standing.last_event_ms.map(|at| now_ms.saturating_sub(at)),
             resets: standing.resets,
             left_out: standing.left_out,
-            stale: standing.is_interrupted && self.has_events.load(Relaxed),
+            stale: standing.is_interrupted && self.has_events(),
             trouble: standing.trouble.clone(),
         }
     }

@@ -2,16 +2,12 @@
 //!
 //! Bounded: when policies learn more slowly than requests end, outcomes are dropped and counted. They are advice.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
-use dynamo_host_policy::{OutcomeRow, PolicyVersion};
+use dynamo_host_policy::{OUTCOMES_AT_ONCE, OUTCOMES_EVERY, OUTCOMES_WAITING, OutcomeRow, PolicyVersion};
 use tokio::sync::mpsc;
 
 use crate::tasks;
-
-const QUEUE: usize = 8192;
-const BATCH: usize = 1024;
-const EVERY: Duration = Duration::from_millis(250);
 
 /// Where requests leave their outcomes.
 #[derive(Clone)]
@@ -19,7 +15,7 @@ pub(crate) struct Observer(mpsc::Sender<(Arc<PolicyVersion>, OutcomeRow)>);
 
 impl Observer {
     pub(crate) fn start() -> Self {
-        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (sender, receiver) = mpsc::channel(OUTCOMES_WAITING);
         tasks::spawn("observe", deliver(receiver));
         Self(sender)
     }
@@ -33,9 +29,9 @@ impl Observer {
 }
 
 async fn deliver(mut receiver: mpsc::Receiver<(Arc<PolicyVersion>, OutcomeRow)>) {
-    let mut batch = Vec::with_capacity(BATCH);
-    while receiver.recv_many(&mut batch, BATCH).await > 0 {
-        let is_full = batch.len() == BATCH;
+    let mut batch = Vec::with_capacity(OUTCOMES_AT_ONCE);
+    while receiver.recv_many(&mut batch, OUTCOMES_AT_ONCE).await > 0 {
+        let is_full = batch.len() == OUTCOMES_AT_ONCE;
         let mut by_version: HashMap<usize, (Arc<PolicyVersion>, Vec<OutcomeRow>)> = HashMap::new();
         for (version, outcome) in batch.drain(..) {
             by_version.entry(Arc::as_ptr(&version).addr()).or_insert_with(|| (version, Vec::new())).1.push(outcome);
@@ -46,7 +42,7 @@ async fn deliver(mut receiver: mpsc::Receiver<(Arc<PolicyVersion>, OutcomeRow)>)
         }
         // More is waiting behind a full batch.
         if !is_full {
-            tokio::time::sleep(EVERY).await;
+            tokio::time::sleep(OUTCOMES_EVERY).await;
         }
     }
 }

@@ -16,7 +16,10 @@ use arc_swap::ArcSwap;
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, GenerateRequest};
-use dynamo_host_core::{Candidates, Overlap, RequestFacts, answer::Verdict};
+use dynamo_host_core::{
+    Candidates, Overlap, RequestFacts,
+    answer::{MAX_HOLD, MAX_HOLDS, Verdict},
+};
 use dynamo_host_index::Prompt;
 use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, PolicyVersion, RouteCall, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -38,10 +41,6 @@ use crate::{
     roster::{Roster, Snapshot},
     trace,
 };
-
-/// How often a policy may hold one request, and for how long at a time.
-const MAX_HOLDS: u32 = 8;
-const MAX_HOLD: Duration = Duration::from_secs(2);
 
 /// The header that names the model that served, where it is another than the one asked for.
 const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");

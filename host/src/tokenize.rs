@@ -35,6 +35,8 @@ const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
 /// What makes tokens of prompts.
 pub(crate) struct Tokenizing {
     sources: HashMap<String, Source>,
+    /// Of models that none is configured for: whether it was said that an engine failed.
+    engine_was_told: AtomicBool,
     runs: Arc<RunCache>,
     pool: Pool,
     /// Whether it was said that some could not be tokenized.
@@ -90,7 +92,14 @@ impl Tokenizing {
             Ok((name.clone(), source))
         };
         let sources = sources.iter().map(load).collect::<Result<_, _>>()?;
-        Ok(Self { sources, runs, pool: Pool::new(), was_told: AtomicBool::new(false), meters: Meters::new() })
+        Ok(Self {
+            sources,
+            engine_was_told: AtomicBool::new(false),
+            runs,
+            pool: Pool::new(),
+            was_told: AtomicBool::new(false),
+            meters: Meters::new(),
+        })
     }
 
     /// The tokens of a request's prompt.
@@ -108,6 +117,10 @@ impl Tokenizing {
             return (&self.meters.given, tokens);
         }
         let found = match self.sources.get(&facts.model) {
+            // Without the engine's tokens, all that it tells of its KV would be for nothing.
+            None if snapshot.tells_of_kv(facts) => {
+                self.by_engine(facts, body, snapshot, &self.engine_was_told).await.map(|tokens| (&self.meters.engine, tokens))
+            }
             None => None,
             Some(Source::Tokenizer(tokenizer)) => {
                 self.by_tokenizer(tokenizer, asked, facts.endpoint, body).await.map(|tokens| (&self.meters.tokenizer, tokens))

@@ -24,7 +24,12 @@ fn small() -> String {
 
 /// A host over one engine of model `m`, with a policy that says what it is told.
 async fn witnessed(arguments: &[&str]) -> Host {
-    let host = Host::over_mocks(&["a"], "speedup=1000&max_model_len=250000", arguments).await;
+    witnessed_over("", arguments).await
+}
+
+/// The same, with options of the worker's.
+async fn witnessed_over(options: &str, arguments: &[&str]) -> Host {
+    let host = Host::over_mocks(&["a"], &format!("speedup=1000&max_model_len=250000{options}"), arguments).await;
     host.activate(&components::guest("witness"), &json!({})).await;
     host
 }
@@ -67,7 +72,7 @@ async fn a_policy_is_told_the_very_count_of_the_models_own_tokenizer() {
 
 #[tokio::test]
 async fn a_model_without_a_tokenizer_has_approximate_prompts_and_says_so() {
-    let host = witnessed(&[]).await;
+    let host = witnessed_over(",kv_events=off", &[]).await;
     host.http.ask(COMPLETIONS, &completion(1)).await;
     assert_eq!((told(&host).await.1, counted(&host, "approximate").await.0), (0.0, 1.0));
     // Whoever sends ids needs none.
@@ -77,11 +82,14 @@ async fn a_model_without_a_tokenizer_has_approximate_prompts_and_says_so() {
 }
 
 #[tokio::test]
-async fn an_engine_is_asked_where_the_configuration_says_so() {
-    let host = witnessed(&["--model", "m=engine"]).await;
-    let reply = host.http.ask(CHATS, &asked(&json!({ "messages": [{ "role": "user", "content": "one two three four" }] }))).await;
-    let expected = reply.json()["usage"]["prompt_tokens"].as_f64().unwrap();
-    assert_eq!((told(&host).await, counted(&host, "engine").await), ((expected, 1.0), (1.0, expected)));
+async fn an_engine_is_asked_where_the_configuration_says_so_and_where_it_tells_of_its_kv() {
+    for (options, arguments) in [(",kv_events=off", &["--model", "m=engine"][..]), ("", &[])] {
+        let host = witnessed_over(options, arguments).await;
+        let body = asked(&json!({ "messages": [{ "role": "user", "content": "one two three four" }] }));
+        let reply = host.http.ask(CHATS, &body).await;
+        let expected = reply.json()["usage"]["prompt_tokens"].as_f64().unwrap();
+        assert_eq!((told(&host).await, counted(&host, "engine").await), ((expected, 1.0), (1.0, expected)), "{options}");
+    }
 }
 
 #[tokio::test]

@@ -15,6 +15,8 @@ const NAMED_BYTES: usize = 24;
 /// A batch as it came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Numbered {
+    /// Its topic; empty where a replay does not repeat it.
+    pub topic: Bytes,
     /// Its number.
     pub number: u64,
     /// Who published it, if that is said.
@@ -26,14 +28,14 @@ pub struct Numbered {
 impl Numbered {
     /// Reads the sequence frame; `None` if it is none.
     #[must_use]
-    pub fn read(frame: &[u8], payload: Bytes) -> Option<Self> {
+    pub fn read(topic: Bytes, frame: &[u8], payload: Bytes) -> Option<Self> {
         let number = u64::from_be_bytes(*frame.first_chunk::<NUMBER_BYTES>()?);
         let publisher = match frame.len() {
             NUMBER_BYTES => None,
             NAMED_BYTES => frame.last_chunk::<16>().copied(),
             _ => return None,
         };
-        Some(Self { number, publisher, payload })
+        Some(Self { topic, number, publisher, payload })
     }
 
     fn print(&self) -> u64 {
@@ -135,7 +137,7 @@ mod tests {
     use super::*;
 
     fn batch(number: u64, payload: &'static str) -> Numbered {
-        Numbered { number, publisher: None, payload: Bytes::from_static(payload.as_bytes()) }
+        Numbered { topic: Bytes::new(), number, publisher: None, payload: Bytes::from_static(payload.as_bytes()) }
     }
 
     fn after(batches: &[(u64, &'static str)]) -> Continuity {
@@ -149,11 +151,14 @@ mod tests {
     #[test]
     fn a_sequence_frame_is_a_number_with_or_without_a_publisher() {
         let mut frame = 7u64.to_be_bytes().to_vec();
-        assert_eq!(Numbered::read(&frame, Bytes::new()).map(|read| (read.number, read.publisher)), Some((7, None)));
+        assert_eq!(Numbered::read(Bytes::new(), &frame, Bytes::new()).map(|read| (read.number, read.publisher)), Some((7, None)));
         frame.extend([9; 16]);
-        assert_eq!(Numbered::read(&frame, Bytes::new()).map(|read| (read.number, read.publisher)), Some((7, Some([9; 16]))));
-        assert_eq!(Numbered::read(&frame[..20], Bytes::new()), None);
-        assert_eq!(Numbered::read(&frame[..4], Bytes::new()), None);
+        assert_eq!(
+            Numbered::read(Bytes::new(), &frame, Bytes::new()).map(|read| (read.number, read.publisher)),
+            Some((7, Some([9; 16])))
+        );
+        assert_eq!(Numbered::read(Bytes::new(), &frame[..20], Bytes::new()), None);
+        assert_eq!(Numbered::read(Bytes::new(), &frame[..4], Bytes::new()), None);
     }
 
     #[test]

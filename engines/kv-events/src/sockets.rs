@@ -118,7 +118,8 @@ impl Replay {
         if payload.is_empty() || sequence.first_chunk() == Some(&REPLAY_END) {
             return Ok(None);
         }
-        Numbered::read(&sequence, payload).map(Some).ok_or_else(|| wrong("a number of neither 8 nor 24 bytes"))
+        let topic = frames.pop().unwrap_or_default();
+        Numbered::read(topic, &sequence, payload).map(Some).ok_or_else(|| wrong("a number of neither 8 nor 24 bytes"))
     }
 }
 

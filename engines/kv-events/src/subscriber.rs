@@ -164,14 +164,13 @@ impl Follower {
 
     async fn hear(&mut self, mut frames: Vec<Bytes>) -> Result<(), Unread> {
         let batch = match (frames.len(), frames.pop()) {
-            (3, Some(payload)) => Numbered::read(&frames[1], payload),
+            (3, Some(payload)) => Numbered::read(std::mem::take(&mut frames[0]), &frames[1], payload),
             _ => None,
         };
         let Some(batch) = batch else { return self.left_out(self.source.rank, "frames", 1).await };
-        let model = model_of_topic(&frames[0]);
         let rank = self.rank_of(&batch);
         match self.publisher(rank).continuity.live(&batch) {
-            Step::Next => self.apply(rank, &batch, model, true).await,
+            Step::Next => self.apply(rank, &batch, true).await,
             Step::Known => Ok(()),
             step => {
                 if step == Step::Restart {
@@ -184,7 +183,7 @@ impl Follower {
                     Step::Gap => self.reset(rank, "gap").await?,
                     Step::Restart => self.reset(rank, "restart").await?,
                 }
-                self.apply(rank, &batch, model, true).await
+                self.apply(rank, &batch, true).await
             }
         }
     }
@@ -197,7 +196,7 @@ impl Follower {
         Decoder::default().decode(&batch.payload).ok().and_then(|batch| batch.rank).unwrap_or(self.source.rank)
     }
 
-    async fn apply(&mut self, rank: u32, batch: &Numbered, model: Option<Arc<str>>, is_live: bool) -> Result<(), Unread> {
+    async fn apply(&mut self, rank: u32, batch: &Numbered, is_live: bool) -> Result<(), Unread> {
         let publisher = self.publisher(rank);
         publisher.continuity.took(batch, is_live);
         if batch.payload.len() > MAX_PAYLOAD_BYTES {
@@ -211,6 +210,7 @@ impl Follower {
             return Ok(());
         }
         let lag = is_live.then(|| lag(read.timestamp)).flatten();
+        let model = model_of_topic(&batch.topic);
         self.tell(KvUpdate::Events { rank, model, events: read.events, lag }).await
     }
 
@@ -267,7 +267,7 @@ impl Follower {
                 if last.is_some_and(|last| batch.number > last + 1) {
                     self.reset(rank, "gap").await?;
                 }
-                self.apply(rank, &batch, None, false).await?;
+                self.apply(rank, &batch, false).await?;
                 *batches += 1;
             }
             next = or_fail!(replay.next().await);

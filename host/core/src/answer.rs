@@ -1,7 +1,15 @@
 //! Answers: what a routing policy said, and whether it may be done.
 
+use std::time::Duration;
+
 /// Rows that a ranking holds at most.
 pub const MAX_RANKED: usize = 16;
+
+/// How often a policy may hold one request.
+pub const MAX_HOLDS: u32 = 8;
+
+/// For how long at a time.
+pub const MAX_HOLD: Duration = Duration::from_secs(2);
 
 /// What a policy said, as it said it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -50,6 +50,9 @@ pub enum Reported {
 
 const REPORTED: usize = 6;
 
+/// How many engines a host asks for their load in a second: with more engines each is read less often, and its age says so.
+pub const READINGS_PER_SECOND: f64 = 2000.0;
+
 /// What an engine says of one worker's load at one moment. What it does not say is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {

@@ -1,6 +1,6 @@
 //! What a guest can see and say during one call: the data of its store.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use dynamo_host_core::{Answer, Candidates, Column, Overlap, RequestFacts};
 use wasmtime::ResourceLimiter;
@@ -71,6 +71,15 @@ pub struct OutcomeRow {
     /// Code of how it ended (`outcomes.end`).
     pub end: u32,
 }
+
+/// Outcomes that wait for `observe` at most; what comes beyond them is dropped.
+pub const OUTCOMES_WAITING: usize = 8192;
+
+/// Rows that `observe` is given at most.
+pub const OUTCOMES_AT_ONCE: usize = 1024;
+
+/// How long it is left alone between two batches that are not full.
+pub const OUTCOMES_EVERY: Duration = Duration::from_millis(250);
 
 /// Ended requests, for `observe`.
 pub type OutcomeBatch = Arc<[OutcomeRow]>;

@@ -29,7 +29,7 @@ mod trial;
 mod version;
 
 pub use blueprint::Routed;
-pub use call::{Explanation, OutcomeBatch, OutcomeRow, Reading, RouteCall};
+pub use call::{Explanation, OUTCOMES_AT_ONCE, OUTCOMES_EVERY, OUTCOMES_WAITING, OutcomeBatch, OutcomeRow, Reading, RouteCall};
 pub use fault::{FaultCause, PolicyFault};
 pub use identity::{Digest, PolicyName};
 pub use inspect::{Inspection, inspect};

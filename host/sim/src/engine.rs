@@ -1,6 +1,6 @@
 //! A worker of the simulated fleet: a modelled engine, its place on the load board, and its part in the prefix index.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use dynamo_engine_mock::{
     Profile, ProfileError,
@@ -11,12 +11,9 @@ use dynamo_host_core::{
     load::{LoadSlot, Recent, Throughput},
 };
 use dynamo_host_index::{PrefixIndexes, WorkerKv};
-use serde_json::Value;
 
 /// The model that all simulated workers serve.
 pub(crate) const MODEL: &str = "simulated";
-/// Before the names of a profile's fields, as labels of a worker: `signal("profile.prefill_ms_per_token")`.
-const PROFILE_LABEL: &str = "profile.";
 
 /// The engine that is simulated if nothing else is said: prefill takes what it takes in Dynamo's `mocker`, and decode what
 /// makes round-robin come to the figures of Dynamo's own replay (`docs/simulator.md`).
@@ -70,7 +67,7 @@ impl Engine {
             role: Role::Aggregated,
             rank: 0,
             block_size: Some(profile.block_size),
-            labels: profile_labels(profile),
+            labels: profile.labels(),
         };
         Worker {
             id: spec.id("simulated"),
@@ -124,10 +121,4 @@ fn published(event: CacheEvent, block_size: u32) -> KvEvent {
         CacheEvent::Removed { hash } => KvEvent::Removed { hashes: vec![EngineHash(hash)], tier: Tier::Device },
         CacheEvent::Cleared => KvEvent::Cleared,
     }
-}
-
-/// Every field of a profile as a label, which a policy reads as a number.
-fn profile_labels(profile: &Profile) -> BTreeMap<String, String> {
-    let Ok(Value::Object(fields)) = serde_json::to_value(profile) else { return BTreeMap::new() };
-    fields.into_iter().map(|(field, value)| (format!("{PROFILE_LABEL}{field}"), value.to_string())).collect()
 }

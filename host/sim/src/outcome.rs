@@ -2,12 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use dynamo_host_policy::{OutcomeRow, PolicyVersion};
-
-/// The host's own bounds (`host/src/observe.rs`).
-const QUEUE: usize = 8192;
-const BATCH: usize = 1024;
-const EVERY: Duration = Duration::from_millis(250);
+use dynamo_host_policy::{OUTCOMES_AT_ONCE, OUTCOMES_EVERY, OUTCOMES_WAITING, OutcomeRow, PolicyVersion};
 
 #[derive(Default)]
 pub(crate) struct Outcomes {
@@ -19,7 +14,7 @@ pub(crate) struct Outcomes {
 impl Outcomes {
     /// Leaves an outcome. Returns when it is to be brought, if nothing was on the way.
     pub(crate) fn tell(&mut self, row: OutcomeRow, now: Duration) -> Option<Duration> {
-        if self.rows.len() < QUEUE {
+        if self.rows.len() < OUTCOMES_WAITING {
             self.rows.push(row);
         }
         self.expect(now)
@@ -27,10 +22,10 @@ impl Outcomes {
 
     /// Brings a batch. Returns when the next is to be brought, if there is one.
     pub(crate) fn bring(&mut self, version: &PolicyVersion, now: Duration) -> Option<Duration> {
-        let batch: Arc<[OutcomeRow]> = self.rows.drain(..self.rows.len().min(BATCH)).collect();
+        let batch: Arc<[OutcomeRow]> = self.rows.drain(..self.rows.len().min(OUTCOMES_AT_ONCE)).collect();
         self.is_due = false;
         // More is waiting behind a full batch.
-        self.not_before = if batch.len() == BATCH { now } else { now + EVERY };
+        self.not_before = if batch.len() == OUTCOMES_AT_ONCE { now } else { now + OUTCOMES_EVERY };
         // What it fails with, the version counts and says itself.
         let _ = version.observe(batch);
         if self.rows.is_empty() { None } else { self.expect(now) }

@@ -16,8 +16,8 @@ use dynamo_engine_mock::{
 };
 use dynamo_host_core::{
     Candidates, Fleet, Held, LoadBoard, Role, SlotName,
-    answer::Verdict,
-    load::{InFlight, Recent},
+    answer::{MAX_HOLD, MAX_HOLDS, Verdict},
+    load::{InFlight, READINGS_PER_SECOND, Recent},
 };
 use dynamo_host_index::{PrefixIndexes, Prompt, Salt};
 use dynamo_host_policy::{
@@ -34,13 +34,8 @@ use crate::{
     trace::{Trace, TraceRequest},
 };
 
-/// The host's own bounds (`host/src/request.rs`).
-const MAX_HOLDS: u32 = 8;
-const MAX_HOLD: Duration = Duration::from_secs(2);
 /// Where virtual time begins by the wall clock: a whole number, long ago.
 const UNIX_START_MS: u64 = 1_700_000_000_000;
-/// Readings of load a second, over all engines, as the host has it (`host/src/roster/tend.rs`).
-const READINGS_PER_SECOND: f64 = 2000.0;
 /// Points of the load over time.
 const SAMPLES: u32 = 240;
 

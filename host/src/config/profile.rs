@@ -1,11 +1,8 @@
 //! A worker's engine profile as labels of it: `profile.FIELD`, so that policies read them as signals.
-//!
-//! Times are those that the engine takes: a model's `speedup` has been taken out of them.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
 use dynamo_engine_mock::{MockOptions, Profile};
-use serde_json::Value;
 
 /// Largest file of a profile.
 const MAX_BYTES: u64 = 64 << 10;
@@ -16,9 +13,11 @@ const MAX_BYTES: u64 = 64 << 10;
 /// Says why the file is no profile.
 pub(super) fn labels(url: &str, file: Option<&Path>) -> Result<BTreeMap<String, String>, String> {
     match file {
-        Some(path) => Ok(of(&read(path)?)),
+        Some(path) => Ok(read(path)?.labels()),
         // One that cannot be is refused when it is started, with all that is wrong.
-        None if url.starts_with("mock://") => Ok(MockOptions::from_url(url).map(|mock| of(&mock.profile)).unwrap_or_default()),
+        None if url.starts_with("mock://") => {
+            Ok(MockOptions::from_url(url).map(|mock| mock.profile.labels()).unwrap_or_default())
+        }
         None => Ok(BTreeMap::new()),
     }
 }
@@ -33,24 +32,6 @@ fn read(path: &Path) -> Result<Profile, String> {
     let profile: Profile = serde_json::from_str(&text).map_err(|error| wrong(format!("is no engine profile: {error}")))?;
     profile.validate().map_err(|error| wrong(format!("cannot be true: {error}")))?;
     Ok(profile)
-}
-
-fn of(profile: &Profile) -> BTreeMap<String, String> {
-    let mut profile = profile.clone();
-    let speedup = std::mem::replace(&mut profile.speedup, 1.0);
-    for time in [
-        &mut profile.prefill_ms_per_token_squared,
-        &mut profile.prefill_ms_per_token,
-        &mut profile.prefill_ms_base,
-        &mut profile.decode_ms_base,
-        &mut profile.decode_ms_per_sequence,
-        &mut profile.decode_ms_per_context_token,
-    ] {
-        *time /= speedup;
-    }
-    let Ok(Value::Object(fields)) = serde_json::to_value(&profile) else { return BTreeMap::new() };
-    let numbers = fields.into_iter().filter(|(field, value)| value.is_number() && field != "speedup");
-    numbers.map(|(field, value)| (format!("profile.{field}"), value.to_string())).collect()
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use dynamo_engine_api::{Engine, EngineError, ModelCard, RankLoad};
-use dynamo_host_core::WorkerState;
+use dynamo_host_core::{WorkerState, load::READINGS_PER_SECOND};
 
 use super::{Member, Roster, listen};
 use crate::text::plain;
@@ -31,8 +31,6 @@ const LOAD_PATIENCE: Duration = Duration::from_secs(5);
 pub(super) const PROBES: usize = 256;
 /// Readings of load at once, over all engines: a page of metrics takes a hundred microseconds and more to read.
 pub(super) const READINGS: usize = 64;
-/// Readings of load a second, over all engines: with more engines each is read less often, and its age says so.
-const READINGS_PER_SECOND: f64 = 2000.0;
 
 /// What a probe found.
 type Found = Result<Option<Vec<ModelCard>>, EngineError>;

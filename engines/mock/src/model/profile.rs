@@ -1,8 +1,9 @@
 //! Profile: the capacity and the speed of a modelled engine.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// What an engine can hold, and how long its steps take.
 ///
@@ -164,6 +165,27 @@ impl Profile {
             return Err(ProfileError::StepTooSmall { max_num_batched_tokens, max_num_seqs });
         }
         Ok(())
+    }
+
+    /// Its fields by name, as workers have them for labels (`profile.FIELD`) and policies for signals. Times are those that
+    /// the engine takes: the speedup has been taken out of them.
+    #[must_use]
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        let mut profile = self.clone();
+        let speedup = std::mem::replace(&mut profile.speedup, 1.0);
+        for time in [
+            &mut profile.prefill_ms_per_token_squared,
+            &mut profile.prefill_ms_per_token,
+            &mut profile.prefill_ms_base,
+            &mut profile.decode_ms_base,
+            &mut profile.decode_ms_per_sequence,
+            &mut profile.decode_ms_per_context_token,
+        ] {
+            *time /= speedup;
+        }
+        let Ok(Value::Object(fields)) = serde_json::to_value(&profile) else { return BTreeMap::new() };
+        let numbers = fields.into_iter().filter(|(field, value)| value.is_number() && field != "speedup");
+        numbers.map(|(field, value)| (format!("profile.{field}"), value.to_string())).collect()
     }
 
     /// How long a step takes that computes `pass`.
