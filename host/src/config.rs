@@ -263,7 +263,7 @@ impl Config {
     }
 
     fn read(flags: ServeFlags) -> Result<Self, ConfigError> {
-        let file = flags.config.as_deref().map(File::read).transpose()?.unwrap_or_default();
+        let mut file = flags.config.as_deref().map(File::read).transpose()?.unwrap_or_default();
         let flags_given = flags.clone();
         let mut workers: Vec<WorkerConfig> = Vec::with_capacity(file.worker.len() + flags.workers.len());
         for (index, written) in file.worker.into_iter().enumerate() {
@@ -283,13 +283,13 @@ impl Config {
         if let Some(twice) = discovery.iter().enumerate().find_map(|(at, it)| discovery[..at].contains(it).then_some(it)) {
             return Err(ConfigError::Discovery { text: twice.to_string(), reason: "it is there twice; name it once".to_owned() });
         }
-        let models = ModelNames::new(&file.models)?;
-        let named = file.models.into_iter().filter_map(|(name, config)| Some((name, config.tokenizer?)));
-        let mut tokenizers: BTreeMap<String, TokenizerSource> = named.collect();
         for text in &flags.models {
             let (name, source) = read_model(text).map_err(|reason| ConfigError::Model { text: text.clone(), reason })?;
-            tokenizers.insert(name.to_owned(), source);
+            file.models.entry(name.to_owned()).or_default().tokenizer = Some(source);
         }
+        let models = ModelNames::new(&file.models)?;
+        let named = file.models.into_iter().filter_map(|(name, config)| Some((name, config.tokenizer?)));
+        let tokenizers: BTreeMap<String, TokenizerSource> = named.collect();
         let settings = match (flags.routing_settings, file.routing.settings) {
             (Some(text), _) => Some(read_settings("--routing-settings", &text)?),
             (None, Some(table)) => Some(

@@ -73,7 +73,6 @@ impl<'a> Dispatch<'a> {
             let worker = placing.candidates.worker(row);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
             let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
-            self.lane.prefixes.sent(placing.snapshot.feed(worker.id), prompt, worker.spec.block_size);
             let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
@@ -86,8 +85,14 @@ impl<'a> Dispatch<'a> {
                 Ok(Ok(Opened::Whole(reply))) if is_busy(reply.status) && self.has_alternative(facts) => {
                     EngineError::Unhealthy { engine: worker.spec.name.clone(), reason: format!("it answered {}", reply.status) }
                 }
-                Ok(Ok(Opened::Whole(reply))) => return Ok(Some(relay::whole(account, head, reply))),
+                Ok(Ok(Opened::Whole(reply))) => {
+                    if reply.status.is_success() {
+                        self.taken_up(placing, worker, facts, prompt);
+                    }
+                    return Ok(Some(relay::whole(account, head, reply)));
+                }
                 Ok(Ok(Opened::Stream(first, chunks))) => {
+                    self.taken_up(placing, worker, facts, prompt);
                     return Ok(Some(relay::stream(account, head, first, chunks, patience, self.lane.audience())));
                 }
                 Ok(Err(error)) => error,
@@ -108,6 +113,12 @@ impl<'a> Dispatch<'a> {
             self.failure = Some(error);
         }
         Ok(None)
+    }
+
+    /// The worker has computed the prompt.
+    fn taken_up(&self, placing: &Placing, worker: &Worker, facts: &RequestFacts, prompt: &Prompt) {
+        let feed = placing.snapshot.feed(worker.id);
+        self.lane.prefixes.taken_up(facts.endpoint, feed, prompt, worker.spec.block_size);
     }
 
     fn head(&self, placing: &Placing, worker: &Worker) -> Head {

@@ -12,7 +12,7 @@ use std::sync::{
 
 use dynamo_engine_api::{KvEvent, KvNote, KvUpdate};
 use dynamo_host_core::{LoadSlot, load::Reported};
-use dynamo_host_index::{IndexLimits, PrefixIndexes, Prompt, WorkerKv};
+use dynamo_host_index::{IndexLimits, IndexStats, PrefixIndexes, Prompt, WorkerKv};
 use serde::{Deserialize, Serialize};
 
 use crate::text::plain;
@@ -146,10 +146,13 @@ impl KvFeed {
 
     /// Begins anew: whoever told before is heard no more.
     pub(crate) fn begin(&self) {
-        self.kv.clear();
-        self.has_events.store(false, Relaxed);
         let mut standing = self.standing();
-        (standing.source, standing.is_interrupted, standing.trouble) = (KvSource::None, false, None);
+        // What was expected by what it was sent still holds.
+        if self.has_events.swap(false, Relaxed) {
+            self.kv.clear();
+            standing.source = KvSource::None;
+        }
+        (standing.is_interrupted, standing.trouble) = (false, None);
     }
 
     /// Takes down how it is told.
@@ -205,8 +208,10 @@ impl KvFeed {
         self.left_out(worker, why);
     }
 
-    /// It was sent a prompt: where nobody tells of it, it is expected to hold it.
-    pub(crate) fn sent(&self, prompt: &Prompt, block_size: Option<u32>) {
+    /// It has taken up a prompt: where nobody tells of it, it is expected to hold it.
+    pub(crate) fn taken_up(&self, prompt: &Prompt, block_size: Option<u32>) {
+        // Locked, so that what is expected and what is told cannot overtake one another.
+        let mut standing = self.standing();
         let has_events = self.has_events();
         // Of stand-ins for tokens, no event can tell.
         if has_events && prompt.is_exact() {
@@ -215,7 +220,7 @@ impl KvFeed {
         let block_size = block_size.or_else(|| self.slot.get_reported(Reported::BlockSize)).unwrap_or(EXPECTED_BLOCK_SIZE);
         self.kv.expect(prompt, block_size, self.slot.get_reported(Reported::KvTokensTotal));
         if !has_events {
-            self.standing().source = KvSource::Approximate;
+            standing.source = KvSource::Approximate;
         }
     }
 
@@ -239,10 +244,13 @@ impl KvFeed {
 
     /// From now on its engine tells: what was expected counts no more.
     fn begin_events(&self) {
-        if !self.has_events.swap(true, Relaxed) {
-            self.kv.clear();
-            self.standing().source = KvSource::Events;
+        if self.has_events() {
+            return;
         }
+        let mut standing = self.standing();
+        self.has_events.store(true, Relaxed);
+        self.kv.clear();
+        standing.source = KvSource::Events;
     }
 
     fn standing(&self) -> MutexGuard<'_, Standing> {
@@ -266,6 +274,17 @@ pub(crate) fn measure(update: &KvUpdate) {
             metrics::counter!("dynamo_host_kv_events_total", "kind" => "any", "result" => *cause).increment(u64::from(*events));
         }
         _ => {}
+    }
+}
+
+/// Counts what the index holds, and what it could not take up.
+pub(crate) fn measure_index(stats: &IndexStats) {
+    metrics::gauge!("dynamo_host_kv_index_blocks").set(stats.blocks as f64);
+    metrics::gauge!("dynamo_host_kv_index_bytes").set(stats.bytes as f64);
+    for (cause, count) in
+        [("full", stats.refused), ("unknown_parent", stats.unknown_parents), ("hash_collision", stats.hash_collisions)]
+    {
+        metrics::counter!("dynamo_host_kv_index_left_out_total", "cause" => cause).absolute(count);
     }
 }
 
@@ -306,13 +325,13 @@ mod tests {
     #[test]
     fn what_a_worker_was_sent_counts_until_its_engine_tells() {
         let (indexes, feed) = feed();
-        feed.sent(&prompt(true), None);
+        feed.taken_up(&prompt(true), None);
         assert_eq!((feed.report(0).source, feed.report(0).blocks), (KvSource::Approximate, 4));
         feed.note("w", &KvNote::Current);
         assert_eq!((feed.report(0).source, feed.report(0).blocks), (KvSource::Events, 0));
-        feed.sent(&prompt(true), None);
+        feed.taken_up(&prompt(true), None);
         assert_eq!(indexes.overlap("m", &prompt(true)).held().len(), 0);
-        feed.sent(&prompt(false), None);
+        feed.taken_up(&prompt(false), None);
         assert_eq!((feed.report(0).source, feed.report(0).blocks), (KvSource::Events, 4));
         feed.note("w", &KvNote::Silent { reason: "off".to_owned() });
         assert_eq!((feed.report(0).source, feed.report(0).blocks), (KvSource::None, 0));

@@ -75,6 +75,12 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         Kind::Gauge,
         "KV blocks in the prefix index, each counted once for every worker that holds it",
     ),
+    ("dynamo_host_kv_index_bytes", Kind::Gauge, "Memory of the prefix index"),
+    (
+        "dynamo_host_kv_index_left_out_total",
+        Kind::Counter,
+        "Blocks and events that the prefix index could not take up, by cause: full (raise kv.max_blocks), unknown_parent, hash_collision",
+    ),
     ("dynamo_host_kv_index_stale_workers", Kind::Gauge, "Workers that tell of their KV and are not heard now"),
     (
         "dynamo_host_model_fallbacks_total",

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use dynamo_host_core::{Overlap, RequestFacts, TokenCount};
+use dynamo_host_core::{Endpoint, Overlap, RequestFacts, TokenCount};
 use dynamo_host_index::{PrefixIndexes, Prompt, Salt};
 
 use crate::{
@@ -37,15 +37,19 @@ impl Prefixes {
         prompt(facts, tokenized)
     }
 
-    /// What the workers of its model hold of it.
+    /// What the workers of its model hold of it, in tokens as the prompt is counted: stand-ins are of all that the body says,
+    /// and the count of the text.
     pub(crate) fn overlap(&self, facts: &RequestFacts, prompt: &Prompt) -> Arc<Overlap> {
-        Arc::new(self.indexes.overlap(&facts.model, prompt))
+        let looked_up = prompt.tokens().len() as u32;
+        Arc::new(self.indexes.overlap(&facts.model, prompt).in_proportion(facts.prompt.tokens, looked_up))
     }
 
-    /// A worker was sent a prompt.
-    pub(crate) fn sent(&self, feed: &KvFeed, prompt: &Prompt, block_size: Option<u32>) {
-        if self.is_approximate {
-            feed.sent(prompt, block_size);
+    /// A worker has computed a prompt.
+    pub(crate) fn taken_up(&self, endpoint: Endpoint, feed: &KvFeed, prompt: &Prompt, block_size: Option<u32>) {
+        // What is only counted, or embedded, is not kept.
+        let is_kept = !matches!(endpoint, Endpoint::CountTokens | Endpoint::Embeddings);
+        if self.is_approximate && is_kept {
+            feed.taken_up(prompt, block_size);
         }
     }
 }
@@ -58,8 +62,6 @@ fn prompt(facts: &RequestFacts, tokenized: Tokenized) -> Prompt {
 
 #[cfg(test)]
 mod tests {
-    use dynamo_host_core::Endpoint;
-
     use super::*;
 
     fn hashes(is_exact: bool, cache_salt: Option<&str>) -> Arc<[u64]> {

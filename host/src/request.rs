@@ -117,6 +117,8 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
         let snapshot = lane.roster.snapshot();
         let renamed = resolve(&snapshot, &mut facts, &mut body)?;
         notes.model = snapshot.fleet().models().get(&facts.model).cloned();
+        // For nobody, nothing is computed.
+        snapshot.candidates(&facts)?;
         let begun = Instant::now();
         let prompt = lane.prefixes.read(&mut facts, &body, &snapshot).await;
         lane.meters.tokenize.record(begun.elapsed());

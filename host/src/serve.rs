@@ -21,6 +21,7 @@ use crate::{
     config::{Config, DoorConfig},
     cores::Cores,
     door::{self, Door},
+    kv,
     listener::{self, Server},
     meters::{self, RequestMeters},
     observe::Observer,
@@ -133,7 +134,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     tasks::spawn("metrics upkeep", async move {
         loop {
             tokio::time::sleep(meters::UPKEEP).await;
-            metrics::gauge!("dynamo_host_kv_index_blocks").set(indexes.stats().blocks as f64);
+            kv::measure_index(&indexes.stats());
             metrics::gauge!("dynamo_host_kv_index_stale_workers").set(of_roster.stale_workers() as f64);
             upkeep.run_upkeep();
         }

@@ -10,9 +10,9 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -27,16 +27,28 @@ use crate::{models::TokenizerSource, roster::Snapshot, text::plain};
 const MAX_BYTES_HERE: usize = 16 << 10;
 
 /// Longest body whose text is rendered where it is.
-const MAX_BODY_HERE: usize = 1 << 20;
+const MAX_BODY_HERE: usize = 128 << 10;
+
+/// Longest body that is tokenized: a longer prompt is beyond all models, and would take seconds and gigabytes.
+const MAX_BODY: usize = 8 << 20;
 
 /// How long an engine is waited for.
 const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// Longest body that an engine is asked about: it would not answer for a longer one in that time.
+const MAX_BODY_FOR_ENGINE: usize = 256 << 10;
+
+/// How long no engine is asked after one has failed: a prompt that waits in vain for its tokens is a prompt delayed.
+const ENGINE_REST: Duration = Duration::from_secs(10);
 
 /// What makes tokens of prompts.
 pub(crate) struct Tokenizing {
     sources: HashMap<String, Source>,
     /// Of models that none is configured for: whether it was said that an engine failed.
     engine_was_told: AtomicBool,
+    begun: Instant,
+    /// Until when no engine is asked, since then.
+    rest_until_ms: AtomicU64,
     runs: Arc<RunCache>,
     pool: Pool,
     /// Whether it was said that some could not be tokenized.
@@ -95,6 +107,8 @@ impl Tokenizing {
         Ok(Self {
             sources,
             engine_was_told: AtomicBool::new(false),
+            begun: Instant::now(),
+            rest_until_ms: AtomicU64::new(0),
             runs,
             pool: Pool::new(),
             was_told: AtomicBool::new(false),
@@ -139,7 +153,9 @@ impl Tokenizing {
         endpoint: Endpoint,
         body: &Bytes,
     ) -> Option<PromptTokens> {
-        let tokens = if body.len() > MAX_BODY_HERE {
+        let tokens = if body.len() > MAX_BODY {
+            Err(NotComputed::TooLong)
+        } else if body.len() > MAX_BODY_HERE {
             let (tokenizer, body) = (Arc::clone(tokenizer), body.clone());
             let work = move || {
                 let begun = tokenizer.begin(&Asked::of(endpoint, &body))?;
@@ -178,6 +194,11 @@ impl Tokenizing {
         }
     }
 
+    /// Whether one has failed lately.
+    fn engines_rest(&self) -> bool {
+        self.begun.elapsed().as_millis() < u128::from(self.rest_until_ms.load(Relaxed))
+    }
+
     /// Asks one of the engines that may serve the request.
     async fn by_engine(
         &self,
@@ -186,17 +207,23 @@ impl Tokenizing {
         snapshot: &Snapshot,
         was_told: &AtomicBool,
     ) -> Option<PromptTokens> {
+        // Engines tell of images as placeholders, which are alike.
+        if facts.multimodal_items > 0 || body.len() > MAX_BODY_FOR_ENGINE || self.engines_rest() {
+            return None;
+        }
         let candidates = snapshot.candidates(facts).ok()?;
         // Another one each time; any will do.
         let row = (facts.prefix_key ^ facts.accepted_ms) % u64::from(candidates.count());
         let engine = snapshot.engine(candidates.worker(row as u32).id);
         let answer = tokio::time::timeout(ENGINE_TIMEOUT, engine.tokenize(facts.endpoint, body.clone())).await;
         let reason = match answer {
-            Ok(Ok(Some(ids))) => return Some(PromptTokens { ids: ids.into(), is_exact: facts.multimodal_items == 0 }),
-            Ok(Ok(None)) => "it does not tell the tokens of such a request".to_owned(),
+            Ok(Ok(Some(ids))) => return Some(PromptTokens { ids: ids.into(), is_exact: true }),
+            // It does not tell the tokens of such a request.
+            Ok(Ok(None)) => return None,
             Ok(Err(error)) => plain(&error.to_string()),
             Err(_) => format!("it did not answer within {} ms", ENGINE_TIMEOUT.as_millis()),
         };
+        self.rest_until_ms.store((self.begun.elapsed() + ENGINE_REST).as_millis() as u64, Relaxed);
         counter!("dynamo_host_tokenize_failures_total", "cause" => "engine").increment(1);
         if !was_told.swap(true, Relaxed) {
             tracing::warn!(model = facts.model, "an engine that was asked for tokens failed, and more may: {reason}");

@@ -121,6 +121,21 @@ impl Overlap {
         Self { held }
     }
 
+    /// The same for a prompt that is counted as `tokens`, and was looked up as `looked_up`: in proportion, and nobody holds
+    /// more than there is.
+    #[must_use]
+    pub fn in_proportion(mut self, tokens: u32, looked_up: u32) -> Self {
+        for held in &mut self.held {
+            let mut left = tokens;
+            for of_tier in &mut held.tokens {
+                let scaled = u64::from(*of_tier) * u64::from(tokens) / u64::from(looked_up.max(1));
+                *of_tier = left.min(u32::try_from(scaled).unwrap_or(u32::MAX));
+                left -= *of_tier;
+            }
+        }
+        self
+    }
+
     /// Those that hold something, in ascending slot.
     #[must_use]
     pub fn held(&self) -> &[Held] {
@@ -148,6 +163,15 @@ impl Overlap {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_held_is_in_proportion_to_the_prompt_and_never_more() {
+        let overlap = Overlap::new(vec![Held { slot: 1, tokens: [600, 300, 0, 0] }]);
+        let tokens = |tokens, looked_up| overlap.clone().in_proportion(tokens, looked_up).of(1).unwrap().tokens;
+        assert_eq!(tokens(1000, 1000), [600, 300, 0, 0]);
+        assert_eq!(tokens(100, 1000), [60, 30, 0, 0]);
+        assert_eq!(tokens(800, 800), [600, 200, 0, 0]);
+    }
 
     #[test]
     fn a_column_is_in_the_order_of_its_rows_and_unknown_where_nobody_looked() {

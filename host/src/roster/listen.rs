@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dynamo_engine_api::{KvNote, KvUpdate};
 use dynamo_engine_openai::KvEvents;
 use dynamo_host_core::{Worker, load::Reported};
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 
 use super::Member;
 use crate::{
@@ -13,10 +13,25 @@ use crate::{
     kv::{self, KvFeed},
 };
 
-/// Listens to a member's engine until the task is ended.
+/// Listens to a member's engine until the task is ended; anew when its workers are others, since then what it told has come
+/// to the wrong ones, or to none.
 pub(super) async fn keep_listening(member: &Member, clock: Clock) {
-    // What was heard before came another way.
-    member.standing().feeds.iter().for_each(|feed| feed.begin());
+    // Those that are there by now are those that are listened for.
+    let _ = member.relisten.notified().now_or_never();
+    loop {
+        if !member.standing().workers.is_empty() {
+            // What was heard before came another way.
+            member.standing().feeds.iter().for_each(|feed| feed.begin());
+            tokio::select! {
+                () = listen(member, clock) => {}
+                () = member.relisten.notified() => continue,
+            }
+        }
+        member.relisten.notified().await;
+    }
+}
+
+async fn listen(member: &Member, clock: Clock) {
     let is_wanted = member.config.kv.events != KvEvents::Off;
     if let Some(mut updates) = is_wanted.then(|| member.engine.kv_events()).flatten() {
         while let Some(update) = updates.next().await {

@@ -42,6 +42,8 @@ pub(super) struct Member {
     previous: Option<Arc<dyn Engine>>,
     /// Woken when a request failed to reach it.
     pub(super) probe_now: Notify,
+    /// Woken when its workers are others: what its engine told may be with the wrong ones, or with none.
+    pub(super) relisten: Notify,
     /// What looks after it; ended when it goes.
     pub(super) task: OnceLock<AbortHandle>,
     standing: Mutex<Standing>,
@@ -73,6 +75,8 @@ pub(super) struct Standing {
     pub(super) left_out: usize,
     /// How the KV of each worker is known, in the order of workers.
     pub(super) feeds: Vec<Arc<KvFeed>>,
+    /// Whether there are other workers than those that were listened for.
+    is_other_lineup: bool,
     /// Samples of each worker's output, in the order of workers.
     throughputs: Vec<Throughput>,
 }
@@ -102,6 +106,7 @@ impl Member {
             has_ranks: false,
             left_out: 0,
             feeds: Vec::new(),
+            is_other_lineup: false,
             throughputs: Vec::new(),
         };
         Self::with(config, origin, connection, None, standing, home)
@@ -139,8 +144,9 @@ impl Member {
         home: &Home<'_>,
     ) -> Self {
         let Connection { engine, credentials } = connection;
-        let (probe_now, task, standing) = (Notify::new(), OnceLock::new(), Mutex::new(standing));
-        let member = Self { config, origin, engine, credentials, previous, probe_now, task, standing };
+        let (probe_now, relisten, task) = (Notify::new(), Notify::new(), OnceLock::new());
+        let standing = Mutex::new(standing);
+        let member = Self { config, origin, engine, credentials, previous, probe_now, relisten, task, standing };
         member.standing().make_workers(&member.config, home);
         member
     }
@@ -162,7 +168,15 @@ impl Member {
             standing.cards = Some(cards);
         }
         // There may be room by now for those that were left out.
-        (is_news || standing.left_out > 0) && standing.make_workers(&self.config, home) | is_first
+        let is_other = (is_news || standing.left_out > 0) && standing.make_workers(&self.config, home) | is_first;
+        self.relisten_if_needed(&mut standing);
+        is_other
+    }
+
+    fn relisten_if_needed(&self, standing: &mut Standing) {
+        if std::mem::take(&mut standing.is_other_lineup) {
+            self.relisten.notify_one();
+        }
     }
 
     /// Takes down what it says of its load; returns whether its workers are others now.
@@ -181,6 +195,7 @@ impl Member {
             if ranks != standing.ranks {
                 standing.ranks = ranks;
                 is_other = standing.make_workers(&self.config, home);
+                self.relisten_if_needed(&mut standing);
             }
         }
         for worker in &standing.workers {
@@ -317,6 +332,7 @@ impl Standing {
                             continue;
                         };
                         is_other = true;
+                        self.is_other_lineup = true;
                         (load, home.now_ms)
                     }
                 };
@@ -334,6 +350,7 @@ impl Standing {
                 });
             }
         }
+        self.is_other_lineup |= self.workers.len() != known;
         is_other | (self.workers.len() != known)
     }
 }

@@ -53,10 +53,10 @@ impl Snapshot {
         &self.seat(worker).feed
     }
 
-    /// Whether the engines that may serve a request tell of their KV: one of them stands for all.
+    /// Whether engines that may serve a request tell of their KV: the first few stand for all.
     pub(crate) fn tells_of_kv(&self, request: &RequestFacts) -> bool {
         let eligible = self.eligible(&request.model, request.adapter.as_deref());
-        eligible.is_some_and(|eligible| self.feed(eligible.worker(0).id).has_events())
+        eligible.is_some_and(|eligible| eligible.iter().take(4).any(|worker| self.feed(worker.id).has_events()))
     }
 
     fn seat(&self, worker: WorkerId) -> &Seat {

@@ -34,6 +34,8 @@ pub(super) enum NotComputed {
     Prompt(#[from] PromptError),
     #[error("more long prompts come than half of the cores can tokenize")]
     Busy,
+    #[error("it is too long to be tokenized")]
+    TooLong,
     #[error("the tokenizer panicked")]
     Panic,
 }
@@ -44,6 +46,7 @@ impl NotComputed {
         match self {
             Self::Prompt(_) => "prompt",
             Self::Busy => "busy",
+            Self::TooLong => "too_long",
             Self::Panic => "panic",
         }
     }

@@ -10,8 +10,9 @@ use crate::{PromptTokens, prompt::Fields};
 /// Bytes of one stand-in: about as many as a token's.
 const BYTES: usize = 4;
 
-/// Bytes of a prompt that are looked at; the rest of a longer one counts for nothing.
-const MAX_BYTES: usize = 8 << 20;
+/// Bytes of a prompt that are looked at; the rest of a longer one counts for nothing. As many stand-ins as a worker is taken
+/// to hold tokens, when it does not say.
+const MAX_BYTES: usize = 1 << 20;
 
 /// Stand-ins for the tokens of a request's prompt: four bytes each of its JSON as it is written.
 pub(crate) fn approximate(endpoint: Endpoint, fields: &Fields<'_>) -> PromptTokens {
@@ -26,9 +27,9 @@ pub(crate) fn approximate(endpoint: Endpoint, fields: &Fields<'_>) -> PromptToke
     let mut bytes = Vec::new();
     for part in parts.iter().map(raw) {
         // How a list or a string ends is not how its continuation goes on.
-        bytes.extend_from_slice(part.strip_suffix([']', '"']).unwrap_or(part).as_bytes());
+        let part = part.strip_suffix([']', '"']).unwrap_or(part).as_bytes();
+        bytes.extend_from_slice(&part[..part.len().min(MAX_BYTES - bytes.len())]);
     }
-    bytes.truncate(MAX_BYTES);
     let ids = bytes.chunks(BYTES).map(|chunk| chunk.iter().rev().fold(0, |id, byte| id << 8 | u32::from(*byte))).collect();
     PromptTokens { ids, is_exact: false }
 }
