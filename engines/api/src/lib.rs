@@ -74,7 +74,7 @@ pub enum KvUpdate {
     Reset {
         /// The rank; `None`: all of them.
         rank: Option<u32>,
-        /// Why, for logs and metrics: `restart`, `gap`, `disconnected`.
+        /// Why, for logs and metrics: `restart`, `gap`, `disconnected`, `unreadable`.
         cause: &'static str,
     },
     /// How it is told, which changes nothing of what is known.

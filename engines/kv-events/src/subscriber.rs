@@ -4,6 +4,8 @@
 //! that also tells whether it is the same publisher. The same is asked after a quiet while, since what was lost last shows
 //! by nothing else. Without one, whatever may have been missed is a reset.
 //!
+//! A batch that cannot be read may have removed anything: what was told before holds no more.
+//!
 //! Bounds: every wait has one; a publisher that is away is tried again with a growing pause, and after [`GRACE`] what it told
 //! holds no more. Updates wait for the reader in a short queue, behind it in the sockets, and then at the publisher, which
 //! drops what nobody takes: a gap.
@@ -69,7 +71,8 @@ pub fn subscribe(sources: Vec<Source>) -> KvUpdates {
     let (updates, reader) = mpsc::channel(UPDATES);
     let mut tasks = JoinSet::new();
     for source in sources {
-        let mut follower = Follower { source, updates: updates.clone(), ranks: BTreeMap::new(), is_interrupted: false };
+        let mut follower =
+            Follower { source, updates: updates.clone(), ranks: BTreeMap::new(), is_interrupted: false, is_heard: false };
         tasks.spawn(async move { drop(follower.follow().await) });
     }
     Box::pin(Updates { reader, _tasks: tasks })
@@ -97,6 +100,8 @@ struct Follower {
     ranks: BTreeMap<u32, Publisher>,
     /// Whether it was said that it is not heard.
     is_interrupted: bool,
+    /// Whether somebody was heard: where we listen, there may be nobody.
+    is_heard: bool,
 }
 
 /// What is known of the publisher of a rank.
@@ -104,6 +109,8 @@ struct Follower {
 struct Publisher {
     continuity: Continuity,
     decoder: Decoder,
+    /// Of its last live topic, for replays that do not repeat it.
+    model: Option<Arc<str>>,
 }
 
 impl Follower {
@@ -136,24 +143,24 @@ impl Follower {
 
     /// Follows one connection to its end; returns why it ended.
     async fn attend(&mut self, mut listening: Listening) -> Result<String, Unread> {
-        if self.source.replay.is_some() {
-            self.ranks.values_mut().for_each(|publisher| publisher.continuity.reconnected());
-            self.catch_up_all().await?;
-        } else {
-            self.reset_all("disconnected").await?;
-        }
         self.is_interrupted = false;
-        self.note(None, KvNote::Current).await?;
+        if self.source.connects_to_us {
+            let reason = format!("nobody has connected to {}", self.source.endpoint);
+            self.note(None, KvNote::Silent { reason }).await?;
+            self.reconnected().await?;
+        } else {
+            self.reconnected().await?;
+            self.heard().await?;
+        }
         let mut quiet = FIRST_CHECK;
         loop {
             match timeout(quiet, listening.next()).await {
                 Ok(Heard::Message(frames)) => self.hear(frames).await?,
-                Ok(Heard::Lost(_)) if self.source.connects_to_us => {
-                    if self.source.replay.is_none() {
-                        self.reset_all("disconnected").await?;
-                    }
+                Ok(Heard::Lost(_)) if self.source.connects_to_us => self.reconnected().await?,
+                Ok(Heard::Lost(reason)) => {
+                    self.is_heard = false;
+                    return Ok(reason);
                 }
-                Ok(Heard::Lost(reason)) => return Ok(reason),
                 Err(_) => {
                     quiet = CHECK_EVERY;
                     self.catch_up_all().await?;
@@ -162,13 +169,32 @@ impl Follower {
         }
     }
 
+    /// Finds out what was missed while nobody was connected.
+    async fn reconnected(&mut self) -> Result<(), Unread> {
+        if self.source.replay.is_none() {
+            return self.reset_all("disconnected").await;
+        }
+        self.ranks.values_mut().for_each(|publisher| publisher.continuity.reconnected());
+        self.catch_up_all().await
+    }
+
+    /// Says, once, that somebody is there.
+    async fn heard(&mut self) -> Result<(), Unread> {
+        if std::mem::replace(&mut self.is_heard, true) {
+            return Ok(());
+        }
+        self.note(None, KvNote::Current).await
+    }
+
     async fn hear(&mut self, mut frames: Vec<Bytes>) -> Result<(), Unread> {
         let batch = match (frames.len(), frames.pop()) {
             (3, Some(payload)) => Numbered::read(std::mem::take(&mut frames[0]), &frames[1], payload),
             _ => None,
         };
         let Some(batch) = batch else { return self.left_out(self.source.rank, "frames", 1).await };
+        self.heard().await?;
         let rank = self.rank_of(&batch);
+        self.publisher(rank).model = model_of_topic(&batch.topic);
         match self.publisher(rank).continuity.live(&batch) {
             Step::Next => self.apply(rank, &batch, true).await,
             Step::Known => Ok(()),
@@ -197,21 +223,44 @@ impl Follower {
     }
 
     async fn apply(&mut self, rank: u32, batch: &Numbered, is_live: bool) -> Result<(), Unread> {
-        let publisher = self.publisher(rank);
-        publisher.continuity.took(batch, is_live);
         if batch.payload.len() > MAX_PAYLOAD_BYTES {
+            self.unreadable(rank, batch, is_live).await?;
             return self.left_out(rank, "too_large", 1).await;
         }
-        let Ok(read) = publisher.decoder.decode(&batch.payload) else { return self.left_out(rank, "no_batch", 1).await };
+        let publisher = self.publisher(rank);
+        let Ok(read) = publisher.decoder.decode(&batch.payload) else {
+            self.unreadable(rank, batch, is_live).await?;
+            return self.left_out(rank, "no_batch", 1).await;
+        };
+        let model = match is_live || !batch.topic.is_empty() {
+            true => model_of_topic(&batch.topic),
+            false => publisher.model.clone(),
+        };
+        if read.must_reset {
+            self.unreadable(rank, batch, is_live).await?;
+        } else {
+            publisher.continuity.took(batch, is_live);
+        }
         for (cause, events) in read.left_out {
             self.left_out(rank, cause.label(), events).await?;
         }
-        if read.events.is_empty() {
+        // What a batch stores before a removal that cannot be read may be gone by it.
+        if read.must_reset || read.events.is_empty() {
             return Ok(());
         }
         let lag = is_live.then(|| lag(read.timestamp)).flatten();
-        let model = model_of_topic(&batch.topic);
         self.tell(KvUpdate::Events { rank, model, events: read.events, lag }).await
+    }
+
+    /// Passes over a batch that may hold removals: nothing that was told before is known to be so any more.
+    async fn unreadable(&mut self, rank: u32, batch: &Numbered, is_live: bool) -> Result<(), Unread> {
+        // The publisher is the same, and so are its layer groups.
+        let decoder = std::mem::take(&mut self.publisher(rank).decoder);
+        self.reset(rank, "unreadable").await?;
+        let publisher = self.publisher(rank);
+        publisher.decoder = decoder;
+        publisher.continuity.took(batch, is_live);
+        Ok(())
     }
 
     async fn catch_up_all(&mut self) -> Result<(), Unread> {
@@ -252,6 +301,9 @@ impl Follower {
         }
         let mut replay = or_fail!(Replay::ask(endpoint, self.publisher(rank).continuity.last().unwrap_or(0)).await);
         let mut next = or_fail!(replay.next().await);
+        if self.source.connects_to_us {
+            self.heard().await?;
+        }
         match self.publisher(rank).continuity.replayed_first(next.as_ref()) {
             Step::Next | Step::Known => {}
             Step::Gap => self.reset(rank, "gap").await?,
@@ -289,7 +341,7 @@ impl Follower {
         if publisher.continuity.last().is_none() {
             return Ok(());
         }
-        *publisher = Publisher::default();
+        (publisher.continuity, publisher.decoder) = (Continuity::default(), Decoder::default());
         self.tell(KvUpdate::Reset { rank: Some(rank), cause }).await
     }
 
@@ -322,4 +374,71 @@ fn model_of_topic(topic: &[u8]) -> Option<Arc<str>> {
 fn lag(timestamp: f64) -> Option<Duration> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
     Duration::try_from_secs_f64((now - timestamp).max(0.0)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use dynamo_engine_api::{EngineHash, KvEvent, Tier};
+
+    use super::*;
+    use crate::{publish::Form, wire::encode};
+
+    fn follower() -> (Follower, mpsc::Receiver<KvUpdate>) {
+        let endpoint = "tcp://127.0.0.1:1".parse().unwrap();
+        let source = Source { endpoint, connects_to_us: false, replay: None, topic: String::new(), rank: 0 };
+        let (updates, reader) = mpsc::channel(UPDATES);
+        (Follower { source, updates, ranks: BTreeMap::new(), is_interrupted: false, is_heard: false }, reader)
+    }
+
+    fn batch(topic: &'static str, number: u64, payload: Vec<u8>) -> Numbered {
+        Numbered { topic: topic.into(), number, publisher: None, payload: payload.into() }
+    }
+
+    fn removed(hash: u64) -> Vec<u8> {
+        encode(0.0, &[KvEvent::Removed { hashes: vec![EngineHash(hash)], tier: Tier::Device }], 0, Form::Map)
+    }
+
+    async fn hear(follower: &mut Follower, batch: Numbered) {
+        let number = Bytes::copy_from_slice(&batch.number.to_be_bytes());
+        assert!(follower.hear(vec![batch.topic, number, batch.payload]).await.is_ok());
+    }
+
+    /// What was told: `events`, the cause of a reset, or that of what was left out.
+    fn told(reader: &mut mpsc::Receiver<KvUpdate>) -> Vec<&'static str> {
+        let told = std::iter::from_fn(|| reader.try_recv().ok()).filter_map(|update| match update {
+            KvUpdate::Events { .. } => Some("events"),
+            KvUpdate::Reset { cause, .. } | KvUpdate::Note { note: KvNote::LeftOut { cause, .. }, .. } => Some(cause),
+            KvUpdate::Note { .. } => None,
+        });
+        told.collect()
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_cannot_be_read_voids_what_was_told_and_the_next_one_follows_it() {
+        // A batch with a removal of no hashes.
+        let mut no_hashes = vec![0x92, 0x00, 0x91, 0x91, 0xac];
+        no_hashes.extend(b"BlockRemoved");
+        let too_large = vec![0; MAX_PAYLOAD_BYTES + 1];
+        for (payload, cause) in [(vec![0xc1], "no_batch"), (no_hashes, "malformed"), (too_large, "too_large")] {
+            let (mut follower, mut reader) = follower();
+            hear(&mut follower, batch("", 0, removed(1))).await;
+            hear(&mut follower, batch("", 1, payload)).await;
+            hear(&mut follower, batch("", 2, removed(2))).await;
+            assert_eq!(told(&mut reader), ["events", "unreadable", cause, "events"]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_replay_without_a_topic_is_of_the_last_live_topics_model() {
+        let (mut follower, mut reader) = follower();
+        hear(&mut follower, batch("kv@10.0.0.7:8000@m", 0, removed(1))).await;
+        assert!(follower.reset(0, "gap").await.is_ok());
+        assert!(follower.apply(0, &batch("", 1, removed(2)), false).await.is_ok());
+        assert!(follower.apply(0, &batch("kv@10.0.0.7:8000@other", 2, removed(3)), false).await.is_ok());
+        let models = std::iter::from_fn(|| reader.try_recv().ok()).filter_map(|update| match update {
+            KvUpdate::Events { model, .. } => Some(model),
+            _ => None,
+        });
+        assert_eq!(models.collect::<Vec<_>>(), [Some("m".into()), Some("m".into()), Some("other".into())]);
+    }
 }

@@ -5,7 +5,8 @@
 //! 0.9 to 0.33, SGLang `disaggregation/kv_events.py`.
 //!
 //! Contract: pure. What is not understood, and what no prompt could be matched with, is left out by its cause ([`Cause`]);
-//! the rest of the batch counts. Leaving a block out costs hits, never a wrong hit: what builds upon it has no parent then.
+//! the rest of the batch counts. Leaving a block out costs hits, never a wrong hit: what builds upon it has no parent then. A
+//! removal that cannot be read would: the batch says so ([`Batch::must_reset`]).
 
 mod decode;
 mod encode;
@@ -28,6 +29,8 @@ pub struct Batch {
     pub events: Vec<KvEvent>,
     /// What is not, or is not for prompts: how many events by cause.
     pub left_out: BTreeMap<Cause, u32>,
+    /// Whether what is left out may be a removal: nothing that was told before is known to be so any more.
+    pub must_reset: bool,
 }
 
 /// Why an event is left out.

@@ -155,10 +155,24 @@ async fn a_publisher_that_connects_to_us_is_heard() {
     let meeting = endpoint(&format!("tcp://127.0.0.1:{port}"));
     let listener = Source { endpoint: meeting.clone(), connects_to_us: true, replay: None, topic: String::new(), rank: 0 };
     let mut updates = subscribe(vec![listener]);
-    noted(&mut updates, |note| *note == KvNote::Current).await;
+    let nobody = |note: &KvNote| match note {
+        KvNote::Silent { reason } => reason.contains("nobody has connected to tcp://127.0.0.1:"),
+        KvNote::Current => panic!("nobody is there"),
+        _ => false,
+    };
+    noted(&mut updates, nobody).await;
     let publisher =
         Publisher::start(PublisherOptions { endpoint: meeting, connects: true, replay: None, ..options() }).await.unwrap();
     let mut hash = 0;
+    loop {
+        publisher.publish(removed(hash)).await;
+        let current = noted(&mut updates, |note| *note == KvNote::Current);
+        if timeout(Duration::from_millis(200), current).await.is_ok() {
+            break;
+        }
+        hash += 1;
+        assert!(hash < 150, "the subscription never took hold");
+    }
     loop {
         hash += 1;
         publisher.publish(removed(hash)).await;

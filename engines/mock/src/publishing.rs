@@ -44,6 +44,7 @@ impl MockEngine {
         json!({ "0": {
             "enable_kv_cache_events": true,
             "publisher": "zmq",
+            "bind": !options.connects,
             "endpoint": publisher.endpoint().to_string(),
             "replay_endpoint": publisher.replay().map(ToString::to_string),
             "buffer_steps": options.buffer_steps,

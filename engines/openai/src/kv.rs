@@ -5,7 +5,7 @@
 //! asked for them again and again, here alone.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -18,7 +18,11 @@ use futures_core::Stream;
 use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::{sync::mpsc, task::JoinSet, time::sleep};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{MissedTickBehavior, interval, sleep},
+};
 
 use crate::{
     control::Control,
@@ -36,6 +40,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(30);
 const POLL_EVERY: Duration = Duration::from_millis(250);
 /// How long polls may fail before what was told holds no more.
 const POLL_GRACE: u32 = 40;
+/// The first of the ports that a system chooses.
+const FIRST_CHOSEN_PORT: u16 = 32_768;
 const VLLM_SOURCES: &str = "/kv_event_sources";
 const SGLANG_INFO: &str = "/server_info";
 
@@ -127,19 +133,25 @@ impl Teller {
     /// Follows publishers until the server says others.
     async fn follow(&self, sources: Vec<Source>) -> Result<(), Unread> {
         let mut updates = subscribe(sources.clone());
-        let mut away = 0;
+        let mut away = BTreeSet::new();
+        let mut look = interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 update = updates.next() => {
                     let Some(update) = update else { return Ok(()) };
                     match &update {
-                        KvUpdate::Note { note: KvNote::Interrupted { .. }, .. } => away += 1,
-                        KvUpdate::Note { note: KvNote::Current, .. } => away = 0,
+                        KvUpdate::Note { rank, note: KvNote::Interrupted { .. } } => {
+                            away.insert(*rank);
+                        }
+                        KvUpdate::Note { rank, note: KvNote::Current } => {
+                            away.remove(rank);
+                        }
                         _ => {}
                     }
                     self.tell(update).await?;
                 }
-                () = sleep(LOOK_EVERY), if away > 0 => {
+                _ = look.tick(), if !away.is_empty() => {
                     let is_same = match self.dialects.spoken().kv_sources(&self.control).await {
                         Ok(KvSources::Published(now)) => now == sources,
                         Ok(_) => false,
@@ -212,7 +224,7 @@ impl Publishing {
             return Err(format!("its publisher is {publisher:?}; only zmq is understood"));
         }
         let Some(endpoint) = &self.endpoint else { return Ok(None) };
-        if self.bind == Some(false) {
+        if !self.bind.unwrap_or_else(|| binds(endpoint)) {
             return Err(format!("its publisher connects to {endpoint}; set kv_events=bind:tcp://HOST:PORT for this worker"));
         }
         let seen = |text: &String| {
@@ -223,6 +235,13 @@ impl Publishing {
         let topic = self.topic.clone().unwrap_or_default();
         Ok(Some(Source { endpoint: seen(endpoint)?, connects_to_us: false, replay, topic, rank }))
     }
+}
+
+/// Whether a publisher that was not told so binds there: the rule of vLLM and SGLang. Of `tcp://*:0`, which binds, vLLM says the address
+/// that became of it: the port tells, which the system chose.
+fn binds(endpoint: &str) -> bool {
+    let is_chosen = || endpoint.parse::<Endpoint>().is_ok_and(|endpoint| endpoint.port() >= FIRST_CHOSEN_PORT);
+    endpoint.contains('*') || endpoint.contains("::") || !endpoint.starts_with("tcp:") || is_chosen()
 }
 
 /// What vLLM publishes, by rank, with ports as they are.
@@ -319,6 +338,14 @@ mod tests {
         });
         let first = (0, "tcp://10.0.0.7:9131".to_owned(), Some("tcp://10.0.0.7:10131".to_owned()), "kv".to_owned());
         assert_eq!(vllm(answer), Ok(vec![first, (1, "tcp://10.0.0.7:9132".to_owned(), None, String::new())]));
+        // Where it connects, it is not reached; where it binds, by its own choice of a port, it is.
+        for connects in ["tcp://127.0.0.1:5557", "tcp://10.1.1.1:5557", "tcp://router:5557"] {
+            let connects = json!({ "0": { "endpoint": connects } });
+            assert!(vllm(connects).unwrap_err().contains("kv_events=bind:tcp://HOST:PORT"));
+        }
+        for binds in [json!({ "endpoint": "tcp://10.1.1.1:41234" }), json!({ "endpoint": "tcp://10.1.1.1:5557", "bind": true })] {
+            assert!(vllm(json!({ "0": binds })).unwrap()[0].1.starts_with("tcp://10.1.1.1:"));
+        }
         assert!(vllm(json!({})).unwrap_err().contains("--kv-events-config"));
         assert!(vllm(json!({ "0": { "enable_kv_cache_events": false, "endpoint": "tcp://*:1" } })).is_err());
         assert!(vllm(json!({ "0": { "endpoint": "ipc:///tmp/kv" } })).unwrap_err().contains("tcp://HOST:PORT"));

@@ -47,6 +47,12 @@ impl Expected {
         self.runs.len() * 64 + self.oldest.len() * 56
     }
 
+    /// Leading blocks of the chain that are held.
+    pub(crate) fn known(&self, runs: &Runs, chain: &[SequenceHash]) -> usize {
+        let found = runs.find(chain).into_iter().find(|found| found.who == self.who);
+        found.map_or(0, |found| found.blocks.iter().map(|blocks| *blocks as usize).sum())
+    }
+
     /// Holds the chain from now on, and of what was held before as much as is left of `capacity` blocks.
     pub(crate) fn touch(&mut self, runs: &Runs, chain: &[SequenceHash], capacity: usize) {
         self.time += 1;

@@ -97,6 +97,11 @@ impl Counters {
         room as usize
     }
 
+    /// Blocks that there is room for now.
+    pub(crate) fn room(&self) -> usize {
+        self.max_blocks.saturating_sub(self.blocks.load(Ordering::Relaxed)) as usize
+    }
+
     pub(crate) fn changed_bytes(&self, before: usize, now: usize) {
         if before != now {
             self.bytes.fetch_add(now as i64 - before as i64, Ordering::Relaxed);

@@ -4,7 +4,7 @@
 //! one cache line, with twelve tags of a byte and twelve numbers of entries. It is small, and an event that stores or
 //! removes a hundred blocks reads a hundred lines of it and few of the list. A number lies in the bucket of its hash, or
 //! behind it where that was full; a bucket counts those that were passed on, so that a miss ends at the first bucket
-//! that passed on none. Nothing is moved but by growing.
+//! that passed on none, or where it began. Nothing is moved but by growing.
 
 /// Where a block lies in the index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -174,6 +174,10 @@ impl Places {
                 return None;
             }
             bucket = self.next(bucket);
+            // Each of a small table's buckets may have passed some on.
+            if bucket == home {
+                return None;
+            }
         }
     }
 
@@ -272,6 +276,45 @@ mod tests {
             }
             prop_assert_eq!(places.iter().collect::<HashMap<_, _>>(), model);
         }
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_a_map_of_few_keys(operations in proptest::collection::vec((any::<bool>(), 0..20_u64), 0..2_000), stride in 1..u64::MAX) {
+            let (mut places, mut model) = (Places::default(), HashMap::new());
+            for (nth, (is_insert, key)) in operations.into_iter().enumerate() {
+                let key = key.wrapping_mul(stride);
+                let place = Place { run: nth as u32, offset: 1 };
+                match is_insert {
+                    true => prop_assert_eq!(places.insert(key, place), model.insert(key, place)),
+                    false => prop_assert_eq!(places.remove(key), model.remove(&key)),
+                }
+                prop_assert_eq!(places.get(key), model.get(&key).copied());
+            }
+            prop_assert_eq!(places.iter().collect::<HashMap<_, _>>(), model);
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_not_there_is_missed_though_every_bucket_passed_some_on() {
+        let mut places = Places::default();
+        places.reserve(14);
+        assert_eq!(places.buckets.len(), 2);
+        let of_home = |home: usize| (0_u64..).filter(|key| places.home(spread(*key)) == home).take(14).collect::<Vec<_>>();
+        let (first, second) = (of_home(0), of_home(1));
+        let place = Place { run: 1, offset: 0 };
+        for key in &first[..13] {
+            places.insert(*key, place);
+        }
+        for key in &first[..11] {
+            places.remove(*key);
+        }
+        for key in &second[..12] {
+            places.insert(*key, place);
+        }
+        assert!(places.buckets.len() == 2 && places.buckets.iter().all(|bucket| bucket.passed_on > 0));
+        assert_eq!((places.get(first[13]), places.get(second[13]), places.remove(first[0])), (None, None, None));
+        assert!(second[..12].iter().chain(&first[11..13]).all(|key| places.get(*key) == Some(place)));
     }
 
     #[test]

@@ -23,6 +23,9 @@ pub const DEFAULT_CAPACITY_TOKENS: u32 = 262_144;
 
 const ALL_TIERS: Tiers = 0b1111;
 
+/// Block sizes of one worker at most: of its layer groups, and what is expected.
+const MAX_PARTS: usize = 4;
+
 /// Blocks of one sequence that an engine holds now, their tokens hashed: [`StoredBlocks`] without token ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HashedBlocks<'a> {
@@ -91,23 +94,33 @@ impl WorkerKv {
     /// was sent before, as much as it can hold; least recently used blocks go first. Without a capacity,
     /// [`DEFAULT_CAPACITY_TOKENS`].
     ///
-    /// What is expected is kept apart from what events say: of both, a lookup finds the longer.
+    /// What is expected is kept apart from what events say: of both, a lookup finds the longer. Where the indexes are full,
+    /// what was expected of it before makes room.
     pub fn expect(&self, prompt: &Prompt, block_size: u32, capacity_tokens: Option<u32>) {
         if block_size == 0 {
             return;
         }
         let chain = prompt.hashes(block_size);
-        let capacity = capacity_tokens.unwrap_or(DEFAULT_CAPACITY_TOKENS) / block_size;
+        let capacity = (capacity_tokens.unwrap_or(DEFAULT_CAPACITY_TOKENS) / block_size) as usize;
         let mut parts = self.parts();
-        let part = self.part(&mut parts, block_size);
+        let Some(part) = self.part(&mut parts, block_size) else { return };
         let counters = self.indexes.counters();
         let Part { expected, runs, .. } = part;
         let expected = expected.get_or_insert_with(|| Expected::new(self.indexes.next_who(self.slot)));
-        let (before, bytes) = (expected.len(), expected.bytes());
+        let (mut before, bytes) = (expected.len(), expected.bytes());
+        let chain = &chain[..chain.len().min(capacity)];
         // Room for all of it, as if none were known.
-        let most = chain.len().min(capacity as usize);
-        let room = counters.reserve(most);
-        expected.touch(runs, &chain[..room.min(chain.len())], capacity as usize);
+        let mut known = 0;
+        if counters.room() < chain.len() {
+            known = expected.known(runs, chain);
+            expected.touch(runs, &chain[..known], capacity);
+            let short = (chain.len() - known).saturating_sub(counters.room());
+            expected.keep(runs, expected.len().saturating_sub(short).max(known));
+            counters.blocks.fetch_sub((before - expected.len()) as u64, Ordering::Relaxed);
+            before = expected.len();
+        }
+        let room = counters.reserve(chain.len() - known);
+        expected.touch(runs, &chain[..known + room], capacity);
         counters.blocks.fetch_sub((room + before - expected.len()) as u64, Ordering::Relaxed);
         counters.changed_bytes(bytes, expected.bytes());
     }
@@ -134,7 +147,14 @@ impl WorkerKv {
         }
         let mut parts = self.parts();
         let counters = self.indexes.counters();
-        let part = self.part(&mut parts, *block_size);
+        if parent.is_some() && !parts.iter().any(|part| part.block_size == *block_size) {
+            counters.unknown_parents.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let Some(part) = self.part(&mut parts, *block_size) else {
+            counters.refused.fetch_add(blocks.len().min(hashes.len()) as u64, Ordering::Relaxed);
+            return;
+        };
         let (after, parent) = match parent {
             None => (None, salt.0),
             Some(parent) => {
@@ -171,14 +191,15 @@ impl WorkerKv {
         });
     }
 
-    /// Its part of this block size.
-    fn part<'a>(&self, parts: &'a mut Vec<Part>, block_size: u32) -> &'a mut Part {
-        let at = parts.iter().position(|part| part.block_size == block_size).unwrap_or_else(|| {
+    /// Its part of this block size; `None` if it would be one too many.
+    fn part<'a>(&self, parts: &'a mut Vec<Part>, block_size: u32) -> Option<&'a mut Part> {
+        let known = parts.iter().position(|part| part.block_size == block_size);
+        if known.is_none() && parts.len() < MAX_PARTS {
             let (runs, who) = (self.indexes.runs(&self.model, block_size), self.indexes.next_who(self.slot));
             parts.push(Part::new(block_size, runs, who));
-            parts.len() - 1
-        });
-        &mut parts[at]
+            return parts.last_mut();
+        }
+        parts.get_mut(known?)
     }
 
     fn parts(&self) -> MutexGuard<'_, Vec<Part>> {

@@ -37,7 +37,10 @@ impl Decoder {
                     batch.events.extend(event);
                     cause.into_iter().for_each(|cause| *batch.left_out.entry(cause).or_default() += 1);
                 }
-                Err(cause) => *batch.left_out.entry(cause).or_default() += 1,
+                Err(cause) => {
+                    batch.must_reset |= cause == Cause::Malformed && Fields::of(&event).is_some_and(|fields| fields.removes());
+                    *batch.left_out.entry(cause).or_default() += 1;
+                }
             }
         }
         Ok(batch)
@@ -179,6 +182,10 @@ impl<'a> Fields<'a> {
         }
     }
 
+    fn removes(&self) -> bool {
+        matches!(self.kind, "BlockRemoved" | "AllBlocksCleared")
+    }
+
     fn get(&self, name: &str) -> Option<&'a Value> {
         match self.form {
             FormOf::Map(fields) => fields.iter().find(|(known, _)| known.as_str() == Some(name)).map(|(_, value)| value),
@@ -219,7 +226,9 @@ fn keys(fields: &Fields<'_>, is_root: bool, adapter: Option<&str>, blocks: usize
     let Some(Value::Array(by_block)) = fields.get("extra_keys") else { return keys };
     for (block, of_block) in by_block.iter().enumerate().take(blocks) {
         let Value::Array(of_block) = of_block else { continue };
-        let mut others = of_block.iter().filter(|key| key.as_str().is_none_or(|key| Some(key) != adapter));
+        // Once: a salt may be the same text.
+        let named = of_block.iter().position(|key| adapter.is_some() && key.as_str() == adapter);
+        let mut others = of_block.iter().enumerate().filter(|(at, _)| Some(*at) != named).map(|(_, key)| key);
         match (others.next(), others.next()) {
             (None, _) => {}
             (Some(Value::String(salt)), None) if is_root && block == 0 => keys.cache_salt = salt.as_str().map(Arc::from),

@@ -132,7 +132,7 @@ fn what_is_written_is_read_in_both_forms() {
     let events = vec![KvEvent::Stored(first), KvEvent::Stored(second), removed, KvEvent::Cleared];
     for form in [Form::Map, Form::Positional] {
         let batch = decode(&encode(2.5, &events, 3, form));
-        assert_eq!(batch, Batch { timestamp: 2.5, rank: Some(3), events: events.clone(), left_out: BTreeMap::new() });
+        assert_eq!(batch, Batch { timestamp: 2.5, rank: Some(3), events: events.clone(), ..Batch::default() });
     }
 }
 
@@ -181,6 +181,20 @@ fn what_no_prompt_could_be_matched_with_is_left_out_by_its_cause() {
 }
 
 #[test]
+fn a_removal_that_cannot_be_read_demands_a_reset_and_nothing_else_does() {
+    let removed = |hashes: Value, medium: &str| {
+        map(vec![("type", "BlockRemoved".into()), ("block_hashes", hashes), ("medium", medium.into())])
+    };
+    for event in [removed(list(["x"]), "GPU"), removed(Value::Nil, "GPU"), list(["BlockRemoved"])] {
+        let batch = one(event);
+        assert_eq!((batch.must_reset, batch.left_out.get(&Cause::Malformed)), (true, Some(&1)), "{batch:?}");
+    }
+    assert!(!one(removed(list([7u64]), "GPU")).must_reset);
+    assert!(!one(removed(list([7u64]), "TAPE")).must_reset);
+    assert!(!one(two_blocks(vec![("block_hashes", list(["x"]))])).must_reset);
+}
+
+#[test]
 fn media_are_tiers() {
     for (medium, tier) in [
         ("GPU", Tier::Device),
@@ -213,6 +227,10 @@ fn salts_come_from_the_first_block_and_images_cut_a_sequence_short() {
     let keys = |keys: Vec<Value>| two_blocks(vec![("extra_keys", Value::Array(keys))]);
     let salted = one(keys(vec![list(["t"]), Value::Nil]));
     assert_eq!((stored(&salted)[0].cache_salt.as_deref(), stored(&salted)[0].hashes.len()), (Some("t"), 2));
+    let named =
+        one(two_blocks(vec![("lora_name", "t".into()), ("extra_keys", Value::Array(vec![list(["t", "t"]), list(["t"])]))]));
+    let [named] = stored(&named)[..] else { panic!("{named:?}") };
+    assert_eq!((named.adapter.as_deref(), named.cache_salt.as_deref(), named.hashes.len()), (Some("t"), Some("t"), 2));
     // SGLang has a field for it, and an object in the place of the adapter's name.
     assert_eq!(stored(&one(two_blocks(vec![("cache_salt", "t".into())])))[0].cache_salt.as_deref(), Some("t"));
     let by_place = Value::Array(vec![

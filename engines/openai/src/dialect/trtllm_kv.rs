@@ -123,15 +123,21 @@ impl KvFolded {
             self.updates.push(left_out("attention"));
             return;
         }
+        let is_removal = event.data["type"] == "removed";
         let events = match serde_json::from_value::<Data>(event.data) {
             Ok(Data::Created {}) => return,
             Ok(Data::Updated {}) => return self.updates.push(left_out("moved")),
             Ok(Data::Removed { block_hashes }) => removed(&block_hashes),
             Ok(Data::Stored { parent_hash, blocks }) => match stored(parent_hash.as_ref(), &blocks, &mut rank.block_size) {
-                Some(events) => events,
+                Some(events) => Some(events),
                 None => return self.updates.push(left_out("malformed")),
             },
+            // What is gone is not known.
+            Err(_) if is_removal => None,
             Err(_) => return self.updates.push(left_out("unknown_type")),
+        };
+        let Some(events) = events else {
+            return self.updates.extend([reset("unreadable"), left_out("malformed")]);
         };
         if !events.is_empty() {
             self.updates.push(KvUpdate::Events { rank: number, model: None, events, lag: None });
@@ -139,10 +145,10 @@ impl KvFolded {
     }
 }
 
-/// From wherever they were stored.
-fn removed(hashes: &[Hash]) -> Vec<KvEvent> {
-    let hashes: Vec<EngineHash> = hashes.iter().filter_map(Hash::read).collect();
-    [Tier::Device, Tier::Host].map(|tier| KvEvent::Removed { hashes: hashes.clone(), tier }).into()
+/// From wherever they were stored; `None` if one cannot be read.
+fn removed(hashes: &[Hash]) -> Option<Vec<KvEvent>> {
+    let hashes: Vec<EngineHash> = hashes.iter().map(Hash::read).collect::<Option<_>>()?;
+    Some([Tier::Device, Tier::Host].map(|tier| KvEvent::Removed { hashes: hashes.clone(), tier }).into())
 }
 
 /// Whole blocks of text, one event each, since each has a level of its own.
@@ -224,6 +230,19 @@ mod tests {
         assert!(matches!(fold(&mut folded, one(5))[..], [KvUpdate::Events { .. }]));
         assert!(matches!(fold(&mut folded, one(7))[..], [KvUpdate::Reset { cause: "gap", .. }, KvUpdate::Events { .. }]));
         assert!(matches!(fold(&mut folded, one(0))[..], [KvUpdate::Reset { cause: "restart", .. }, KvUpdate::Events { .. }]));
+    }
+
+    #[test]
+    fn a_removal_that_cannot_be_read_is_a_reset() {
+        let mut folded = KvFolded::default();
+        for (id, hashes) in [json!([7, "no hash"]), json!(null)].into_iter().enumerate() {
+            let gone = json!([{ "event_id": id, "data": { "type": "removed", "block_hashes": hashes } }]);
+            let updates = fold(&mut folded, gone);
+            assert!(
+                matches!(updates[..], [KvUpdate::Reset { rank: Some(0), cause: "unreadable" }, KvUpdate::Note { .. }]),
+                "{updates:?}"
+            );
+        }
     }
 
     #[test]

@@ -317,6 +317,43 @@ fn when_it_is_full_blocks_are_refused_and_counted_and_room_comes_back() {
 }
 
 #[test]
+fn when_it_is_full_what_was_expected_before_makes_room_and_what_is_known_stays() {
+    let indexes = PrefixIndexes::with_limits(IndexLimits { max_blocks: 4 });
+    let worker = indexes.join(MODEL, 0);
+    let held = |tokens: &[u32]| indexes.overlap(MODEL, &prompt(tokens)).of(0).map_or(0, Held::total);
+    for tokens in [&[1, 1, 2, 2][..], &[5, 5], &[6, 6], &[1, 1, 2, 2], &[1, 1, 2, 2, 3, 3]] {
+        worker.expect(&prompt(tokens), 2, None);
+    }
+    assert_eq!((held(&[1, 1, 2, 2, 3, 3]), held(&[5, 5]), held(&[6, 6])), (6, 0, 2));
+    assert_eq!((indexes.stats().blocks, indexes.stats().refused, worker.blocks()), (4, 0, 4));
+    // More than there ever is room for.
+    worker.expect(&prompt(&[1, 1, 7, 7, 8, 8, 9, 9, 10, 10]), 2, None);
+    assert_eq!((held(&[1, 1, 7, 7, 8, 8, 9, 9, 10, 10]), indexes.stats().blocks, indexes.stats().refused), (8, 4, 1));
+}
+
+#[test]
+fn a_worker_has_parts_of_few_block_sizes_and_none_for_what_builds_upon_nothing() {
+    let indexes = PrefixIndexes::new();
+    let worker = indexes.join(MODEL, 0);
+    let of_size = |parent, block_size: u32| {
+        let mut event = stored(parent, &[1], &vec![1; block_size as usize], Tier::Device);
+        if let KvEvent::Stored(stored) = &mut event {
+            stored.block_size = block_size;
+        }
+        event
+    };
+    for block_size in 1..=100 {
+        worker.apply(&of_size(Some(9), block_size));
+    }
+    assert_eq!((indexes.indexes.load().len(), indexes.stats().unknown_parents), (0, 100));
+    for block_size in 1..=100 {
+        worker.apply(&of_size(None, block_size));
+        worker.expect(&prompt(&[2; 100]), block_size, None);
+    }
+    assert_eq!((indexes.indexes.load().len(), indexes.stats().refused), (4, 96));
+}
+
+#[test]
 fn events_that_make_no_sense_change_nothing() {
     let indexes = PrefixIndexes::new();
     let worker = indexes.join(MODEL, 0);
