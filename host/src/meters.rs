@@ -136,7 +136,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_receipts_skipped_total",
         Kind::Counter,
-        "Requests without a receipt, since receipts.max_per_second was reached",
+        "Requests without a receipt, since receipts.max_per_second or max_bytes_per_second was reached",
     ),
     ("dynamo_host_task_panics_total", Kind::Counter, "Background tasks that panicked"),
 ];

@@ -5,6 +5,7 @@
 //! few clones and a bounded queue: a thread of its own writes, and what it cannot keep up with or cannot write is counted
 //! (`dynamo_host_receipts_dropped_total`) and said once. Requests are recorded whole or not at all, with every attempt.
 
+mod budget;
 mod line;
 mod log;
 mod read;
@@ -23,13 +24,14 @@ use dynamo_host_core::{Candidates, RequestFacts, SlotName, answer::Verdict};
 use dynamo_host_policy::{DecidedBy, Decision, Explanation, Reading, RouteCall};
 use serde::Deserialize;
 
+use self::{
+    budget::Budget,
+    log::Log,
+    writer::{Entry, Queue},
+};
 pub(crate) use self::{
     line::{By, DecisionLine, Done, Hex, Line, OutcomeLine, VERSION},
     read::{Skipped, Source, Tail},
-};
-use self::{
-    log::Log,
-    writer::{Entry, Queue},
 };
 
 /// Folder of the receipts within the state directory.
@@ -45,6 +47,8 @@ pub(crate) struct ReceiptsConfig {
     pub(crate) sample: f64,
     /// Requests that are recorded in one second at most.
     pub(crate) max_per_second: u32,
+    /// Bytes that are written in one second at most, on average: of large fleets receipts are large.
+    pub(crate) max_bytes_per_second: u64,
     /// Which columns are kept.
     pub(crate) columns: Columns,
     /// Size at which a file is full.
@@ -66,7 +70,15 @@ pub(crate) enum Columns {
 
 impl Default for ReceiptsConfig {
     fn default() -> Self {
-        Self { enabled: None, sample: 1.0, max_per_second: 200, columns: Columns::Read, max_bytes: 64 << 20, files: 4 }
+        Self {
+            enabled: None,
+            sample: 1.0,
+            max_per_second: 200,
+            max_bytes_per_second: 1 << 20,
+            columns: Columns::Read,
+            max_bytes: 64 << 20,
+            files: 4,
+        }
     }
 }
 
@@ -81,6 +93,7 @@ impl ReceiptsConfig {
         }
         for (key, value, allowed) in [
             ("max_per_second", u64::from(self.max_per_second), 1..=1_000_000),
+            ("max_bytes_per_second", self.max_bytes_per_second, 1 << 10..=1 << 30),
             ("max_bytes", self.max_bytes, 64 << 10..=1 << 40),
             ("files", u64::from(self.files), 2..=10_000),
         ] {
@@ -103,6 +116,7 @@ struct Office {
     /// Share of requests, of 2⁶⁴.
     sample: u64,
     max_per_second: u32,
+    budget: Arc<Budget>,
     requests: AtomicU64,
     since: Instant,
     /// The second since then, and the requests recorded in it: 32 bits each.
@@ -118,7 +132,8 @@ impl Receipts {
     /// In files in `state_dir`, by a thread that writes them.
     pub(crate) fn start(config: &ReceiptsConfig, state_dir: &Path, slot: &SlotName) -> Self {
         let log = Log::new(state_dir.join(FOLDER), config.max_bytes, config.files);
-        let Some(queue) = Queue::start(log) else {
+        let budget = Arc::new(Budget::new(config.max_bytes_per_second));
+        let Some(queue) = Queue::start(log, Arc::clone(&budget)) else {
             tracing::warn!("no receipts: their thread cannot start");
             return Self::off();
         };
@@ -128,6 +143,7 @@ impl Receipts {
             columns: config.columns,
             sample: if config.sample >= 1.0 { u64::MAX } else { (config.sample * 2f64.powi(64)) as u64 },
             max_per_second: config.max_per_second,
+            budget,
             requests: AtomicU64::new(0),
             since: Instant::now(),
             present: AtomicU64::new(0),
@@ -145,7 +161,8 @@ impl Receipts {
         let second = office.since.elapsed().as_secs() & 0xffff_ffff;
         let count = |present: u64| if present >> 32 == second { present & 0xffff_ffff } else { 0 };
         let taken = office.present.fetch_update(Relaxed, Relaxed, |present| {
-            (count(present) < u64::from(office.max_per_second)).then(|| second << 32 | (count(present) + 1))
+            (count(present) < u64::from(office.max_per_second) && office.budget.has_room())
+                .then(|| second << 32 | (count(present) + 1))
         });
         if taken.is_err() {
             metrics::counter!("dynamo_host_receipts_skipped_total").increment(1);

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use dynamo_engine_mock::{
     Profile,
-    model::{EngineModel, FinishReason, Sequence},
+    model::{EngineModel, FinishReason, Pass, Sequence},
 };
 use serde::Serialize;
 
@@ -36,15 +36,23 @@ pub struct Bounds {
 }
 
 /// Computes the bounds: requests are computed one after the other, in the order in which they come, each by the whole of
-/// an idle engine with the first worker's speed.
+/// an idle engine with the fastest worker's speed.
 ///
 /// # Errors
 /// If the engine cannot be.
 pub fn bounds(trace: &Trace, workers: &[Profile]) -> Result<Bounds, SimulationError> {
-    let engine = workers.first().ok_or(SimulationError::NoWorker)?;
+    let fastest = workers.iter().min_by(|one, other| full_pass(one).total_cmp(&full_pass(other)));
+    let engine = fastest.ok_or(SimulationError::NoWorker)?;
     let pooled = workers.iter().map(|profile| u64::from(profile.kv_blocks) * u64::from(profile.block_size)).sum::<u64>();
     let pooled = u32::try_from(pooled / u64::from(engine.block_size)).unwrap_or(u32::MAX);
     Ok(Bounds { infinite: bound(trace, engine, u32::MAX)?, pooled: bound(trace, engine, pooled)? })
+}
+
+/// Seconds of a full pass per token of it: engines may differ in what a pass takes.
+fn full_pass(profile: &Profile) -> f64 {
+    let prefill_tokens = profile.max_num_batched_tokens;
+    let pass = Pass { prefill_tokens, ..Pass::default() };
+    profile.step_time(pass).as_secs_f64() / f64::from(prefill_tokens.max(1))
 }
 
 fn bound(trace: &Trace, engine: &Profile, kv_blocks: u32) -> Result<Bound, SimulationError> {

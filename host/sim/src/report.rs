@@ -65,6 +65,8 @@ pub struct Row {
     pub utilization: f64,
     /// Sequences computed again for want of KV memory.
     pub preemptions: u64,
+    /// Blocks that the prefix index had no room for.
+    pub refused_blocks: u64,
     /// Decisions.
     pub decisions: u64,
     /// Fuel of a decision, on average.
@@ -99,6 +101,7 @@ impl Row {
             imbalance: tally.imbalance(),
             utilization: tally.busy.iter().sum::<f64>() / tally.busy.len().max(1) as f64,
             preemptions: tally.preemptions,
+            refused_blocks: tally.refused_blocks,
             decisions: tally.decisions,
             fuel_per_decision: tally.fuel as f64 / tally.decisions.max(1) as f64,
             fallbacks: tally.fallbacks.clone(),

@@ -23,7 +23,10 @@ pub(crate) struct Placed {
     pub(crate) in_flight: InFlight,
     pub(crate) decision_id: u64,
     pub(crate) worker_id: u64,
+    /// When it came.
     pub(crate) at: Duration,
+    /// When the worker was given it: later, if its policy held it.
+    pub(crate) dispatched: Duration,
     pub(crate) first_token: Duration,
     pub(crate) last_token: Duration,
     pub(crate) tokens: u32,
@@ -45,9 +48,17 @@ pub(crate) fn facts(number: u32, request: &TraceRequest, now_ms: u64) -> Request
 }
 
 impl Placed {
-    pub(crate) fn new(waiting: &Waiting, in_flight: InFlight, worker_id: u64, at: Duration, is_observed: bool) -> Self {
+    pub(crate) fn new(
+        waiting: &Waiting,
+        in_flight: InFlight,
+        worker_id: u64,
+        at: Duration,
+        dispatched: Duration,
+        is_observed: bool,
+    ) -> Self {
         let decision_id = waiting.facts.decision_id;
-        Self { in_flight, decision_id, worker_id, at, first_token: at, last_token: at, tokens: 0, is_observed }
+        let (first_token, last_token) = (dispatched, dispatched);
+        Self { in_flight, decision_id, worker_id, at, dispatched, first_token, last_token, tokens: 0, is_observed }
     }
 
     /// A token came. Returns the time since the one before it, if there was one.
@@ -61,6 +72,11 @@ impl Placed {
             return None;
         }
         Some(since)
+    }
+
+    /// From its dispatch to its first token, in milliseconds: the worker's time, as the host takes it down.
+    pub(crate) fn ttft_ms(&self) -> f64 {
+        ms(self.first_token - self.dispatched)
     }
 
     /// Mean time between its tokens in milliseconds; NaN below two.
@@ -77,4 +93,24 @@ pub(crate) fn ms(time: Duration) -> f64 {
 /// A prompt's tokens for the index and for the engine.
 pub(crate) fn shared_tokens(request: &TraceRequest) -> Arc<[u32]> {
     crate::prompt::tokens(&request.prompt)
+}
+
+#[cfg(test)]
+mod tests {
+    use dynamo_host_core::LoadBoard;
+    use dynamo_host_index::Salt;
+
+    use super::*;
+
+    #[test]
+    fn what_a_policy_held_a_request_for_is_not_the_workers_time() {
+        let request = TraceRequest { at: Duration::ZERO, prompt: Box::default(), output_tokens: 1, session: None };
+        let prompt = Prompt::new(Salt::new(MODEL, None, None), shared_tokens(&request), true);
+        let waiting = Waiting { facts: facts(0, &request, 0), prompt, holds: 1 };
+        let in_flight = InFlight::dispatch(LoadBoard::new(1).claim().unwrap(), 0, 0, 100);
+        let (at, dispatched) = (Duration::ZERO, Duration::from_millis(100));
+        let mut placed = Placed::new(&waiting, in_flight, 1, at, dispatched, false);
+        placed.first_token = Duration::from_millis(500);
+        assert_eq!((placed.ttft_ms(), placed.at), (400.0, at));
+    }
 }

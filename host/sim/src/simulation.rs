@@ -19,7 +19,7 @@ use dynamo_host_core::{
     answer::{MAX_HOLD, MAX_HOLDS, Verdict},
     load::{InFlight, READINGS_PER_SECOND, Recent},
 };
-use dynamo_host_index::{PrefixIndexes, Prompt, Salt};
+use dynamo_host_index::{IndexLimits, PrefixIndexes, Prompt, Salt};
 use dynamo_host_policy::{
     DecidedBy, Decision, FaultCause, Limits, LoadError, Now, OutcomeRow, Pinned, PolicyFault, PolicyRuntime, PolicyVersion,
     RouteCall, RoutingSlot, RuntimeError,
@@ -174,7 +174,9 @@ impl<'a> Run<'a> {
             }
         };
         let board = LoadBoard::new(options.workers.len() as u32);
-        let indexes = PrefixIndexes::new();
+        // Twice what engines hold: events come late, so that what was pushed out is still there when what pushed it comes.
+        let held: u64 = options.workers.iter().map(|profile| u64::from(profile.kv_blocks)).sum();
+        let indexes = PrefixIndexes::with_limits(IndexLimits { max_blocks: 2 * held });
         let engines: Vec<Engine> =
             options.workers.iter().map(|profile| Engine::new(profile, &board, &indexes)).collect::<Result<_, _>>()?;
         let workers = engines.iter().enumerate().map(|(number, engine)| engine.worker(number)).collect();
@@ -354,7 +356,7 @@ impl<'a> Run<'a> {
             InFlight::dispatch(Arc::clone(&engine.load), tokens, tokens.saturating_sub(cached), self.now.as_millis() as u64);
         let is_observed = by.version().is_some_and(|version| version.observes());
         let id = self.candidates.worker(row).id.0;
-        self.placed[number as usize] = Some(Box::new(Placed::new(waiting, in_flight, id, at, is_observed)));
+        self.placed[number as usize] = Some(Box::new(Placed::new(waiting, in_flight, id, at, self.now, is_observed)));
         let sequence = Sequence {
             prompt: Arc::clone(waiting.prompt.tokens()),
             // Its tokens then tell whose they are, and no two requests' are alike at any place.
@@ -419,7 +421,7 @@ impl<'a> Run<'a> {
 
     /// A request has ended: what the host takes down of it, and tells its policy.
     fn end(&mut self, placed: &Placed) {
-        let (ttft_ms, itl_ms) = (ms(placed.first_token - placed.at), placed.itl_ms());
+        let (ttft_ms, itl_ms) = (placed.ttft_ms(), placed.itl_ms());
         self.open -= 1;
         self.tally.end(ms(self.now - placed.at), placed.tokens, self.now);
         let load = placed.in_flight.slot();
@@ -446,6 +448,7 @@ impl<'a> Run<'a> {
 
     fn finish(mut self) -> Tally {
         self.tally.close(&self.engines, self.begun.elapsed());
+        self.tally.refused_blocks = self.indexes.stats().refused;
         self.tally
     }
 }

@@ -118,7 +118,10 @@ fn tail(place: &Place, lines: usize, follow: bool, output: Output) -> Result<(),
         Line::Decision(decision) => {
             kept.push_back((decision, text.to_owned()));
             if kept.len() > lines {
-                outcomes.remove(&kept.pop_front().expect("one was pushed").0.id);
+                let (oldest, _) = kept.pop_front().expect("one was pushed");
+                if is_placed(&oldest) {
+                    outcomes.remove(&oldest.id);
+                }
             }
         }
         Line::Outcome(outcome) => outcomes.entry(outcome.id).or_default().push((outcome, text.to_owned())),
@@ -126,10 +129,12 @@ fn tail(place: &Place, lines: usize, follow: bool, output: Output) -> Result<(),
     warn(&skipped.map_err(|error| error.to_string())?);
     let mut out = io::stdout().lock();
     for (decision, text) in &kept {
-        let ended = outcomes.get(&decision.id).map(Vec::as_slice).unwrap_or_default();
+        let ended = outcomes.get(&decision.id).filter(|_| is_placed(decision)).map(Vec::as_slice).unwrap_or_default();
         if output == Output::Json {
             writeln!(out, "{text}")?;
             ended.iter().try_for_each(|(_, text)| writeln!(out, "{text}"))?;
+        } else if !is_placed(decision) {
+            writeln!(out, "{}", decision_text(decision))?;
         } else {
             let ended: Vec<String> = ended.iter().map(|(outcome, _)| outcome_text(outcome)).collect();
             writeln!(
@@ -166,6 +171,11 @@ fn go_on(tail: &mut Tail, output: Output, out: &mut impl Write) -> Result<(), Fa
         written.and_then(|()| out.flush())?;
         std::thread::sleep(LOOK_EVERY);
     }
+}
+
+/// Whether the request went to a worker by it. Those that held it before have the same id, and no outcome.
+fn is_placed(line: &DecisionLine) -> bool {
+    matches!(line.done, Done::Place(_))
 }
 
 /// A decision on one line.
@@ -257,7 +267,7 @@ fn export(place: &Place, since: Option<&str>, until: Option<&str>, format: Forma
     if format == Format::Csv {
         writeln!(out, "{CSV_HEAD}")?;
         for row in rows {
-            let outcome = outcomes.get(&row.id).and_then(Option::as_deref);
+            let outcome = outcomes.get(&row.id).filter(|_| is_placed(&row)).and_then(Option::as_deref);
             writeln!(out, "{}", csv_row(&row, outcome))?;
         }
     }

@@ -26,6 +26,21 @@ pub(super) struct Stream {
     pub(super) cached_tokens: u32,
 }
 
+impl Stream {
+    /// With the length of its prompt, where the engine did not tell it: as it was asked for, if that was in token ids.
+    fn of(mut self, asked_tokens: u32, ids: bool) -> Result<Self, Refused> {
+        if self.prompt_tokens == 0 {
+            if !ids {
+                let reason = "the engine takes no token ids and reports no usage, so that nobody knows how long prompts are; \
+                              have it report usage in streams (stream_options.include_usage)";
+                return Err(Refused::Failed(reason.to_owned()));
+            }
+            self.prompt_tokens = asked_tokens;
+        }
+        Ok(self)
+    }
+}
+
 /// Asks an engine within bounds.
 pub(super) struct Prober {
     engine: Arc<dyn Engine>,
@@ -59,8 +74,16 @@ impl Prober {
     /// Finds out what the engine accepts, and has it warm.
     ///
     /// # Errors
-    /// What it says to the plainest of requests.
+    /// What it says to the plainest of requests; or that it says nothing within the bounds.
     pub(super) async fn settle(&mut self) -> Result<(), String> {
+        let until = self.until;
+        tokio::time::timeout_at(until.into(), self.try_all()).await.unwrap_or_else(|_| {
+            Err("the engine did not complete a first, short request in time; see that it is well, or raise --max-seconds"
+                .to_owned())
+        })
+    }
+
+    async fn try_all(&mut self) -> Result<(), String> {
         let choices = [(true, true), (false, true), (true, false), (false, false)];
         let mut refusal = String::new();
         for (ids, ignore_eos) in choices {
@@ -100,8 +123,8 @@ impl Prober {
             return Ok(None);
         }
         let requests: Vec<_> = (0..batch).map(|_| self.request(prompt, output)).collect();
-        let engine = &self.engine;
-        let all = join_all(requests.into_iter().map(|request| stream(&**engine, request)));
+        let (engine, ids) = (&self.engine, self.speaks.ids);
+        let all = join_all(requests.into_iter().map(|request| async move { stream(&**engine, request).await?.of(prompt, ids) }));
         match tokio::time::timeout_at(self.until.into(), all).await {
             Ok(streams) => streams.into_iter().collect::<Result<_, _>>().map(Some).map_err(Refused::into_reason),
             Err(_) => {
@@ -126,7 +149,7 @@ impl Prober {
 
     async fn stream(&mut self, prompt: u32, output: u32) -> Result<Stream, Refused> {
         let request = self.request(prompt, output);
-        stream(&*self.engine, request).await
+        stream(&*self.engine, request).await?.of(prompt, self.speaks.ids)
     }
 
     fn request(&mut self, prompt: u32, output: u32) -> GenerateRequest {
@@ -233,4 +256,50 @@ pub(super) fn step_ms(streams: &[Stream]) -> Option<f64> {
     }
     intervals.sort_unstable();
     Some(intervals[intervals.len() / 2].as_secs_f64() * 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use dynamo_engine_api::ModelCard;
+    use futures_util::future::{BoxFuture, pending};
+
+    use super::*;
+
+    /// An engine that accepts and says nothing.
+    struct Silent;
+
+    impl Engine for Silent {
+        fn kind(&self) -> &'static str {
+            "silent"
+        }
+
+        fn models(&self) -> BoxFuture<'_, Result<Vec<ModelCard>, EngineError>> {
+            Box::pin(async { Ok(Vec::new()) })
+        }
+
+        fn probe(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn generate(&self, _request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
+            Box::pin(pending())
+        }
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_says_nothing_is_not_waited_for_for_ever() {
+        let mut prober = Prober::new(Arc::new(Silent), "m".to_owned(), Instant::now() + Duration::from_millis(20), 1000);
+        assert!(prober.settle().await.unwrap_err().contains("did not complete a first, short request"));
+    }
+
+    #[test]
+    fn a_length_that_is_not_told_is_the_one_asked_for_in_ids_and_unknown_in_text() {
+        let stream = |prompt_tokens| {
+            let now = Instant::now();
+            Stream { asked: now, first: now, tokens: Vec::new(), prompt_tokens, cached_tokens: 0 }
+        };
+        let length = |prompt_tokens, ids| stream(prompt_tokens).of(64, ids).map(|stream| stream.prompt_tokens).ok();
+        assert_eq!([length(0, true), length(65, true), length(70, false)], [Some(64), Some(65), Some(70)]);
+        assert!(matches!(stream(0).of(64, false), Err(Refused::Failed(reason)) if reason.contains("reports no usage")));
+    }
 }

@@ -105,14 +105,17 @@ fn ends_whole(path: &Path) -> io::Result<bool> {
     Ok(last == *b"\n")
 }
 
+/// The number of a file of receipts; `None` if it is none.
+pub(super) fn number(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?.parse().ok()
+}
+
 /// The files of a folder with their numbers, oldest first.
 pub(super) fn numbered(folder: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let number = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX)).and_then(|number| number.parse().ok());
-        files.extend(number.map(|number| (number, path.clone())));
+        files.extend(number(&path).map(|number| (number, path)));
     }
     files.sort_unstable();
     Ok(files)

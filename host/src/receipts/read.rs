@@ -11,7 +11,11 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{FOLDER, Line, line::VERSION, log::numbered};
+use super::{
+    FOLDER, Line,
+    line::VERSION,
+    log::{number, numbered},
+};
 
 /// Why there is nothing to read.
 #[derive(Debug, thiserror::Error)]
@@ -168,8 +172,9 @@ impl Tail {
     pub(crate) fn look(&mut self, mut take: impl FnMut(Line, &str)) {
         self.read(&mut take);
         let next = self.path.parent().and_then(|folder| {
-            let files = numbered(folder).ok()?.into_iter().map(|(_, path)| path);
-            files.skip_while(|path| *path != self.path).nth(1)
+            // By numbers: the present file may have been removed to make room, when much came between two looks.
+            let present = number(&self.path)?;
+            numbered(folder).ok()?.into_iter().find_map(|(number, path)| (number > present).then_some(path))
         });
         if let Some(next) = next {
             // What came to the old one between the two looks.

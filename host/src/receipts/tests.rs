@@ -126,6 +126,20 @@ fn a_share_of_requests_is_recorded_and_so_many_in_a_second() {
 }
 
 #[tokio::test]
+async fn what_would_be_more_bytes_than_allowed_is_not_recorded() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = ReceiptsConfig { max_bytes_per_second: 1 << 10, ..ReceiptsConfig::default() };
+    let receipts = office(config, directory.path());
+    let mut call = synthetic::route_call(&synthetic::fleet(5000), 1);
+    call.explain = true;
+    let draft = receipts.sample().unwrap().draft(&call);
+    draft.close(&mut RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call));
+    receipts.flush(Duration::from_secs(20)).await;
+    // Its line, of 5,000 ids, has taken the bytes of the next minute.
+    assert!((0..100).all(|_| receipts.sample().is_none()));
+}
+
+#[tokio::test]
 async fn what_was_left_is_on_disk_when_it_is_flushed() {
     let directory = tempfile::tempdir().unwrap();
     let receipts = office(ReceiptsConfig::default(), directory.path());
@@ -148,6 +162,8 @@ fn a_configuration_that_cannot_be_says_which_key() {
     assert!(ReceiptsConfig::default().check().is_ok());
     assert!(refused(ReceiptsConfig { sample: 1.5, ..ReceiptsConfig::default() }).contains("receipts.sample is 1.5"));
     assert!(refused(ReceiptsConfig { files: 1, ..ReceiptsConfig::default() }).contains("receipts.files is 1; use 2"));
+    let none = ReceiptsConfig { max_bytes_per_second: 0, ..ReceiptsConfig::default() };
+    assert!(refused(none).contains("receipts.max_bytes_per_second is 0; use 1024"));
     assert!(refused(ReceiptsConfig { sample: f64::NAN, ..ReceiptsConfig::default() }).contains("receipts.sample"));
 }
 
@@ -194,4 +210,30 @@ fn what_is_followed_is_given_once_over_a_change_of_files() {
     tail.look(|line, _| whole.push(id(line)));
     later.look(|line, _| whole.push(id(line)));
     assert_eq!(whole, [12, 12]);
+}
+
+#[test]
+fn what_is_followed_goes_on_where_its_file_was_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = directory.path().join(FOLDER);
+    let line = |id: u64| {
+        let outcome = format!(
+            r#"{{"kind":"outcome","v":1,"id":"{id:x}","unix_ms":1,"worker":"a","name":"w","end":"done","prompt_tokens":1,"output_tokens":1,"cached_predicted":0}}"#
+        );
+        (outcome + "\n").into_bytes()
+    };
+    // A line in each file, and two files.
+    let mut log = Log::new(folder, 1, 2);
+    log.append(&line(1)).unwrap();
+    let mut tail = Source::of(directory.path()).unwrap().follow().unwrap();
+    (2..6).for_each(|nth| log.append(&line(nth)).unwrap());
+    let mut seen = Vec::new();
+    (0..3).for_each(|_| {
+        tail.look(|line, _| {
+            if let Line::Outcome(outcome) = line {
+                seen.push(outcome.id.0);
+            }
+        });
+    });
+    assert_eq!(seen, [4, 5], "what was removed is gone, and the rest comes");
 }

@@ -15,7 +15,7 @@ use std::{
 use dynamo_host_policy::Reading;
 use tokio::sync::oneshot;
 
-use super::{Decided, DecisionLine, Line, OutcomeLine, log::Log};
+use super::{Decided, DecisionLine, Line, OutcomeLine, budget::Budget, log::Log};
 
 /// Entries that wait.
 const QUEUE: usize = 8192;
@@ -48,11 +48,11 @@ pub(super) struct Queue {
 
 impl Queue {
     /// Starts the writer; `None` if the system has no thread for it.
-    pub(super) fn start(log: Log) -> Option<Self> {
+    pub(super) fn start(log: Log, budget: Arc<Budget>) -> Option<Self> {
         let (sender, receiver) = sync_channel(QUEUE);
         let waiting = Arc::new(AtomicUsize::new(0));
         let taken = Arc::clone(&waiting);
-        thread::Builder::new().name("receipts".to_owned()).spawn(move || Writer::new(log).run(&receiver, &taken)).ok()?;
+        thread::Builder::new().name("receipts".to_owned()).spawn(move || Writer::new(log, budget).run(&receiver, &taken)).ok()?;
         Some(Self { sender, waiting })
     }
 
@@ -81,6 +81,8 @@ fn dropped(cause: &'static str, lines: u64) {
 
 struct Writer {
     log: Log,
+    /// Told what each line takes.
+    budget: Arc<Budget>,
     batch: Vec<u8>,
     lines: u64,
     /// It was said that they cannot be written.
@@ -88,8 +90,8 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(log: Log) -> Self {
-        Self { log, batch: Vec::new(), lines: 0, is_failing: false }
+    fn new(log: Log, budget: Arc<Budget>) -> Self {
+        Self { log, budget, batch: Vec::new(), lines: 0, is_failing: false }
     }
 
     /// Writes until nobody can leave anything any more.
@@ -124,6 +126,7 @@ impl Writer {
             return;
         }
         self.batch.push(b'\n');
+        self.budget.spend((self.batch.len() - begun) as u64);
         self.lines += 1;
     }
 

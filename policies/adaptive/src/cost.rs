@@ -2,7 +2,7 @@
 //!
 //! | term | what it is |
 //! |---|---|
-//! | `wait` | until the worker has computed the prompts before this one: their predicted time, less that since its last progress |
+//! | `wait` | until the worker has computed the prompts before this one: their predicted time, less that since its last progress, and never less than a share of it |
 //! | `prefill` | to compute what it does not hold of this prompt |
 //! | `interference` | by how much that stalls those who run there, up to two passes, times a weight |
 //! | `decode` | how much slower this request's tokens come for those who run there, and theirs for this one, times a weight |
@@ -18,7 +18,8 @@ use crate::{
     profile::{Profiles, Speed},
 };
 
-/// Share of a pass that is always left of a prefill under way, however long it has taken: predictions err.
+/// Share of the prefill that waits which is always left, however long the worker has been at it: predictions err, and one that is
+/// stuck or slower than its profile is not nearly done.
 const LEAST_LEFT: f32 = 0.3;
 /// Requests that decode as soon as the prefill under way ends count for interference like so many that run.
 const PREFILL_COUNTS: f32 = 2.0;
@@ -165,9 +166,9 @@ impl<'a> Costs<'a> {
         let step = if is_decoding { profile.decode_ms_base + decode_work } else { 0.0 };
         let passes = speed.full_passes(queued) + 1.0;
         // Whoever comes has to wait for the end of a step, on average half of one.
-        let left = speed.prefill_ms(queued) + passes * decode_work + 0.5 * step - busy_ms;
-        let least_left = LEAST_LEFT * profile.pass_ms(least(queued, profile.max_batched_tokens));
-        let wait = if is_prefilling { most(left, least_left) } else { 0.5 * step };
+        let waiting = speed.prefill_ms(queued);
+        let left = waiting + passes * decode_work + 0.5 * step - busy_ms;
+        let wait = if is_prefilling { most(left, LEAST_LEFT * waiting) } else { 0.5 * step };
 
         let computed = speed.prefill_ms(uncached);
         let prefill = computed + if uncached > 0.0 { decode_work } else { 0.0 };

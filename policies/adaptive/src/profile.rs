@@ -128,13 +128,16 @@ impl Profiles {
         let profile = |row: usize| {
             let mut profile = *default;
             for (column, field) in &columns {
-                // What cannot be (and so NaN, for unknown) leaves the default.
-                if let Some(&value) = column.as_ref().map(|column| &column[row]).filter(|&&value| value >= 0.0) {
+                // What cannot be (and so NaN, for unknown) leaves the default. Of infinities, costs would be no numbers.
+                if let Some(&value) =
+                    column.as_ref().map(|column| &column[row]).filter(|&&value| value.is_finite() && value >= 0.0)
+                {
                     *field(&mut profile) = value;
                 }
             }
             profile.max_batched_tokens = profile.max_batched_tokens.max(1.0);
-            if let Some(&speedup) = speedup.as_ref().map(|speedup| &speedup[row]).filter(|&&speedup| speedup > 0.0) {
+            let speedup = speedup.as_ref().map(|speedup| speedup[row]);
+            if let Some(speedup) = speedup.filter(|speedup| speedup.is_finite() && *speedup > 0.0) {
                 profile.speed_up(speedup);
             }
             profile

@@ -116,6 +116,31 @@ fn a_slow_worker_is_known_by_its_profile() {
 }
 
 #[test]
+fn a_stuck_worker_is_not_nearly_done() {
+    // Half a million tokens wait, about ten seconds; and it has done nothing for a minute.
+    let stuck = |tokens: u32| {
+        idle(2)
+            .with_active_prefill_tokens([tokens, 60_000])
+            .with_active_uncached_tokens([tokens, 60_000])
+            .with_prefill_busy_ms([60_000, 0])
+            .with_active_requests([1, 1])
+    };
+    assert_eq!(rows(&request(1000), &stuck(500_000)), [1, 0]);
+    let wait = |tokens| total(&request(1000), &stuck(tokens))[0];
+    assert!(wait(500_000) > wait(250_000) + 1000.0 && wait(250_000) > wait(100_000) + 500.0, "it grows with what waits");
+}
+
+#[test]
+fn labels_that_cannot_be_leave_the_default() {
+    let plain = total(&request(8000), &idle(2));
+    for value in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -1.0] {
+        for signal in ["profile.prefill_ms_per_token", "profile.max_num_batched_tokens", "profile.speedup"] {
+            assert_eq!(total(&request(8000), &idle(2).with_signal(signal, [value, value])), plain, "{signal} = {value}");
+        }
+    }
+}
+
+#[test]
 fn preference_and_errors_weigh() {
     assert_eq!(rows(&request(1000), &idle(2).with_preference([1.5, 1.0])), [1, 0]);
     assert_eq!(rows(&request(1000), &idle(3).with_error_rate([0.5, 0.0, f32::NAN]))[2], 0);

@@ -1,11 +1,12 @@
 //! KV-aware: cached prefix against load, by Dynamo's cost rule, with its settings under its names and with its defaults.
 //!
-//! `cost = (prefill_load_scale · max(0, prompt + prefill under way − credit) + context under way + this request's +
+//! `cost = (prefill_load_scale · (prefill under way + max(0, prompt − credit)) + context under way + this request's +
 //! decode_active_request_weight · requests) · preference`, in blocks. `credit` is what the worker holds of the prompt, by
 //! tier. The lowest cost is taken, equals at random; with a temperature, any worker, the cheaper the likelier.
 //!
 //! Where it differs from Dynamo: blocks that several running requests share are counted once for each, since a policy does
-//! not see blocks; output counts as context. Of a plain decode stage, load alone decides, as there.
+//! not see blocks; output counts as context; credit beyond the prompt's own blocks pays for nothing. Of a plain decode stage,
+//! load alone decides, as there.
 
 mod overrides;
 mod settings;
@@ -76,7 +77,7 @@ fn costs(settings: &Settings, request: &Request, candidates: &Candidates, blocks
         let credit = credit(settings, candidates, blocks);
         let queued = candidates.active_uncached_tokens();
         for ((cost, credit), &queued) in costs.iter_mut().zip(&credit).zip(queued) {
-            *cost = settings.prefill_load_scale * (queued as f32 * blocks.per_token + blocks.prompt - credit).max(0.0);
+            *cost = settings.prefill_load_scale * (queued as f32 * blocks.per_token + blocks.prompt - credit);
         }
         explain("credit_blocks", || credit);
         explain("prefill_blocks", || costs.clone());
@@ -124,6 +125,10 @@ fn credit(settings: &Settings, candidates: &Candidates, blocks: &Blocks) -> Vec<
         for (credit, &tokens) in credit.iter_mut().zip(column(candidates)) {
             *credit += weight * known(tokens) * blocks.per_token;
         }
+    }
+    // A surplus (weights above 1, an index that is off) must not pay for the worker's queue.
+    for credit in &mut credit {
+        *credit = credit.min(blocks.prompt);
     }
     credit
 }

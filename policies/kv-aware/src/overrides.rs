@@ -34,6 +34,11 @@ impl Settings {
                     settings.router_track_prefill_tokens = value.parse().ok()?;
                     continue;
                 }
+                // Of the index, which is the host's: it changes no cost.
+                "assume_kv_reuse" | "router_assume_kv_reuse" => {
+                    value.parse::<bool>().ok()?;
+                    continue;
+                }
                 _ => return None,
             };
             *number = value.parse().ok()?;

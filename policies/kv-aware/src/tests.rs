@@ -59,6 +59,14 @@ fn an_overlap_is_worth_what_its_tier_is() {
 }
 
 #[test]
+fn credit_pays_for_the_prompt_alone() {
+    // Ten blocks held twice over are worth the ten of the prompt; the worker's own queue of five stays.
+    let candidates = fleet(&[320, 0], &[0, 0], &[640, 0]).with_cached_host_tokens([640, 0]);
+    let settings = Settings { router_track_active_blocks: false, overlap_score_credit: 3.0, ..Settings::default() };
+    assert_eq!(cost(&settings, &request(640), &candidates), [5.0, 10.0]);
+}
+
+#[test]
 fn a_busy_holders_overlap_decays() {
     // One prompt's length of prefill more than the least loaded: half the credit.
     let candidates = fleet(&[640, 1280], &[0, 0], &[0, 640]);
@@ -103,6 +111,8 @@ fn a_request_overrides_what_the_operator_lets_it() {
     let expected =
         Settings { overlap_score_credit: 0.5, router_temperature: 0.25, router_track_prefill_tokens: false, ..settings.clone() };
     assert_eq!(of("overlap_score_credit=0.5, router_temperature=0.25,track_prefill_tokens=false"), Some(expected));
+    let reused = Settings { router_temperature: 0.5, ..settings.clone() };
+    assert_eq!(of("assume_kv_reuse=false,router_temperature=0.5"), Some(reused), "what concerns the index is accepted");
     assert_eq!(Settings::default().overridden(&request(1).with_attribute("x-router", "router_temperature=1")), None);
     testing::reset();
     for wrong in ["", "router_temperature", "router_temperature=x", "router_temperature=-1", "prefil=1"] {

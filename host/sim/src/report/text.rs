@@ -102,5 +102,8 @@ pub(super) fn notes(row: &Row) -> Vec<String> {
     let fallbacks = row.fallbacks.iter();
     let fallbacks =
         fallbacks.map(|(cause, count)| format!("{}: {count} decisions were the native fallback's, cause {cause}", row.name));
-    rejected.into_iter().chain(fallbacks).collect()
+    let refused = (row.refused_blocks > 0).then(|| {
+        format!("{}: the prefix index had no room for {} blocks, so that it saw too little reuse", row.name, row.refused_blocks)
+    });
+    rejected.into_iter().chain(fallbacks).chain(refused).collect()
 }

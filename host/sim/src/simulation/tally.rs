@@ -43,6 +43,8 @@ pub struct Tally {
     pub fuel: u64,
     /// Decisions that were another's, by cause.
     pub fallbacks: BTreeMap<String, u64>,
+    /// Blocks that the prefix index had no room for: overlaps were too small then.
+    pub refused_blocks: u64,
     /// From the first arrival to the last token.
     pub makespan: Duration,
     /// Share of that time in which each worker computed.

@@ -56,6 +56,14 @@ fn too_little_kv_memory_preempts_and_loses_nobody() {
 }
 
 #[test]
+fn bounds_of_a_mixed_fleet_are_those_of_its_fastest_worker() {
+    let trace = trace(&[(0, &[(1, 640)], 1)]);
+    let mean = |workers: &[Profile]| bounds(&trace, workers).unwrap().infinite.ttft.mean;
+    let fast = Profile { speedup: 4.0, ..profile() };
+    assert_eq!(mean(&[profile(), fast.clone()]), mean(&[fast]));
+}
+
+#[test]
 fn bounds_are_those_of_one_cache_and_no_queue() {
     let trace = trace(&[(0, &[(1, 640)], 1), (0, &[(2, 640)], 1), (0, &[(1, 640), (3, 64)], 1), (1, &[(2, 640), (4, 64)], 1)]);
     let found = bounds(&trace, &options(2).workers).unwrap();
