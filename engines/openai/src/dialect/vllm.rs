@@ -94,7 +94,11 @@ fn is_tokenized(endpoint: Endpoint, body: &[u8]) -> bool {
     let Ok(fields) = serde_json::from_slice::<BTreeMap<String, &RawValue>>(body) else { return false };
     let is_given = |name: &str| fields.get(name).is_some_and(|value| value.get() != "null");
     match endpoint {
-        Endpoint::ChatCompletions => !UNKNOWN_TO_TOKENIZE.into_iter().any(is_given),
+        Endpoint::ChatCompletions => {
+            // The older name of a message's `reasoning`, which the endpoint reads and `/tokenize` does not.
+            let has_older_name = fields.get("messages").is_some_and(|messages| messages.get().contains("\"reasoning_content\""));
+            !has_older_name && !UNKNOWN_TO_TOKENIZE.into_iter().any(is_given)
+        }
         Endpoint::Completions => {
             fields.get("prompt").is_some_and(|prompt| prompt.get().starts_with('"')) && !is_given("messages")
         }
