@@ -17,7 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use dynamo_host_core::{Candidates, RequestFacts, SlotName, answer::Verdict};
@@ -115,12 +115,11 @@ struct Office {
     columns: Columns,
     /// Share of requests, of 2⁶⁴.
     sample: u64,
-    max_per_second: u32,
-    budget: Arc<Budget>,
+    /// Requests that come, recorded or not.
     requests: AtomicU64,
-    since: Instant,
-    /// The second since then, and the requests recorded in it: 32 bits each.
-    present: AtomicU64,
+    /// Those that may be recorded.
+    recorded: Budget,
+    bytes: Arc<Budget>,
 }
 
 impl Receipts {
@@ -132,8 +131,8 @@ impl Receipts {
     /// In files in `state_dir`, by a thread that writes them.
     pub(crate) fn start(config: &ReceiptsConfig, state_dir: &Path, slot: &SlotName) -> Self {
         let log = Log::new(state_dir.join(FOLDER), config.max_bytes, config.files);
-        let budget = Arc::new(Budget::new(config.max_bytes_per_second));
-        let Some(queue) = Queue::start(log, Arc::clone(&budget)) else {
+        let bytes = Arc::new(Budget::new(config.max_bytes_per_second));
+        let Some(queue) = Queue::start(log, Arc::clone(&bytes)) else {
             tracing::warn!("no receipts: their thread cannot start");
             return Self::off();
         };
@@ -142,11 +141,9 @@ impl Receipts {
             slot: slot.to_string(),
             columns: config.columns,
             sample: if config.sample >= 1.0 { u64::MAX } else { (config.sample * 2f64.powi(64)) as u64 },
-            max_per_second: config.max_per_second,
-            budget,
             requests: AtomicU64::new(0),
-            since: Instant::now(),
-            present: AtomicU64::new(0),
+            recorded: Budget::new(u64::from(config.max_per_second)),
+            bytes,
         })))
     }
 
@@ -158,13 +155,7 @@ impl Receipts {
         if nth > office.sample || office.sample == 0 {
             return None;
         }
-        let second = office.since.elapsed().as_secs() & 0xffff_ffff;
-        let count = |present: u64| if present >> 32 == second { present & 0xffff_ffff } else { 0 };
-        let taken = office.present.fetch_update(Relaxed, Relaxed, |present| {
-            (count(present) < u64::from(office.max_per_second) && office.budget.has_room())
-                .then(|| second << 32 | (count(present) + 1))
-        });
-        if taken.is_err() {
+        if !(office.bytes.has_room() && office.recorded.take_one()) {
             metrics::counter!("dynamo_host_receipts_skipped_total").increment(1);
             return None;
         }

@@ -21,7 +21,7 @@ use dynamo_host_core::{
     answer::{MAX_HOLD, MAX_HOLDS, Verdict},
 };
 use dynamo_host_index::Prompt;
-use dynamo_host_policy::{DecidedBy, Decision, FaultCause, Pinned, PolicyFault, PolicyVersion, RouteCall, RoutingSlot};
+use dynamo_host_policy::{DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
@@ -220,12 +220,7 @@ async fn place(
             explain: recorder.is_some(),
         };
         let draft = recorder.map(|recorder| recorder.draft(&call));
-        let mut decision = if holds < MAX_HOLDS {
-            lane.routing.decide(pinned, call)
-        } else {
-            let detail = format!("it held the request {MAX_HOLDS} times");
-            lane.routing.decide_instead_of(pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail })
-        };
+        let mut decision = lane.routing.decide(pinned, call);
         if let Some(draft) = draft {
             draft.close(&mut decision);
         }

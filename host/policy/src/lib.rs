@@ -38,6 +38,7 @@ pub use load::{LoadError, read_component};
 pub use runtime::{Clock, Now, PolicyRuntime, RuntimeError};
 pub use slot::{
     DecidedBy, Decision, Failed, NoHistory, Pinned, QuarantineReport, RoutingSlot, SlotReport, VersionReport, VersionState,
+    native_route,
 };
 pub use state::SlotState;
 pub use trial::{MemoryDependence, Trial};

@@ -15,7 +15,7 @@ use arc_swap::ArcSwapOption;
 use dynamo_host_core::{OnError, SlotName};
 
 pub use self::{
-    decide::{DecidedBy, Decision, Failed},
+    decide::{DecidedBy, Decision, Failed, native_route},
     report::{QuarantineReport, SlotReport, VersionReport, VersionState},
 };
 use crate::{state::SlotState, version::PolicyVersion};

@@ -16,13 +16,13 @@ use dynamo_engine_mock::{
 };
 use dynamo_host_core::{
     Candidates, Fleet, Held, LoadBoard, Role, SlotName,
-    answer::{MAX_HOLD, MAX_HOLDS, Verdict},
+    answer::{MAX_HOLD, Verdict},
     load::{InFlight, READINGS_PER_SECOND, Recent},
 };
 use dynamo_host_index::{IndexLimits, PrefixIndexes, Prompt, Salt};
 use dynamo_host_policy::{
-    DecidedBy, Decision, FaultCause, Limits, LoadError, Now, OutcomeRow, Pinned, PolicyFault, PolicyRuntime, PolicyVersion,
-    RouteCall, RoutingSlot, RuntimeError,
+    DecidedBy, Decision, Limits, LoadError, Now, OutcomeRow, Pinned, PolicyRuntime, PolicyVersion, RouteCall, RoutingSlot,
+    RuntimeError,
 };
 
 pub use self::tally::Tally;
@@ -320,12 +320,7 @@ impl<'a> Run<'a> {
             seed: self.options.seed.wrapping_add(waiting.facts.decision_id) ^ u64::from(waiting.holds) << 60,
             explain: false,
         };
-        let decision = if waiting.holds < MAX_HOLDS {
-            self.slot.decide(&self.pinned, call)
-        } else {
-            let detail = format!("it held the request {MAX_HOLDS} times");
-            self.slot.decide_instead_of(&self.pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail })
-        };
+        let decision = self.slot.decide(&self.pinned, call);
         self.tally.decided(&decision, begun.elapsed());
         let Decision { verdict, by, .. } = decision;
         match verdict {
@@ -348,12 +343,11 @@ impl<'a> Run<'a> {
     }
 
     fn dispatch(&mut self, number: u32, waiting: &Waiting, row: u32, cached: u32, by: &DecidedBy) {
-        let at = self.arrival(number as usize);
+        let (at, now_ms) = (self.arrival(number as usize), self.now_ms());
         let worker = self.rows[row as usize];
         let engine = &mut self.engines[worker as usize];
         let tokens = waiting.facts.prompt.tokens;
-        let in_flight =
-            InFlight::dispatch(Arc::clone(&engine.load), tokens, tokens.saturating_sub(cached), self.now.as_millis() as u64);
+        let in_flight = InFlight::dispatch(Arc::clone(&engine.load), tokens, tokens.saturating_sub(cached), now_ms);
         let is_observed = by.version().is_some_and(|version| version.observes());
         let id = self.candidates.worker(row).id.0;
         self.placed[number as usize] = Some(Box::new(Placed::new(waiting, in_flight, id, at, self.now, is_observed)));

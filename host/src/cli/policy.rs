@@ -129,6 +129,12 @@ fn median(mut rounds: Vec<bench::Cost>) -> bench::Cost {
     rounds.swap_remove(rounds.len() / 2)
 }
 
+/// Parts `FILE.wasm[,JSON|,@FILE]`. A file's name may hold a comma; settings begin with { or @.
+pub(super) fn file_and_settings(text: &str) -> (&str, Option<&str>) {
+    let cut = [",{", ",@"].iter().filter_map(|mark| text.find(mark)).min();
+    cut.map_or((text, None), |at| (&text[..at], Some(&text[at + 1..])))
+}
+
 fn read(file: &Path) -> Result<Vec<u8>, String> {
     read_component(file, Limits::default().component_bytes).map_err(|error| format!("{}: {error}", file.display()))
 }

@@ -1,7 +1,7 @@
-//! The bytes that receipts may take of the disk in one second.
+//! What receipts may take in one second: requests that are recorded, and bytes of the disk.
 //!
-//! What is sampled costs what its lines turn out to be, known when they are made: so what exceeds a second is a debt that the
-//! next ones pay, and the rate holds over time.
+//! A request is taken or not; its bytes are what its lines turn out to be, known when they are made: so what exceeds a second is
+//! a debt that the next ones pay, and the rate holds over time.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -12,30 +12,40 @@ use std::{
 pub(super) struct Budget {
     since: Instant,
     /// Of one second.
-    bytes: u64,
-    /// The second since then, and the bytes that it owes: 32 bits each.
+    amount: u64,
+    /// The second since then, and what it owes: 32 bits each.
     spent: AtomicU64,
 }
 
 impl Budget {
-    pub(super) fn new(bytes: u64) -> Self {
-        Self { since: Instant::now(), bytes, spent: AtomicU64::new(0) }
+    pub(super) fn new(amount: u64) -> Self {
+        Self { since: Instant::now(), amount, spent: AtomicU64::new(0) }
     }
 
     /// Whether the present second has any left.
     pub(super) fn has_room(&self) -> bool {
-        self.owed(self.spent.load(Relaxed), self.second()) < self.bytes
+        self.owed(self.spent.load(Relaxed), self.second()) < self.amount
+    }
+
+    /// Spends one, if there is room.
+    pub(super) fn take_one(&self) -> bool {
+        let second = self.second();
+        let taken = |spent: u64| {
+            let owed = self.owed(spent, second);
+            (owed < self.amount).then(|| second << 32 | (owed + 1))
+        };
+        self.spent.fetch_update(Relaxed, Relaxed, taken).is_ok()
     }
 
     /// Spends them, whether there is room or not.
-    pub(super) fn spend(&self, bytes: u64) {
-        self.spend_in(self.second(), bytes);
+    pub(super) fn spend(&self, amount: u64) {
+        self.spend_in(self.second(), amount);
     }
 
-    fn spend_in(&self, second: u64, bytes: u64) {
+    fn spend_in(&self, second: u64, amount: u64) {
         let spent = |spent: u64| {
-            let bytes = self.owed(spent, second).saturating_add(bytes).min(u64::from(u32::MAX));
-            Some(second << 32 | bytes)
+            let owed = self.owed(spent, second).saturating_add(amount).min(u64::from(u32::MAX));
+            Some(second << 32 | owed)
         };
         let _ = self.spent.fetch_update(Relaxed, Relaxed, spent);
     }
@@ -47,13 +57,21 @@ impl Budget {
     /// What is owed of what was spent, each second since then having paid its part.
     fn owed(&self, spent: u64, second: u64) -> u64 {
         let passed = second.saturating_sub(spent >> 32);
-        (spent & 0xffff_ffff).saturating_sub(passed.saturating_mul(self.bytes))
+        (spent & 0xffff_ffff).saturating_sub(passed.saturating_mul(self.amount))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_after_the_other_is_taken_until_there_is_no_room() {
+        let budget = Budget::new(u64::from(u32::MAX));
+        assert!(budget.take_one() && budget.take_one());
+        budget.spend(u64::MAX);
+        assert!(!budget.take_one() && !budget.has_room());
+    }
 
     #[test]
     fn what_exceeds_a_second_is_paid_by_the_next_ones() {

@@ -167,18 +167,24 @@ fn a_configuration_that_cannot_be_says_which_key() {
     assert!(refused(ReceiptsConfig { sample: f64::NAN, ..ReceiptsConfig::default() }).contains("receipts.sample"));
 }
 
+/// The line of an outcome, as it lies in a file.
+fn line(id: u64) -> Vec<u8> {
+    let outcome = format!(
+        r#"{{"kind":"outcome","v":1,"id":"{id:x}","unix_ms":1,"worker":"a","name":"w","end":"done","prompt_tokens":1,"output_tokens":1,"cached_predicted":0}}"#
+    );
+    (outcome + "\n").into_bytes()
+}
+
+/// Whose outcome a line is.
+fn id(line: Line) -> u64 {
+    if let Line::Outcome(outcome) = line { outcome.id.0 } else { 0 }
+}
+
 #[test]
 fn what_is_followed_is_given_once_over_a_change_of_files() {
     let directory = tempfile::tempdir().unwrap();
     let folder = directory.path().join(FOLDER);
-    let line = |id: u64| {
-        let outcome = format!(
-            r#"{{"kind":"outcome","v":1,"id":"{id:x}","unix_ms":1,"worker":"a","name":"w","end":"done","prompt_tokens":1,"output_tokens":1,"cached_predicted":0}}"#
-        );
-        (outcome + "\n").into_bytes()
-    };
     let mut log = Log::new(folder.clone(), 400, 9);
-    let id = |line: Line| if let Line::Outcome(outcome) = line { outcome.id.0 } else { 0 };
     log.append(&line(1)).unwrap();
     log.append(&line(2)).unwrap();
     let mut source = Source::of(directory.path()).unwrap();
@@ -216,12 +222,6 @@ fn what_is_followed_is_given_once_over_a_change_of_files() {
 fn what_is_followed_goes_on_where_its_file_was_removed() {
     let directory = tempfile::tempdir().unwrap();
     let folder = directory.path().join(FOLDER);
-    let line = |id: u64| {
-        let outcome = format!(
-            r#"{{"kind":"outcome","v":1,"id":"{id:x}","unix_ms":1,"worker":"a","name":"w","end":"done","prompt_tokens":1,"output_tokens":1,"cached_predicted":0}}"#
-        );
-        (outcome + "\n").into_bytes()
-    };
     // A line in each file, and two files.
     let mut log = Log::new(folder, 1, 2);
     log.append(&line(1)).unwrap();
@@ -229,11 +229,7 @@ fn what_is_followed_goes_on_where_its_file_was_removed() {
     (2..6).for_each(|nth| log.append(&line(nth)).unwrap());
     let mut seen = Vec::new();
     (0..3).for_each(|_| {
-        tail.look(|line, _| {
-            if let Line::Outcome(outcome) = line {
-                seen.push(outcome.id.0);
-            }
-        });
+        tail.look(|line, _| seen.push(id(line)));
     });
     assert_eq!(seen, [4, 5], "what was removed is gone, and the rest comes");
 }

@@ -10,7 +10,7 @@ use std::{
 
 use dynamo_host_core::{
     OnError, Rejection,
-    answer::{Ranking, Verdict},
+    answer::{MAX_HOLDS, Ranking, Verdict},
     native,
 };
 
@@ -110,12 +110,14 @@ impl Decision {
     }
 
     fn native(call: &RouteCall, by: DecidedBy, start: Instant) -> Self {
-        let (ranking, readings) = least_loaded(call);
+        let (ranking, readings) = native_route(call);
         Self { readings, ..Self::without_policy(Verdict::Place(ranking), by, start) }
     }
 }
 
-fn least_loaded(call: &RouteCall) -> (Ranking, Vec<Reading>) {
+/// What the native fallback decides, and what it reads for it if that is asked for.
+#[must_use]
+pub fn native_route(call: &RouteCall) -> (Ranking, Vec<Reading>) {
     let columns = native::READS.map(|column| call.candidates.u32_column(column, call.now_ms));
     let ranking = native::rank(&columns[0], &columns[1], call.seed);
     if !call.explain {
@@ -126,9 +128,14 @@ fn least_loaded(call: &RouteCall) -> (Ranking, Vec<Reading>) {
 }
 
 impl RoutingSlot {
-    /// Decides: the pinned policy, or what the slot's `on-error` says if it cannot.
+    /// Decides: the pinned policy, or what the slot's `on-error` says if it cannot, or if it has held the request as often as
+    /// it may ([`MAX_HOLDS`]).
     #[must_use]
     pub fn decide(&self, pinned: &Pinned, call: RouteCall) -> Decision {
+        if call.request.holds >= MAX_HOLDS {
+            let detail = format!("it held the request {MAX_HOLDS} times");
+            return self.decide_instead_of(pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail });
+        }
         let start = Instant::now();
         if self.bypass.load(Relaxed) {
             return self.decide_bypassed(&call, start);

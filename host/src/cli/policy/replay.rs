@@ -6,11 +6,11 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use dynamo_host_core::{Ranking, answer::Verdict, native};
-use dynamo_host_policy::{Digest, PolicyFault, PolicyVersion, Reading, RouteCall, Trial};
+use dynamo_host_core::{answer::Verdict, native};
+use dynamo_host_policy::{Digest, PolicyFault, PolicyVersion, Reading, RouteCall, Trial, native_route};
 use serde::Serialize;
 
-use super::{load, named, read, read_given, uses};
+use super::{file_and_settings, load, named, read, read_given, uses};
 use crate::{
     cli::{Output, OutputFlags, receipts::warn},
     receipts::{DecisionLine, Hex, Line, Source},
@@ -124,10 +124,8 @@ impl Candidate {
         if text == native::NAME {
             return Ok(Self::Native);
         }
-        let (file, settings) = match text.split_once(".wasm,") {
-            Some((name, settings)) => (PathBuf::from(format!("{name}.wasm")), Some(settings)),
-            None => (PathBuf::from(text), None),
-        };
+        let (file, settings) = file_and_settings(text);
+        let file = PathBuf::from(file);
         let bytes = read(&file)?;
         let version = load(&bytes, &read_given(settings)?).map_err(|error| named(&file, &error))?;
         let uses = uses::of(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
@@ -138,10 +136,8 @@ impl Candidate {
     fn decide(&mut self, call: &RouteCall) -> Result<(Verdict, Vec<Reading>, u64), PolicyFault> {
         match self {
             Self::Native => {
-                let columns = native::READS.map(|column| (column, call.candidates.u32_column(column, call.now_ms)));
-                let ranking: Ranking = native::rank(&columns[0].1, &columns[1].1, call.seed);
-                let readings = columns.map(|(column, values)| Reading::Column(column.name(), values.into()));
-                Ok((Verdict::Place(ranking), readings.into(), 0))
+                let (ranking, readings) = native_route(call);
+                Ok((Verdict::Place(ranking), readings, 0))
             }
             Self::Policy { version, trial, .. } => {
                 let mut asked = match trial.take() {

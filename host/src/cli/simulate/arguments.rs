@@ -7,7 +7,10 @@ use dynamo_host_core::{SlotKind, SlotName};
 use dynamo_host_policy::{Limits, read_component};
 use dynamo_host_sim::{Contender, default_profile};
 
-use crate::{cli::Output, config::read_settings};
+use crate::{
+    cli::{Output, policy::file_and_settings},
+    config::read_settings,
+};
 
 /// Policies side by side over a trace, in virtual time.
 #[derive(clap::Args)]
@@ -126,9 +129,7 @@ fn contender(given: &str) -> Result<Contender, String> {
     if rest == "native" {
         return Ok(Contender { name: "native".to_owned(), policy: None });
     }
-    // A file's name may hold a comma; settings begin with { or @.
-    let cut = [",{", ",@"].iter().filter_map(|mark| rest.find(mark)).min();
-    let (file, settings) = cut.map_or((rest, None), |at| (&rest[..at], Some(&rest[at + 1..])));
+    let (file, settings) = file_and_settings(rest);
     let path = PathBuf::from(file);
     let bytes = read_component(&path, Limits::default().component_bytes).map_err(|error| format!("--policy {file}: {error}"))?;
     let settings = settings
