@@ -15,6 +15,7 @@ use http::StatusCode;
 
 use crate::{
     account::Account,
+    admit::Permit,
     error::RequestError,
     relay::{self, Head, Patience},
     request::{Lane, Placing},
@@ -26,8 +27,10 @@ const MAX_ATTEMPTS: u32 = 4;
 
 /// One request on its way to a worker.
 pub(crate) struct Dispatch<'a> {
-    lane: &'a Lane,
+    lane: &'a Arc<Lane>,
     ask: GenerateRequest,
+    /// Until the answer has it.
+    permit: Option<Permit>,
     accepted: Instant,
     attempts_left: u32,
     /// What the last worker failed it with.
@@ -41,8 +44,8 @@ enum Opened {
 }
 
 impl<'a> Dispatch<'a> {
-    pub(crate) fn new(lane: &'a Lane, ask: GenerateRequest, accepted: Instant) -> Self {
-        Self { lane, ask, accepted, attempts_left: MAX_ATTEMPTS, failure: None }
+    pub(crate) fn new(lane: &'a Arc<Lane>, ask: GenerateRequest, permit: Permit, accepted: Instant) -> Self {
+        Self { lane, ask, permit: Some(permit), accepted, attempts_left: MAX_ATTEMPTS, failure: None }
     }
 
     /// What the last worker failed it with, if one did.
@@ -89,11 +92,12 @@ impl<'a> Dispatch<'a> {
                     if reply.status.is_success() {
                         self.taken_up(placing, worker, facts, prompt);
                     }
-                    return Ok(Some(relay::whole(account, head, reply)));
+                    return Ok(Some(relay::whole(account, self.permit.take(), head, reply)));
                 }
                 Ok(Ok(Opened::Stream(first, chunks))) => {
                     self.taken_up(placing, worker, facts, prompt);
-                    return Ok(Some(relay::stream(account, head, first, chunks, patience, self.lane.audience())));
+                    let permit = self.permit.take();
+                    return Ok(Some(relay::stream(account, permit, head, first, chunks, patience, self.lane.audience())));
                 }
                 Ok(Err(error)) => error,
                 Err(_) => {

@@ -5,6 +5,7 @@
 
 mod account;
 mod admin;
+mod admit;
 mod auth;
 mod body;
 pub mod cli;

@@ -23,6 +23,7 @@ use tokio::time::Sleep;
 
 use crate::{
     account::{Account, End},
+    admit::Permit,
     config::Limits,
     error::{Audience, RequestError},
 };
@@ -81,7 +82,7 @@ impl Patience {
 }
 
 /// A whole answer, as the engine gave it.
-pub(crate) fn whole(mut account: Account, head: Head, reply: WholeReply) -> Response {
+pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head, reply: WholeReply) -> Response {
     #[derive(Deserialize)]
     struct WithUsage {
         usage: Usage,
@@ -95,6 +96,9 @@ pub(crate) fn whole(mut account: Account, head: Head, reply: WholeReply) -> Resp
     if end == End::Done
         && let Ok(WithUsage { usage }) = serde_json::from_slice(&reply.body)
     {
+        if let Some(permit) = &mut permit {
+            permit.output(usage.completion_tokens);
+        }
         account.usage(usage);
     }
     let mut response = Response::new(Body::from(reply.body));
@@ -107,6 +111,7 @@ pub(crate) fn whole(mut account: Account, head: Head, reply: WholeReply) -> Resp
 /// A streamed answer that has begun.
 pub(crate) fn stream(
     mut account: Account,
+    permit: Option<Permit>,
     head: Head,
     first: Chunk,
     chunks: ChunkStream,
@@ -116,7 +121,8 @@ pub(crate) fn stream(
     account.answer(StatusCode::OK, None);
     let last = Instant::now();
     let alarm = tokio::time::sleep_until((last + patience.idle).min(patience.deadline).into());
-    let relay = Relay { first: Some(first), chunks: Some(chunks), account, patience, audience, last, alarm: Box::pin(alarm) };
+    let relay =
+        Relay { first: Some(first), chunks: Some(chunks), account, permit, patience, audience, last, alarm: Box::pin(alarm) };
     let mut response = Response::new(Body::from_stream(relay));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -130,6 +136,7 @@ struct Relay {
     /// `None` when the stream has ended.
     chunks: Option<ChunkStream>,
     account: Account,
+    permit: Option<Permit>,
     patience: Patience,
     audience: Audience,
     last: Instant,
@@ -145,6 +152,9 @@ impl Relay {
         }
         self.last = begun;
         self.account.chunk(&chunk, begun);
+        if let Some(permit) = &mut self.permit {
+            permit.output(chunk.summary.tokens);
+        }
         self.account.relayed += begun.elapsed();
         chunk.bytes
     }

@@ -1,4 +1,5 @@
-//! A request's life, top to bottom: decode → resolve → tokenize → snapshot → **routing policy** → dispatch → relay → account.
+//! A request's life, top to bottom: decode → resolve → tokenize → admit → snapshot → **routing policy** → dispatch → relay →
+//! account.
 //!
 //! Each stage is one step here and one module elsewhere. Invariants: a request pins its policy version when it begins
 //! and keeps it over all its attempts; a worker that failed it is never asked again; nothing has been sent to the
@@ -25,6 +26,7 @@ use dynamo_host_policy::{DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
+    admit,
     auth::Caller,
     body,
     clock::{Clock, unix_ms},
@@ -96,7 +98,7 @@ pub(crate) struct Notes {
 }
 
 /// Serves one request.
-pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
+pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
     let Arrival { endpoint, id, session_key, caller, headers, body, at } = arrival;
     let limits = lane.limits();
     let body = body::read(body, &limits).await?;
@@ -125,11 +127,12 @@ pub(crate) async fn serve(lane: &Lane, arrival: Arrival, notes: &mut Notes) -> R
         trace::stage("tokenize", begun);
         (renamed, prompt)
     };
+    let permit = admit::enter(lane, &mut facts).await?;
     let pinned = lane.routing.pin();
     let priority = facts.priority;
     let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };
     let recorder = lane.receipts.sample();
-    let mut dispatch = Dispatch::new(lane, ask, at);
+    let mut dispatch = Dispatch::new(lane, ask, permit, at);
     loop {
         facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
         let placing = match place(lane, &pinned, &mut facts, &prompt, &patience, recorder.as_ref(), notes).await {

@@ -14,8 +14,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ("dynamo-host-core", &[]),
     ("dynamo-host-policy", &["dynamo-host-core"]),
     ("dynamo-host-store", &["dynamo-host-core"]),
+    ("dynamo-host-flow", &["dynamo-host-core"]),
     ("dynamo-host-index", &["dynamo-host-core"]),
-    ("dynamo-host-sim", &["dynamo-host-core", "dynamo-host-index", "dynamo-host-policy", "dynamo-engine-mock"]),
+    (
+        "dynamo-host-sim",
+        &["dynamo-host-core", "dynamo-host-flow", "dynamo-host-index", "dynamo-host-policy", "dynamo-engine-mock"],
+    ),
     ("dynamo-host-tokens", &["dynamo-host-core"]),
     ("dynamo-engine-api", &["dynamo-host-core"]),
     ("dynamo-engine-kv-events", &["dynamo-engine-api"]),
@@ -25,6 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "dynamo-host",
         &[
             "dynamo-host-core",
+            "dynamo-host-flow",
             "dynamo-host-index",
             "dynamo-host-policy",
             "dynamo-host-sim",

@@ -3,6 +3,7 @@
 //! Contract: nothing here does I/O, is async, or reads a clock; time and randomness are arguments. That is
 //! what lets a simulator drive the very same code in virtual time, and what makes a decision replayable.
 
+pub mod admission;
 pub mod answer;
 pub mod column;
 pub mod fleet;
@@ -14,13 +15,14 @@ pub mod request;
 pub mod slot;
 pub mod worker;
 
+pub use admission::{Admitted, PoolState};
 pub use answer::{Answer, AnswerFault, Ranking, Rejection};
 pub use column::Column;
 pub use fleet::{Candidates, Fleet, FleetError, RecordedError};
 pub use id::WorkerId;
 pub use kv::{EngineHash, Held, KvEvent, Overlap, StoredBlocks, Tier};
 pub use load::{Load, LoadBoard, LoadReport, LoadSlot};
-pub use request::{Endpoint, RequestFacts, Stage, TokenCount};
+pub use request::{Endpoint, RequestFacts, Slo, Stage, TokenCount};
 pub use slot::{OnError, SlotKind, SlotName};
 pub use worker::{Role, Worker, WorkerSpec, WorkerState};
 

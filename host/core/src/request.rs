@@ -1,6 +1,6 @@
 //! Facts of a request: what a policy may ask about.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::id::{self, WorkerId};
 
@@ -113,6 +113,15 @@ pub mod flags {
     pub const LOGPROBS: u32 = 8;
 }
 
+/// Targets for a request's latencies, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Slo {
+    /// Time to first token.
+    pub ttft_ms: Option<f32>,
+    /// Time between tokens.
+    pub itl_ms: Option<f32>,
+}
+
 /// What is known of a request when it is placed.
 #[derive(Clone, Debug)]
 pub struct RequestFacts {
@@ -134,14 +143,24 @@ pub struct RequestFacts {
     pub recorded_tenant_key: Option<u64>,
     /// Priority: higher is sooner, 0 is normal.
     pub priority: i32,
+    /// Strict tier that admission chose: lower is served first.
+    pub tier: u32,
+    /// Class that admission chose.
+    pub class: Option<Arc<str>>,
     /// Key of the client's session.
     pub session_key: Option<u64>,
     /// Key of the prompt's beginning.
     pub prefix_key: u64,
     /// Length of the prompt.
     pub prompt: TokenCount,
+    /// Tokens of output that the client has already, from an earlier attempt.
+    pub generated_tokens: u32,
     /// The client's limit on output tokens.
     pub max_output_tokens: Option<u32>,
+    /// What is expected in output tokens, per choice.
+    pub expected_output_tokens: Option<u32>,
+    /// Targets for its latencies.
+    pub slo: Slo,
     /// Choices asked for.
     pub choices: u32,
     /// Bits, see [`flags`].
@@ -176,10 +195,15 @@ impl RequestFacts {
             tenant: None,
             recorded_tenant_key: None,
             priority: 0,
+            tier: 0,
+            class: None,
             session_key: None,
             prefix_key: 0,
             prompt: TokenCount::estimate(1),
+            generated_tokens: 0,
             max_output_tokens: None,
+            expected_output_tokens: None,
+            slo: Slo::default(),
             choices: 1,
             flags: 0,
             multimodal_items: 0,

@@ -15,7 +15,10 @@ use dynamo_host_core::{
     load::{Recent, Throughput},
 };
 use dynamo_host_index::PrefixIndexes;
-use tokio::{sync::Notify, task::AbortHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+};
 
 use super::{
     Origin,
@@ -44,9 +47,24 @@ pub(super) struct Member {
     pub(super) probe_now: Notify,
     /// Woken when its workers are others: what its engine told may be with the wrong ones, or with none.
     pub(super) relisten: Notify,
+    /// Changes when requests that it has are to be given to others; see [`GivenUp`].
+    pub(super) given_up: Arc<watch::Sender<GivenUp>>,
     /// What looks after it; ended when it goes.
     pub(super) task: OnceLock<AbortHandle>,
     standing: Mutex<Standing>,
+}
+
+/// Why requests that a worker has are to be given to others, without waiting for what it may still say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(dead_code, reason = "nobody says so yet")]
+pub(crate) enum GivenUp {
+    /// They are not.
+    #[default]
+    Not,
+    /// It does not answer any more.
+    Unresponsive,
+    /// It was drained, and the grace is over.
+    Drained,
 }
 
 /// How a member stands.
@@ -109,7 +127,7 @@ impl Member {
             is_other_lineup: false,
             throughputs: Vec::new(),
         };
-        Self::with(config, origin, connection, None, standing, home)
+        Self::with(config, origin, connection, None, Arc::default(), standing, home)
     }
 
     /// The same engine under another configuration, or through another connection: what runs on it goes on.
@@ -132,7 +150,7 @@ impl Member {
         };
         let is_rotated = !Arc::ptr_eq(&self.engine, &connection.engine);
         let previous = if is_rotated { Some(Arc::clone(&self.engine)) } else { self.previous.clone() };
-        Self::with(config, origin, connection, previous, standing, home)
+        Self::with(config, origin, connection, previous, Arc::clone(&self.given_up), standing, home)
     }
 
     fn with(
@@ -140,13 +158,14 @@ impl Member {
         origin: Origin,
         connection: Connection,
         previous: Option<Arc<dyn Engine>>,
+        given_up: Arc<watch::Sender<GivenUp>>,
         standing: Standing,
         home: &Home<'_>,
     ) -> Self {
         let Connection { engine, credentials } = connection;
         let (probe_now, relisten, task) = (Notify::new(), Notify::new(), OnceLock::new());
         let standing = Mutex::new(standing);
-        let member = Self { config, origin, engine, credentials, previous, probe_now, relisten, task, standing };
+        let member = Self { config, origin, engine, credentials, previous, probe_now, relisten, given_up, task, standing };
         member.standing().make_workers(&member.config, home);
         member
     }

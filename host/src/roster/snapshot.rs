@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use dynamo_engine_api::Engine;
 use dynamo_host_core::{Candidates, Fleet, RequestFacts, Role, Worker, WorkerId};
+use tokio::sync::watch;
 
-use super::Member;
+use super::{Member, member::GivenUp};
 use crate::{
     error::RequestError,
     kv::KvFeed,
@@ -46,6 +47,12 @@ impl Snapshot {
     /// The rank that a request to a worker of this snapshot must name; `None` where the engine has one only.
     pub(crate) fn rank(&self, worker: &Worker) -> Option<u32> {
         self.seat(worker.id).has_ranks.then_some(worker.spec.rank)
+    }
+
+    /// Changes when requests that a worker of this snapshot has from now on are to be given to others.
+    #[expect(dead_code, reason = "streams do not move yet")]
+    pub(crate) fn given_up(&self, worker: WorkerId) -> watch::Receiver<GivenUp> {
+        self.seat(worker).member.given_up.subscribe()
     }
 
     /// How the KV of a worker of this snapshot is known.
