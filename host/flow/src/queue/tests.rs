@@ -1,5 +1,6 @@
 //! What the queue does, step by step; and, in `random`, what holds whatever happens.
 
+mod random;
 mod shares;
 
 use dynamo_host_core::Admitted;
