@@ -5,6 +5,7 @@
 
 mod door;
 mod limits;
+mod migration;
 mod profile;
 mod worker;
 
@@ -26,6 +27,7 @@ pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
     limits::Limits,
+    migration::Migration,
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
 use crate::{
@@ -83,6 +85,8 @@ pub(crate) enum ConfigError {
     Receipts(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
+    #[error("migration.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
+    Migration { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
 }
@@ -172,6 +176,7 @@ struct File {
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
     limits: Limits,
+    migration: Migration,
     worker: Vec<WrittenWorker>,
 }
 
@@ -205,6 +210,7 @@ pub(crate) struct Config {
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
     pub(crate) limits: Limits,
+    pub(crate) migration: Migration,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -309,6 +315,7 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
+        file.migration.check()?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -328,6 +335,7 @@ impl Config {
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
             limits,
+            migration: file.migration,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -405,6 +413,7 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
+        assert_eq!(file.migration, Migration::default());
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();

@@ -12,7 +12,8 @@ use std::{
 
 use bytes::Bytes;
 use dynamo_engine_api::{
-    Chunk, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply, WholeReply,
+    ChatContinuation, Chunk, Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply,
+    WholeReply,
 };
 use futures_core::{Stream, future::BoxFuture, ready};
 use futures_util::stream;
@@ -115,10 +116,11 @@ impl MockEngine {
         if endpoint == Endpoint::CountTokens {
             return Ok(Reply::Whole(self.count_tokens(&request.body)));
         }
-        let order = match service::decode(request.endpoint, &request.body, &self.options) {
+        let mut order = match service::decode(request.endpoint, &request.body, &self.options) {
             Ok(order) => order,
             Err(error) => return Ok(Reply::Whole(json_reply(error.status, error.body_at(endpoint).into()))),
         };
+        order.return_token_ids |= request.wants_token_ids && order.stream;
         let outputs = self.driver.submit(order.sequences()).await.map_err(|stopped| broken(&self.options.name, stopped))?;
         if order.stream {
             let rendering = self.rendering(order, &request.request_id);
@@ -187,6 +189,11 @@ impl Engine for MockEngine {
     fn kv_events(&self) -> Option<KvUpdates> {
         let reading = Reading::new(self.driver.tapes());
         Some(Box::pin(stream::unfold(reading, async |mut reading| reading.next().await.map(|update| (update, reading)))))
+    }
+
+    /// As vLLM does.
+    fn continues(&self) -> Continues {
+        Continues { gives_ids: true, takes_ids: true, chat: Some(ChatContinuation::FinalMessage) }
     }
 
     /// Of a batch, the first prompt.
