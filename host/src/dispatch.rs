@@ -45,6 +45,7 @@ enum Opened {
 
 impl<'a> Dispatch<'a> {
     pub(crate) fn new(lane: &'a Arc<Lane>, ask: GenerateRequest, permit: Permit, accepted: Instant) -> Self {
+        lane.roster.note_request();
         Self { lane, ask, permit: Some(permit), accepted, attempts_left: MAX_ATTEMPTS, failure: None }
     }
 
@@ -75,7 +76,7 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
             let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
@@ -105,13 +106,14 @@ impl<'a> Dispatch<'a> {
                     return Err(patience.exceeded());
                 }
             };
+            account.blame(&error);
             account.abandon();
             let reason = plain(&error.to_string());
             tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {reason}");
             if matches!(error, EngineError::Connect { .. }) {
                 self.lane.roster.report_unreachable(worker.id, placing.snapshot.engine(worker.id), &error);
             }
-            if self.attempts_left == 0 || !is_worth_another(&error) {
+            if self.attempts_left == 0 || !is_worth_another(&error) || !self.lane.roster.take_retry() {
                 return Err(error.into());
             }
             self.failure = Some(error);

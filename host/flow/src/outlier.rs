@@ -130,6 +130,14 @@ pub struct Measure {
     itl: Option<f32>,
 }
 
+impl Measure {
+    /// Whether there is one.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.ttft.is_some() || self.itl.is_some()
+    }
+}
+
 /// Whether a worker is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
