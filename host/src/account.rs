@@ -5,11 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_engine_api::{Chunk, Endpoint, Usage};
+use dynamo_engine_api::{Chunk, Endpoint, EngineError, Usage};
 use dynamo_host_core::{
     RequestFacts, Worker, WorkerId, WorkerSpec,
     load::{InFlight, Recent},
 };
+use dynamo_host_flow::{Ended, Failure};
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
@@ -19,6 +20,7 @@ use crate::{
     observe::Observer,
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
+    roster::{Attempt, Outcome, failure},
 };
 
 /// How a request ended: `outcomes.end` of the contract.
@@ -52,6 +54,9 @@ pub(crate) struct Account {
     version: Option<Arc<PolicyVersion>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
+    /// The same request, for the worker's breaker.
+    attempt: Attempt,
+    blamed: Option<EngineError>,
     worker: WorkerId,
     spec: Arc<WorkerSpec>,
     decision_id: u64,
@@ -151,6 +156,8 @@ impl Account {
             version: placing.observed_version(),
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
+            attempt: lane.roster.attempt(&placing.snapshot, worker.id),
+            blamed: None,
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
             decision_id: facts.decision_id,
@@ -205,6 +212,11 @@ impl Account {
         self.end = end.unwrap_or(self.end);
     }
 
+    /// What its worker failed it with: said before it is abandoned or fails.
+    pub(crate) fn blame(&mut self, error: &EngineError) {
+        self.blamed = Some(error.clone());
+    }
+
     pub(crate) fn fail(&mut self) {
         self.end = End::Failed;
     }
@@ -234,6 +246,7 @@ impl Account {
             match self.last_token {
                 None => {
                     self.first_token = Some(now);
+                    self.attempt.progress();
                     // A continuation's first token is the client's next one.
                     if !self.is_part {
                         self.meters.ttft.record(now - self.accepted);
@@ -273,6 +286,16 @@ impl Drop for Account {
             End::Failed => 1.0,
             End::Cancelled => f32::NAN,
         };
+        let uncached_tokens = self.prompt_tokens.saturating_sub(self.cached_tokens);
+        let failure = self.blamed.as_ref().map(|error| failure(error, self.first_token.is_some()));
+        let failure = failure.or_else(|| self.status.is_server_error().then_some(Failure::Unhealthy));
+        let ended = match (self.end, failure) {
+            (End::Done | End::Rejected, _) => Ended::Well,
+            (End::Failed, Some(failure)) => Ended::Failed(failure),
+            // Its client left, or its time was over.
+            (End::Cancelled, _) | (End::Failed, None) => Ended::Untold,
+        };
+        self.attempt.end(Outcome { ended, ttft_ms, itl_ms, uncached_tokens });
         let load = self.in_flight.slot();
         for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, error)] {
             if !value.is_nan() {

@@ -4,6 +4,7 @@
 //! running host is everything that [`Config::needs_restart`] does not name.
 
 mod door;
+mod health;
 mod limits;
 mod migration;
 mod profile;
@@ -26,6 +27,7 @@ use self::door::DoorSections;
 pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
+    health::{Canary, HealthConfig},
     limits::Limits,
     migration::Migration,
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
@@ -83,6 +85,8 @@ pub(crate) enum ConfigError {
     Otlp(#[from] crate::trace::OtlpError),
     #[error("{0}")]
     Receipts(String),
+    #[error("{0}")]
+    Health(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
     #[error("migration.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
@@ -175,6 +179,7 @@ struct File {
     otlp: Option<Otlp>,
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
+    health: HealthConfig,
     limits: Limits,
     migration: Migration,
     worker: Vec<WrittenWorker>,
@@ -209,6 +214,7 @@ pub(crate) struct Config {
     pub(crate) log: LogFormat,
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
+    pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
     pub(crate) migration: Migration,
     pub(crate) door: DoorConfig,
@@ -316,6 +322,7 @@ impl Config {
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
         file.migration.check()?;
+        file.health.check().map_err(ConfigError::Health)?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -334,6 +341,7 @@ impl Config {
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
+            health: file.health,
             limits,
             migration: file.migration,
             door: DoorConfig::resolve(

@@ -66,6 +66,7 @@ pub(crate) enum Opened {
 
 impl<'a> Dispatch<'a> {
     pub(crate) fn new(lane: &'a Arc<Lane>, asked: Asked, permit: Permit, accepted: Instant, migration: Arc<Migration>) -> Self {
+        lane.roster.note_request();
         let attempts_left = migration.max_attempts;
         Self { lane, asked, migration, permit: Some(permit), accepted, attempts_left, failure: None, outlasts_until: None }
     }
@@ -86,7 +87,7 @@ impl<'a> Dispatch<'a> {
             && self.attempts_left > 0
             && self.failure.as_ref().is_some_and(|failure| !matches!(failure, EngineError::Connect { .. }));
         let now = Instant::now();
-        let until = *self.outlasts_until.get_or_insert(now + self.migration.hold());
+        let until = *self.outlasts_until.get_or_insert(now + self.lane.roster.health().hold());
         if !is_worth_it || now >= until {
             return false;
         }
@@ -117,7 +118,7 @@ impl<'a> Dispatch<'a> {
             let worker = placing.candidates.worker(row);
             let engine = placing.snapshot.engine(worker.id);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
             let patience = Patience::since(self.accepted, &self.lane.limits());
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
@@ -150,11 +151,12 @@ impl<'a> Dispatch<'a> {
                     return Err(patience.exceeded());
                 }
             };
+            account.blame(&error);
             account.abandon();
             let reason = plain(&error.to_string());
             tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {reason}");
             self.lane.roster.report_failed(worker.id, engine, &error);
-            if self.attempts_left == 0 || !is_worth_another(&error) {
+            if self.attempts_left == 0 || !is_worth_another(&error) || !self.lane.roster.take_retry() {
                 return Err(error.into());
             }
             self.failure = Some(error);

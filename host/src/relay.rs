@@ -259,6 +259,7 @@ impl Relay {
         let span = account.span.clone();
         span.in_scope(|| tracing::warn!(worker = account.worker(), "stream lost: {}", plain(&failure.to_string())));
         course.lane.roster.report_failed(account.worker_id(), &engine, &failure);
+        account.blame(&failure);
         let loss = Loss { worker: account.worker_id(), failure, cause, silent_since: self.last };
         match migrate::carry_on(*course, record, loss, span) {
             Ok(rest) => {
@@ -274,6 +275,9 @@ impl Relay {
     fn fail(&mut self, error: &RequestError) -> Bytes {
         match std::mem::replace(&mut self.source, Source::Ended) {
             Source::Worker { mut account, .. } => {
+                if let RequestError::Engine(error) = error {
+                    account.blame(error);
+                }
                 account.fail();
                 account.span.in_scope(|| error.record());
             }

@@ -295,7 +295,7 @@ impl Piece {
         match self {
             Self::Chunk(chunk) => Ok(chunk),
             Self::Torn(..) => Err(EngineError::Broken { engine, reason: CUT.to_owned() }),
-            Self::ErrorEvent => Err(EngineError::InStream { engine, message: DEAD_CORE.to_owned() }),
+            Self::ErrorEvent => Err(EngineError::InStream { engine, message: DEAD_CORE.to_owned(), refused: false }),
             Self::End => Err(EngineError::Incomplete { engine }),
             Self::Stopped => Err(EngineError::Broken { engine, reason: Stopped.to_string() }),
         }

@@ -1,7 +1,5 @@
 //! When a request goes on with another worker: `[migration]` of the configuration file.
 
-use std::time::Duration;
-
 use serde::Deserialize;
 
 use super::ConfigError;
@@ -14,27 +12,20 @@ pub(crate) struct Migration {
     pub(crate) enabled: bool,
     /// Workers that one request is given to, the first included; of several choices that go on, each counts alone.
     pub(crate) max_attempts: u32,
-    /// How long what has begun waits for a worker while there is none.
-    pub(crate) hold_s: u64,
     /// Bytes that are kept of one stream, so that it can go on: text, token ids, and what was not looked at yet.
     pub(crate) max_kept_bytes: usize,
 }
 
 impl Default for Migration {
     fn default() -> Self {
-        Self { enabled: true, max_attempts: 5, hold_s: 5, max_kept_bytes: 4 << 20 }
+        Self { enabled: true, max_attempts: 5, max_kept_bytes: 4 << 20 }
     }
 }
 
 impl Migration {
-    pub(crate) fn hold(&self) -> Duration {
-        Duration::from_secs(self.hold_s)
-    }
-
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         let bounds = [
             ("max_attempts", u64::from(self.max_attempts), 1..=100),
-            ("hold_s", self.hold_s, 0..=3600),
             ("max_kept_bytes", self.max_kept_bytes as u64, 64 << 10..=1 << 32),
         ];
         let wrong = bounds.into_iter().find(|(_, value, allowed)| !allowed.contains(value));

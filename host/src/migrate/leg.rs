@@ -247,6 +247,7 @@ impl Leg {
                 plain(&failure.to_string())
             );
         });
+        running.account.blame(&failure);
         running.account.fail();
         self.failed.push((running.account.worker_id(), Instant::now()));
         (self.cause, self.failure, self.is_resumed) = (cause, failure, false);
@@ -384,6 +385,7 @@ impl Leg {
         };
         tracing::warn!(worker = worker.spec.name, "worker did not go on: {}", plain(&error.to_string()));
         course.lane.roster.report_failed(worker.id, placing.snapshot.engine(worker.id), &error);
+        account.blame(&error);
         account.fail();
         self.failed.push((worker.id, Instant::now()));
         self.failure = error;
@@ -420,7 +422,7 @@ impl Leg {
     async fn place(&mut self, prompt: &dynamo_host_index::Prompt) -> Result<Placing, RequestError> {
         let shared = Arc::clone(&self.shared);
         let course = &shared.course;
-        let until = (Instant::now() + course.migration.hold()).min(course.patience.deadline);
+        let until = (Instant::now() + course.lane.roster.health().hold()).min(course.patience.deadline);
         let mut changes = course.lane.roster.changes();
         loop {
             self.facts.decision_id = course.lane.next_decision();
