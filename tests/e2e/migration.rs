@@ -97,7 +97,10 @@ fn is_unbroken(stream: &Streamed, choices: u32, tokens: u32, prompt: u64) {
     assert_eq!(usages.len(), 1, "{usages:?}");
     let usage = &usages[0]["usage"];
     assert_eq!(usage["completion_tokens"], u64::from(tokens * choices), "{usage}");
-    assert_eq!((usage["prompt_tokens"].as_u64(), usage["total_tokens"].as_u64()), (Some(prompt), Some(prompt + u64::from(tokens * choices))));
+    assert_eq!(
+        (usage["prompt_tokens"].as_u64(), usage["total_tokens"].as_u64()),
+        (Some(prompt), Some(prompt + u64::from(tokens * choices)))
+    );
 }
 
 fn with_usage(mut body: Value) -> Value {
