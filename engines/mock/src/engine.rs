@@ -12,7 +12,8 @@ use std::{
 
 use bytes::Bytes;
 use dynamo_engine_api::{
-    Chunk, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply, WholeReply,
+    ChatContinuation, Chunk, Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply,
+    WholeReply,
 };
 use futures_core::{Stream, future::BoxFuture, ready};
 use futures_util::{StreamExt, stream};
@@ -137,10 +138,11 @@ impl MockEngine {
                 return Ok(Served::Whole(error_reply_at(&refusal.error(), endpoint), None));
             }
         }
-        let order = match service::decode(request.endpoint, &request.body, &self.options) {
+        let mut order = match service::decode(request.endpoint, &request.body, &self.options) {
             Ok(order) => order,
             Err(error) => return Ok(Served::Whole(error_reply_at(&error, endpoint), None)),
         };
+        order.return_token_ids |= request.wants_token_ids && order.stream;
         let outputs = self.driver.submit(order.sequences()).await?;
         let steps = Steps::new(outputs, strike, Arc::clone(&self.switches));
         if order.stream {
@@ -238,6 +240,11 @@ impl Engine for MockEngine {
         Some(Box::pin(stream::unfold(reading, async |mut reading| reading.next().await.map(|update| (update, reading)))))
     }
 
+    /// As vLLM does.
+    fn continues(&self) -> Continues {
+        Continues { gives_ids: true, takes_ids: true, chat: Some(ChatContinuation::FinalMessage) }
+    }
+
     /// Of a batch, the first prompt.
     fn tokenize(&self, endpoint: Endpoint, body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {
         let order = service::decode(endpoint, &body, &self.options).ok();
@@ -288,7 +295,7 @@ impl Piece {
         match self {
             Self::Chunk(chunk) => Ok(chunk),
             Self::Torn(..) => Err(EngineError::Broken { engine, reason: CUT.to_owned() }),
-            Self::ErrorEvent => Err(EngineError::InStream { engine, message: DEAD_CORE.to_owned() }),
+            Self::ErrorEvent => Err(EngineError::InStream { engine, message: DEAD_CORE.to_owned(), refused: false }),
             Self::End => Err(EngineError::Incomplete { engine }),
             Self::Stopped => Err(EngineError::Broken { engine, reason: Stopped.to_string() }),
         }
