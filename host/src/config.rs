@@ -4,7 +4,9 @@
 //! running host is everything that [`Config::needs_restart`] does not name.
 
 mod door;
+mod health;
 mod limits;
+mod migration;
 mod profile;
 mod worker;
 
@@ -25,7 +27,9 @@ use self::door::DoorSections;
 pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
+    health::{Canary, HealthConfig},
     limits::Limits,
+    migration::Migration,
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
 use crate::{
@@ -81,8 +85,12 @@ pub(crate) enum ConfigError {
     Otlp(#[from] crate::trace::OtlpError),
     #[error("{0}")]
     Receipts(String),
+    #[error("{0}")]
+    Health(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
+    #[error("migration.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
+    Migration { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
 }
@@ -171,7 +179,9 @@ struct File {
     otlp: Option<Otlp>,
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
+    health: HealthConfig,
     limits: Limits,
+    migration: Migration,
     worker: Vec<WrittenWorker>,
 }
 
@@ -204,7 +214,9 @@ pub(crate) struct Config {
     pub(crate) log: LogFormat,
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
+    pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
+    pub(crate) migration: Migration,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -309,6 +321,8 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
+        file.migration.check()?;
+        file.health.check().map_err(ConfigError::Health)?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -327,7 +341,9 @@ impl Config {
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
+            health: file.health,
             limits,
+            migration: file.migration,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -405,6 +421,7 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
+        assert_eq!(file.migration, Migration::default());
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
