@@ -9,6 +9,7 @@ use axum::{
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, EngineError};
 use dynamo_host_core::Rejection;
+use dynamo_host_flow::Refusal;
 use http::{
     HeaderValue, StatusCode,
     header::{RETRY_AFTER, WWW_AUTHENTICATE},
@@ -16,6 +17,9 @@ use http::{
 use serde_json::{Value, json};
 
 use crate::text::plain;
+
+/// The latest that a client is told to come back, whoever says so.
+const MAX_RETRY_AFTER_S: u64 = 3600;
 
 /// Why a request is not answered by an engine.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -43,9 +47,10 @@ pub(crate) enum RequestError {
     #[error("the models of some workers are not known yet, and {model:?} may be among them; try again, or see GET /health")]
     ModelsUnknown { model: String },
     #[error(
-        "the request was not done within {seconds} s; ask for fewer tokens, or have the operator raise limits.request_timeout_s"
+        "the request was not done within {seconds} s; ask for fewer tokens, give it more time if x-request-timeout-ms is set, \
+         or have the operator raise limits.request_timeout_s"
     )]
-    Deadline { seconds: u64 },
+    Deadline { seconds: f64 },
     #[error("there is no {path} here; GET /v1/models, or POST {}", posts())]
     NotFound { path: String },
     #[error("{path} does not take {method}; use {allowed}")]
@@ -65,6 +70,12 @@ pub(crate) enum RequestError {
          keep what POST /v1/responses answers"
     )]
     NothingStored { path: String },
+    #[error("{refusal}, and there is no room for more; try again later, or have the operator raise {}", bound(*refusal))]
+    QueueFull { refusal: Refusal, retry_after_ms: u32 },
+    #[error("the request could not be started in time: it waited {waited_ms} ms; give it more time, or try again later")]
+    QueueTimeout { waited_ms: u64 },
+    #[error("header {name} is {found:?}; write a whole number of milliseconds, or leave it out")]
+    Header { name: &'static str, found: String },
     #[error("{}", .0.reason)]
     Rejected(Rejection),
     /// The slot's `on-error` is `closed`.
@@ -143,6 +154,9 @@ impl RequestError {
             Self::Stateful { .. } => row(StatusCode::BAD_REQUEST, INVALID, "stateful_responses"),
             Self::NothingStored { .. } => row(StatusCode::NOT_FOUND, INVALID, "stateful_responses"),
             Self::Deadline { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "request_timeout"),
+            Self::QueueFull { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "queue_full"),
+            Self::QueueTimeout { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "queue_timeout"),
+            Self::Header { .. } => row(StatusCode::BAD_REQUEST, INVALID, "invalid_header"),
             Self::Rejected(rejection) => {
                 let status = StatusCode::from_u16(rejection.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
                 let kind = match status {
@@ -208,11 +222,13 @@ impl RequestError {
         let retry_after_ms = match self {
             Self::Rejected(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } => Some(1000),
+            Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
             _ => None,
         };
         if let Some(ms) = retry_after_ms {
             // The header knows whole seconds: later rather than too early.
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(u64::from(ms).div_ceil(1000)));
+            let seconds = u64::from(ms).div_ceil(1000).min(MAX_RETRY_AFTER_S);
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         if response.status() == StatusCode::UNAUTHORIZED {
             let given = if matches!(self, Self::MissingKey) { "" } else { ", error=\"invalid_token\"" };
@@ -237,6 +253,14 @@ impl RequestError {
             (Self::Engine(_) | Self::Rejected(_), _) => plain(&self.to_string()),
             _ => self.to_string(),
         }
+    }
+}
+
+/// What an operator can raise.
+fn bound(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::Tokens { .. } => "queue.max_tokens",
+        Refusal::Requests { .. } | Refusal::Late => "queue.max_requests",
     }
 }
 
