@@ -139,7 +139,7 @@ impl Guest {
         self.now = now;
         self.random = seed;
         self.admitted = match &subject {
-            Subject::Admit(call) => Admitted::of(&call.request),
+            Subject::Admit(call) => call.native.clone(),
             _ => Admitted::default(),
         };
         self.subject = subject;

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use dynamo_host_core::{
-    Candidates, Endpoint, Fleet, LoadBoard, PoolState, RequestFacts, Role, Slo, TokenCount, Worker, WorkerSpec, WorkerState,
-    admission::Quantiles, load::InFlight,
+    Admitted, Candidates, Endpoint, Fleet, LoadBoard, PoolState, RequestFacts, Role, Slo, TokenCount, Worker, WorkerSpec,
+    WorkerState, admission::Quantiles, load::InFlight,
 };
 
 use crate::question::{AdmissionCall, RouteCall};
@@ -122,5 +122,6 @@ pub fn pools(count: u32) -> Arc<[PoolState]> {
 pub fn admission_call(pools: &Arc<[PoolState]>, seed: u64) -> AdmissionCall {
     let mut request = request();
     request.slo = Slo { ttft_ms: Some(500.0), itl_ms: Some(50.0) };
-    AdmissionCall { request: Arc::new(request), pools: Arc::clone(pools), now_ms: 1, unix_ms: 1, seed }
+    let native = Admitted::of(&request);
+    AdmissionCall { request: Arc::new(request), pools: Arc::clone(pools), native, now_ms: 1, unix_ms: 1, seed }
 }

@@ -16,7 +16,8 @@ pub enum Verdict {
     Abstain,
 }
 
-/// How a request is let in: where it stands among those that wait. What is not said is left as the host has it.
+/// How a request is let in: where it stands among those that wait. What is not said is as the host's configuration has
+/// it, or else as it is stated here.
 #[must_use]
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Admit {

@@ -23,6 +23,8 @@ pub struct AdmissionCall {
     pub request: Arc<RequestFacts>,
     /// The pools that could serve it; the one that it would go to first is the first. At least one.
     pub pools: Arc<[PoolState]>,
+    /// Where the request stands if no policy says otherwise.
+    pub native: Admitted,
     /// The host's monotonic clock.
     pub now_ms: u64,
     /// Wall clock.
@@ -59,7 +61,7 @@ impl Question for AdmissionCall {
 
     /// Everything is let in; the queue's own bound is what limits it.
     fn native(&self) -> (Verdict, Vec<Reading>) {
-        (Verdict::Admit(Admitted::of(&self.request)), Vec::new())
+        (Verdict::Admit(self.native.clone()), Vec::new())
     }
 
     fn refusal(rejection: Rejection) -> Verdict {
@@ -88,6 +90,7 @@ impl Question for AdmissionCall {
         synthetic::vary(request, nth);
         request.tenant = Some(format!("tenant-{}", nth % 3));
         request.priority = nth as i32 % 3 - 1;
+        call.native = Admitted::of(request);
         call.now_ms += nth * 10;
         call.unix_ms += nth * 10;
         call

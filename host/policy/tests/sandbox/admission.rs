@@ -137,11 +137,11 @@ fn an_answer_that_cannot_be_carried_out_is_a_fault_with_a_name() {
 #[test]
 fn the_last_word_counts_and_what_is_not_said_is_left_as_it_is() {
     let mut call = call(1);
-    Arc::make_mut(&mut call.request).priority = -2;
-    assert_eq!(verdict(&answering("(call $admit)"), &call), Verdict::Admit(Admitted { priority: -2.0, ..Admitted::default() }));
+    call.native = Admitted { priority: -2.0, class: Some("by-configuration".into()), tier: 1, ..Admitted::default() };
+    assert_eq!(verdict(&answering("(call $admit)"), &call), Verdict::Admit(call.native.clone()));
     let late = "(call $shed (i32.const 503) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)) (call $admit)
                 (call $set_tier (i32.const 9)) (call $set_tier (i32.const 3))";
-    assert!(matches!(verdict(&answering(late), &call), Verdict::Admit(Admitted { tier: 3, .. })));
+    assert!(matches!(verdict(&answering(late), &call), Verdict::Admit(Admitted { tier: 3, priority: -2.0, .. })));
 }
 
 #[test]

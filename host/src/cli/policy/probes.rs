@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{PoolState, RequestFacts, Slo, TokenCount, UNKNOWN, admission::Quantiles, id::WorkerId, load::Recent};
+use dynamo_host_core::{
+    Admitted, PoolState, RequestFacts, Slo, TokenCount, UNKNOWN, admission::Quantiles, id::WorkerId, load::Recent,
+};
 use dynamo_host_policy::{AdmissionCall, Question, RouteCall, synthetic};
 
 /// Candidates of probes that are not about their number.
@@ -83,6 +85,7 @@ fn admission(
     let scene: Arc<[PoolState]> = pools.into();
     let mut call = synthetic::admission_call(&scene, 1);
     change_request(Arc::make_mut(&mut call.request));
+    call.native = Admitted::of(&call.request);
     Probe { name, rows, call, _scene: scene }
 }
 
