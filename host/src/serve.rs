@@ -120,6 +120,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     };
     let queue = Queue::start(&roster, clock, &config);
     let lane = Arc::new(Lane {
+        admission: Arc::clone(policies.admission()),
         routing: Arc::clone(policies.routing()),
         queue: Arc::clone(&queue),
         roster: Arc::clone(&roster),
