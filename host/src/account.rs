@@ -19,6 +19,7 @@ use crate::{
     observe::Observer,
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
+    stop::{Phase, Stopping},
 };
 
 /// How a request ended: `outcomes.end` of the contract.
@@ -48,6 +49,7 @@ pub(crate) struct Account {
     /// What is logged after the handler has returned belongs to the request all the same.
     pub(crate) span: tracing::Span,
     observer: Observer,
+    stopping: Stopping,
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
     recorder: Option<Recorder>,
@@ -95,6 +97,7 @@ impl Account {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
             observer: lane.observer.clone(),
+            stopping: lane.stopping.clone(),
             clock: lane.clock,
             version: placing.observed_version(),
             recorder: placing.recorder.clone(),
@@ -186,6 +189,9 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
+        // An answer that the host's end came before is one of ours, and is counted with it.
+        let never_began = self.status.as_u16() == CLIENT_LEFT && self.stopping.has_reached(Phase::Over);
+        self.is_abandoned |= never_began;
         self.meters.in_flight.decrement(1.0);
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.

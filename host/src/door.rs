@@ -4,7 +4,10 @@ mod cors;
 mod health;
 mod models;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
@@ -25,10 +28,15 @@ use crate::{
     auth::Gate,
     config::Cors,
     error::{Audience, Dialect, RequestError},
+    listener::TakenBy,
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
+    stop,
     trace::{self, Parent, Traces},
 };
+
+/// What an answer may be late, so that a client that keeps pace can read that it is.
+const LATE: Duration = Duration::from_secs(1);
 
 /// Longest request id that is taken from a client.
 const MAX_ID_BYTES: usize = 128;
@@ -80,16 +88,19 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
     let id = request_id(&parts.headers);
     let (span, headers) = open(&door, endpoint, &id, &parts);
     let mut notes = Notes::default();
-    let served = match door.gate.admit(&parts.headers) {
-        Ok(caller) => {
+    let entered = door.lane.stopping.enter().and_then(|running| Ok((running, door.gate.admit(&parts.headers)?)));
+    let served = match entered {
+        Ok((running, caller)) => {
             let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
             let arrival = Arrival { endpoint, id: id.clone(), session_key, caller, headers, body, at };
-            request::serve(&door.lane, arrival, &mut notes).instrument(span.clone()).await
+            let serving = request::serve(&door.lane, arrival, &mut notes).instrument(span.clone());
+            let served = door.lane.stopping.unless_over(serving).await;
+            served.map(|answer| stop::with_last_words(answer, running, endpoint, door.lane.audience()))
         }
         Err(error) => Err(error),
     };
     let dialect = Dialect::of(endpoint);
-    let response = served.unwrap_or_else(|error| {
+    let mut response = served.unwrap_or_else(|error| {
         span.in_scope(|| error.record());
         // A name that no worker serves must not become a label.
         count_request(endpoint.label(), notes.model.as_deref().unwrap_or("none"), error.status());
@@ -99,6 +110,7 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
             None => response,
         }
     });
+    response.extensions_mut().insert(TakenBy(at + door.lane.limits().request_timeout() + LATE));
     let status = response.status().as_u16();
     tracing::debug!(parent: &span, model = notes.model, policy = notes.policy, status, "answer began");
     match dialect {

@@ -26,6 +26,7 @@ use crate::{
     admit::Permit,
     config::Limits,
     error::{Audience, RequestError},
+    retry_after,
 };
 
 /// The header under which clients find their request in the log.
@@ -104,6 +105,7 @@ pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head
     let mut response = Response::new(Body::from(reply.body));
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;
+    retry_after::bound(response.headers_mut());
     head.apply(&mut response);
     response
 }

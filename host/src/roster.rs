@@ -202,6 +202,11 @@ impl Roster {
         Ok(self.report_of(name).unwrap_or_default())
     }
 
+    /// Whether an operator drained it.
+    pub(crate) fn is_drained(&self, name: &str) -> bool {
+        lock(&self.drained).contains(name)
+    }
+
     /// A request could not reach a worker's engine: it is out of service until its probe says otherwise. Nothing happens to
     /// another engine that has its place by now. Waits for nobody who changes the roster.
     pub(crate) fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {

@@ -5,6 +5,7 @@
 
 mod abuse;
 mod anthropic_client;
+mod audit;
 mod authors;
 mod bad_input;
 mod books;
@@ -36,6 +37,7 @@ mod reload;
 mod requests;
 mod retries;
 mod simulate;
+mod stop;
 mod swap;
 mod tls;
 mod tokens;

@@ -13,12 +13,16 @@ use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::json;
 
 use super::Door;
-use crate::{error::Audience, roster::WorkerReport};
+use crate::{error::Audience, roster::WorkerReport, stop::Phase};
 
-/// 200 while at least one worker can serve.
+/// 200 while at least one worker can serve, and the host goes on.
 pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
     let ready = ready_workers(door.lane.roster.snapshot().fleet());
-    let (status, word) = if ready > 0 { (StatusCode::OK, "ready") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready") };
+    let (status, word) = match ready {
+        _ if door.lane.stopping.has_reached(Phase::Leaving) => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+        0 => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+        _ => (StatusCode::OK, "ready"),
+    };
     (status, Json(json!({ "status": word, "ready_workers": ready }))).into_response()
 }
 
@@ -30,6 +34,7 @@ pub(super) async fn health(State(door): State<Arc<Door>>) -> Response {
     let ready = ready_workers(snapshot.fleet());
     let others = snapshot.fleet().workers().len() - ready;
     let (status, word) = match (ready, others) {
+        _ if door.lane.stopping.has_reached(Phase::Leaving) => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         (0, _) => (StatusCode::SERVICE_UNAVAILABLE, "down"),
         (_, 0) => (StatusCode::OK, "healthy"),
         _ => (StatusCode::OK, "degraded"),

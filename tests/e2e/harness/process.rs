@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::{PATIENCE, eventually, eventually_within};
 
 /// The binary under test.
@@ -83,6 +85,12 @@ impl Process {
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Asks it to stop.
+    pub(crate) fn terminate(&self) {
+        let id = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
+        kill_process(id, Signal::TERM).unwrap();
     }
 
     /// Waits until it has ended by itself.
