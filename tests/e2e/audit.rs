@@ -15,7 +15,7 @@ const PROVOCATION: u32 = 13;
 const MOCK: &str = "mock://a?model=m&speedup=50";
 
 async fn host_in(directory: &Path, more: &[&str]) -> Host {
-    Host::start(&[&["--worker", MOCK, "--state-dir", directory.to_str().unwrap()], more].concat()).await
+    Host::start_anyhow(&[&["--worker", MOCK, "--state-dir", directory.to_str().unwrap()], more].concat()).await
 }
 
 fn entries(directory: &Path) -> Vec<Value> {
