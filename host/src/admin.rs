@@ -36,6 +36,7 @@ use serde_json::json;
 use self::audited::Of;
 pub(crate) use self::audited::{audit_quarantines, standings};
 use crate::{
+    admit::Queue,
     audit::{Audit, Who},
     listener::Peer,
     policies::{ChangeError, Policies},
@@ -57,6 +58,7 @@ pub(crate) struct Admin {
     pub(crate) policies: Arc<Policies>,
     pub(crate) roster: Arc<Roster>,
     pub(crate) audit: Audit,
+    pub(crate) queue: Arc<Queue>,
     pub(crate) config: ConfigStatus,
     pub(crate) started: Instant,
     pub(crate) token: Option<Arc<str>>,
@@ -67,6 +69,7 @@ pub(crate) struct Admin {
 pub(crate) fn router(admin: Admin) -> Router {
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/queue", get(|State(admin): State<Admin>| async move { Json(admin.queue.report()) }))
         .route("/v1/slots", get(slots))
         .route("/v1/slots/{slot}/policy", put(activate).delete(activate_native))
         .route("/v1/slots/{slot}/rollback", post(rollback))
@@ -131,6 +134,7 @@ async fn status(State(admin): State<Admin>) -> Response {
         "config": admin.config.report(),
         "workers": admin.roster.report(),
         "problems": admin.roster.problems(),
+        "queue": admin.queue.report(),
         "slots": admin.policies.reports(),
     }))
     .into_response()

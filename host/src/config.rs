@@ -6,6 +6,7 @@
 mod door;
 mod limits;
 mod profile;
+mod queue;
 mod worker;
 
 use std::{
@@ -26,6 +27,7 @@ pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
     limits::Limits,
+    queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
 use crate::{
@@ -85,6 +87,8 @@ pub(crate) enum ConfigError {
     ReceiptsNowhere,
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
+    #[error("{0}")]
+    Queue(String),
 }
 
 /// Flags of `serve`.
@@ -172,6 +176,8 @@ struct File {
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
     limits: Limits,
+    queue: QueueConfig,
+    slo: SloConfig,
     worker: Vec<WrittenWorker>,
 }
 
@@ -205,6 +211,8 @@ pub(crate) struct Config {
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
     pub(crate) limits: Limits,
+    pub(crate) queue: QueueConfig,
+    pub(crate) slo: SloConfig,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -309,6 +317,8 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
+        file.queue.check(&limits)?;
+        file.slo.check()?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -328,6 +338,8 @@ impl Config {
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
             limits,
+            queue: file.queue,
+            slo: file.slo,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,

@@ -11,6 +11,7 @@ use axum::{
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, EngineError};
 use dynamo_host_core::Rejection;
+use dynamo_host_flow::Refusal;
 use http::{
     HeaderValue, StatusCode,
     header::{RETRY_AFTER, WWW_AUTHENTICATE},
@@ -45,9 +46,10 @@ pub(crate) enum RequestError {
     #[error("the models of some workers are not known yet, and {model:?} may be among them; try again, or see GET /health")]
     ModelsUnknown { model: String },
     #[error(
-        "the request was not done within {seconds} s; ask for fewer tokens, or have the operator raise limits.request_timeout_s"
+        "the request was not done within {seconds} s; ask for fewer tokens, give it more time if x-request-timeout-ms is set, \
+         or have the operator raise limits.request_timeout_s"
     )]
-    Deadline { seconds: u64 },
+    Deadline { seconds: f64 },
     #[error("this host is shutting down; send the request again, and it goes to another one")]
     ShuttingDown,
     #[error("there is no {path} here; GET /v1/models, or POST {}", posts())]
@@ -69,6 +71,12 @@ pub(crate) enum RequestError {
          keep what POST /v1/responses answers"
     )]
     NothingStored { path: String },
+    #[error("{refusal}, and there is no room for more; try again later, or have the operator raise {}", bound(*refusal))]
+    QueueFull { refusal: Refusal, retry_after_ms: u32 },
+    #[error("the request could not be started in time: it waited {waited_ms} ms; give it more time, or try again later")]
+    QueueTimeout { waited_ms: u64 },
+    #[error("header {name} is {found:?}; write a whole number of milliseconds, or leave it out")]
+    Header { name: &'static str, found: String },
     #[error("{}", .0.reason)]
     Rejected(Rejection),
     /// The slot's `on-error` is `closed`.
@@ -148,6 +156,9 @@ impl RequestError {
             Self::NothingStored { .. } => row(StatusCode::NOT_FOUND, INVALID, "stateful_responses"),
             Self::ShuttingDown => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
             Self::Deadline { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "request_timeout"),
+            Self::QueueFull { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "queue_full"),
+            Self::QueueTimeout { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "queue_timeout"),
+            Self::Header { .. } => row(StatusCode::BAD_REQUEST, INVALID, "invalid_header"),
             Self::Rejected(rejection) => {
                 let status = StatusCode::from_u16(rejection.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
                 let kind = match status {
@@ -213,6 +224,7 @@ impl RequestError {
         let retry_after_ms = match self {
             Self::Rejected(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } | Self::ShuttingDown => Some(1000),
+            Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
             _ => None,
         };
         if let Some(ms) = retry_after_ms {
@@ -241,6 +253,14 @@ impl RequestError {
             (Self::Engine(_) | Self::Rejected(_), _) => plain(&self.to_string()),
             _ => self.to_string(),
         }
+    }
+}
+
+/// What an operator can raise.
+fn bound(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::Tokens { .. } => "queue.max_tokens",
+        Refusal::Requests { .. } | Refusal::Late => "queue.max_requests",
     }
 }
 

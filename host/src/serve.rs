@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     admin::{self, Admin},
+    admit::Queue,
     audit::{Audit, Entry, Who},
     auth::{Gate, Keys, KeysError},
     clock::{Clock, unix_ms},
@@ -124,9 +125,11 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         _ => Receipts::off(),
     };
     let stopping = Stopping::serving();
+    let queue = Queue::start(&roster, clock, &config);
     let lane = Arc::new(Lane {
         stopping: stopping.clone(),
         routing: Arc::clone(policies.routing()),
+        queue: Arc::clone(&queue),
         roster: Arc::clone(&roster),
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
@@ -153,6 +156,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         policies: Arc::clone(&policies),
         roster,
         audit: audit.clone(),
+        queue,
         config: reload.status(),
         started: Instant::now(),
         token: config.admin_token.as_deref().map(Arc::from),
