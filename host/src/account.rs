@@ -255,6 +255,7 @@ impl Drop for Account {
                 worker_id: self.worker.0,
                 ttft_ms,
                 itl_ms,
+                queue_ms: f32::NAN,
                 output_tokens: usage.completion_tokens,
                 end: self.end as u32,
             };

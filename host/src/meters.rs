@@ -141,6 +141,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("dynamo_host_policy_swaps_total", Kind::Counter, "Changes of a slot's policy"),
     ("dynamo_host_policy_swap_seconds", Kind::Histogram(MICROSECONDS), "Time of the swap itself, after loading"),
+    ("dynamo_host_policy_retry_after_cut_total", Kind::Counter, "Answers of policies whose Retry-After was cut to a day"),
     ("dynamo_host_policy_outcomes_dropped_total", Kind::Counter, "Outcomes that did not reach observe, since its queue was full"),
     ("dynamo_host_policy_telemetry_dropped_total", Kind::Counter, "Log lines and metric updates of policies over their quota"),
     ("dynamo_host_policy_counter_total", Kind::Counter, "Counters that policies keep, by policy and name"),
