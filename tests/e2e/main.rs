@@ -27,6 +27,7 @@ mod models;
 mod on_error;
 mod openai_client;
 mod outcomes;
+mod overload;
 mod persistence;
 mod policies;
 mod profile;

@@ -61,9 +61,18 @@ impl Process {
 
     /// The most memory that it has had, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
+        self.status_bytes("VmHWM:")
+    }
+
+    /// The memory that it has now, in bytes.
+    pub(crate) fn memory(&self) -> u64 {
+        self.status_bytes("VmRSS:")
+    }
+
+    fn status_bytes(&self, key: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
-        peak.unwrap_or_else(|| panic!("no VmHWM in {status}")).trim().parse::<u64>().unwrap() * 1024
+        let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_suffix("kB"));
+        value.unwrap_or_else(|| panic!("no {key} in {status}")).trim().parse::<u64>().unwrap() * 1024
     }
 
     /// What it wrote to stderr so far.
