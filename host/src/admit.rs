@@ -9,6 +9,7 @@ mod pool;
 mod queue;
 mod recent;
 mod room;
+mod verdict;
 
 use std::{
     fmt,
@@ -19,12 +20,12 @@ use std::{
 use dynamo_host_core::{Endpoint, RequestFacts, request::flags};
 use dynamo_host_flow::{Refusal, Ticket};
 
-pub(crate) use self::queue::Queue;
 use self::{
     meters::{Waits, count_shed},
     pool::Pool,
     queue::{Came, Told},
 };
+pub(crate) use self::{queue::Queue, verdict::Heard};
 use crate::{error::RequestError, request::Lane, trace};
 
 /// Tokens of a stream after which the time between them is observed once more.
@@ -45,6 +46,8 @@ struct Place {
     choices: u32,
     is_stream: bool,
     waited: Duration,
+    /// Who wants to hear what becomes of it.
+    heard: Option<Arc<Heard>>,
     output: u32,
     /// When a latency was last observed, its start at first, and after how many tokens.
     observed: (Instant, u32),
@@ -69,60 +72,105 @@ pub(crate) async fn enter(lane: &Lane, facts: &mut RequestFacts) -> Result<Permi
     if facts.endpoint != Endpoint::Embeddings {
         facts.expected_output_tokens = Some(pool.expected_output(facts.max_output_tokens));
     }
-    facts.slo = settings.slo(facts);
-    let admitted = settings.natively(facts);
-    facts.tier = admitted.tier;
-    facts.class.clone_from(&admitted.class);
-    facts.slo = settings.slo(facts);
-    let meters = queue.meters.of(&admitted);
+    let word = {
+        let native = settings.natively(facts);
+        settings.stand(facts, &native);
+        verdict::ask(lane, facts, &pool, native)
+    };
     lane.meters.admission.record(begun.elapsed());
     trace::stage("admission", begun);
+    let (admitted, heard) = match word {
+        Ok(word) => word,
+        Err(error) => {
+            pool.count(true, queue.now_ms());
+            // Who was not let in has no class but the configured one.
+            queue.meters.of(facts.class.as_deref()).shed.increment(1);
+            count_shed("policy");
+            return Err(error);
+        }
+    };
+    settings.stand(facts, &admitted);
+    let meters = queue.meters.of(facts.class.as_deref());
 
     let came = Instant::now();
     let arrival = queue.come(&pool, facts, admitted, &settings);
-    let passed = came.elapsed();
-    lane.meters.queue.record(passed);
-    let told = match arrival {
-        Came::Started(ticket) => Ok((ticket, Duration::ZERO)),
+    lane.meters.queue.record(came.elapsed());
+    let (entered, heard) = match arrival {
+        Came::Started(ticket) => (Ok((ticket, Duration::ZERO)), heard),
         Came::Waits(ticket, told) => {
             let waits = meters.waits(&pool.model, facts.prompt.tokens);
-            let mut waiting = Waiting { queue, pool: &pool, ticket: Some(ticket), _waits: waits };
+            let mut waiting = Waiting { queue, pool: &pool, ticket: Some(ticket), came, heard, _waits: waits };
             let told = told.await.unwrap_or(Told::Late);
             // From here on it is the permit's, or it has been taken out already.
             waiting.ticket = None;
-            let waited = came.elapsed();
-            match told {
-                Told::Start => Ok((ticket, waited)),
-                Told::Late => Err((RequestError::QueueTimeout { waited_ms: waited.as_millis() as u64 }, "timeout")),
-                Told::NoWorker => Err((RequestError::NoWorker { model: facts.model.clone() }, "no_worker")),
-            }
+            let entered = if told == Told::Start { Ok((ticket, came.elapsed())) } else { Err(Why::Told(told)) };
+            (entered, waiting.heard.take())
         }
-        Came::Refused(refusal, load) => {
-            let retry_after_ms = match load.predicted_wait_ms {
-                ms if ms.is_finite() => (ms.max(0.0) as u32).clamp(RETRY_AFTER_MS, MAX_RETRY_AFTER_MS),
-                _ => RETRY_AFTER_MS,
-            };
-            Err(match refusal {
-                Refusal::Late => (RequestError::QueueTimeout { waited_ms: 0 }, "late"),
-                Refusal::Requests { .. } => (RequestError::QueueFull { refusal, retry_after_ms }, "requests"),
-                Refusal::Tokens { .. } => (RequestError::QueueFull { refusal, retry_after_ms }, "tokens"),
-            })
-        }
+        Came::Refused(refusal) => (Err(Why::Refused(refusal)), heard),
     };
     trace::stage("queue", came);
-    pool.count(told.is_err(), queue.now_ms());
-    meters.wait.record(told.as_ref().map_or_else(|_| came.elapsed(), |(_, waited)| *waited));
-    match told {
+    pool.count(entered.is_err(), queue.now_ms());
+    let waited = entered.as_ref().map_or_else(|_| came.elapsed(), |(_, waited)| *waited);
+    meters.wait.record(waited);
+    match entered {
         Ok((ticket, waited)) => {
             meters.admitted.increment(1);
-            Ok(Permit(Some(Place::new(queue, pool, ticket, facts, waited))))
+            let heard = heard.map(|heard| Arc::new(heard.after(ms(waited))));
+            Ok(Permit(Some(Place::new(queue, pool, ticket, facts, waited, heard))))
         }
-        Err((error, reason)) => {
+        Err(why) => {
             meters.shed.increment(1);
-            count_shed(reason);
-            Err(error)
+            count_shed(why.label());
+            if let Some(heard) = heard {
+                heard.tell_waited(ms(waited), why.label() == "timeout", false);
+            }
+            Err(why.error(facts, waited, || retry_after_ms(queue, &pool)))
         }
     }
+}
+
+/// Why a request that was let in does not run.
+#[derive(Clone, Copy)]
+enum Why {
+    Refused(Refusal),
+    Told(Told),
+}
+
+impl Why {
+    /// Metric label.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Refused(Refusal::Requests { .. }) => "requests",
+            Self::Refused(Refusal::Tokens { .. }) => "tokens",
+            Self::Refused(Refusal::Late) => "late",
+            Self::Told(Told::Displaced) => "displaced",
+            Self::Told(Told::NoWorker) => "no_worker",
+            Self::Told(Told::Late | Told::Start) => "timeout",
+        }
+    }
+
+    fn error(self, facts: &RequestFacts, waited: Duration, retry_after_ms: impl FnOnce() -> u32) -> RequestError {
+        match self {
+            Self::Refused(refusal @ (Refusal::Requests { .. } | Refusal::Tokens { .. })) => {
+                RequestError::QueueFull { refusal: Some(refusal), retry_after_ms: retry_after_ms() }
+            }
+            Self::Told(Told::Displaced) => RequestError::QueueFull { refusal: None, retry_after_ms: retry_after_ms() },
+            Self::Told(Told::NoWorker) => RequestError::NoWorker { model: facts.model.clone() },
+            Self::Refused(Refusal::Late) | Self::Told(Told::Late | Told::Start) => {
+                RequestError::QueueTimeout { waited_ms: waited.as_millis() as u64 }
+            }
+        }
+    }
+}
+
+/// When the queue will have room again, as far as it can say.
+fn retry_after_ms(queue: &Queue, pool: &Pool) -> u32 {
+    let predicted = queue.load(pool).predicted_wait_ms;
+    if predicted.is_nan() { RETRY_AFTER_MS } else { (predicted as u32).clamp(RETRY_AFTER_MS, MAX_RETRY_AFTER_MS) }
+}
+
+fn ms(duration: Duration) -> f32 {
+    duration.as_secs_f32() * 1000.0
 }
 
 /// Whether a request takes a place in an engine.
@@ -135,6 +183,8 @@ struct Waiting<'a> {
     queue: &'a Queue,
     pool: &'a Pool,
     ticket: Option<Ticket>,
+    came: Instant,
+    heard: Option<Heard>,
     _waits: Waits,
 }
 
@@ -143,12 +193,22 @@ impl Drop for Waiting<'_> {
         if let Some(ticket) = self.ticket {
             count_shed("left");
             self.queue.go(ticket, self.pool, 0);
+            if let Some(heard) = self.heard.take() {
+                heard.tell_waited(ms(self.came.elapsed()), false, true);
+            }
         }
     }
 }
 
 impl Place {
-    fn new(queue: &Arc<Queue>, pool: Arc<Pool>, ticket: Ticket, facts: &RequestFacts, waited: Duration) -> Self {
+    fn new(
+        queue: &Arc<Queue>,
+        pool: Arc<Pool>,
+        ticket: Ticket,
+        facts: &RequestFacts,
+        waited: Duration,
+        heard: Option<Arc<Heard>>,
+    ) -> Self {
         pool.running.fetch_add(1, Relaxed);
         let is_stream = facts.flags & flags::STREAM != 0;
         if !is_stream {
@@ -163,6 +223,7 @@ impl Place {
             choices: facts.choices.max(1),
             is_stream,
             waited,
+            heard,
             output: 0,
             observed: (Instant::now(), 0),
         }
@@ -182,11 +243,12 @@ impl Place {
             return;
         }
         let now = Instant::now();
-        let ms = (now - last).as_secs_f32() * 1000.0;
-        match is_first {
-            true => self.pool.ttft.observe(ms, self.queue.now_ms()),
+        let (took, now_ms) = (ms(now - last), self.queue.now_ms());
+        if is_first {
+            self.pool.ttft.observe(took, now_ms);
+        } else {
             // Each choice has its own tokens.
-            false => self.pool.itl.observe(ms * self.choices as f32 / fresh as f32, self.queue.now_ms()),
+            self.pool.itl.observe(took * self.choices as f32 / fresh as f32, now_ms);
         }
         self.observed = (now, self.output);
     }
@@ -202,6 +264,11 @@ impl Permit {
         }
     }
 
+    /// The admission policy that wants to hear of each of its request's attempts.
+    pub(crate) fn heard(&self) -> Option<Arc<Heard>> {
+        self.0.as_ref()?.heard.clone()
+    }
+
     /// How long its request waited.
     pub(crate) fn waited(&self) -> Duration {
         self.0.as_ref().map_or(Duration::ZERO, |place| place.waited)
@@ -212,6 +279,9 @@ impl Drop for Place {
     fn drop(&mut self) {
         if self.output > 0 {
             self.pool.answered(self.output as f32 / self.choices as f32);
+        }
+        if let Some(heard) = &self.heard {
+            heard.close();
         }
         self.pool.running.fetch_sub(1, Relaxed);
         self.queue.go(self.ticket, &self.pool, self.prompt_tokens.saturating_add(self.output));

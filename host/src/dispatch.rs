@@ -86,7 +86,8 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            account.admission = self.permit.as_ref().and_then(Permit::heard);
             let patience = Patience::since(self.accepted, &self.lane.limits(), self.timeout);
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);

@@ -71,14 +71,21 @@ pub(crate) enum RequestError {
          keep what POST /v1/responses answers"
     )]
     NothingStored { path: String },
-    #[error("{refusal}, and there is no room for more; try again later, or have the operator raise {}", bound(*refusal))]
-    QueueFull { refusal: Refusal, retry_after_ms: u32 },
+    #[error("{}; try again later", full(*refusal))]
+    QueueFull {
+        /// `None`: it had a place, and another with a better claim has it now.
+        refusal: Option<Refusal>,
+        retry_after_ms: u32,
+    },
     #[error("the request could not be started in time: it waited {waited_ms} ms; give it more time, or try again later")]
     QueueTimeout { waited_ms: u64 },
     #[error("header {name} is {found:?}; write a whole number of milliseconds, or leave it out")]
     Header { name: &'static str, found: String },
     #[error("{}", .0.reason)]
     Rejected(Rejection),
+    /// By the admission policy.
+    #[error("{}", .0.reason)]
+    Shed(Rejection),
     /// The slot's `on-error` is `closed`.
     #[error("{}", .0.reason)]
     PolicyFailed(Rejection),
@@ -159,14 +166,19 @@ impl RequestError {
             Self::QueueFull { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "queue_full"),
             Self::QueueTimeout { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "queue_timeout"),
             Self::Header { .. } => row(StatusCode::BAD_REQUEST, INVALID, "invalid_header"),
-            Self::Rejected(rejection) => {
+            Self::Rejected(rejection) | Self::Shed(rejection) => {
                 let status = StatusCode::from_u16(rejection.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
                 let kind = match status {
                     StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
                     _ if status.is_client_error() => INVALID,
                     _ => SERVER,
                 };
-                row(status, kind, "policy_rejected")
+                let code = match self {
+                    Self::Shed(_) if status == StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
+                    Self::Shed(_) => "admission_shed",
+                    _ => "policy_rejected",
+                };
+                row(status, kind, code)
             }
             Self::PolicyFailed(_) => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "policy_failed"),
             Self::Engine(error @ EngineError::Timeout { .. }) => row(StatusCode::GATEWAY_TIMEOUT, SERVER, error.label()),
@@ -222,7 +234,7 @@ impl RequestError {
     pub(crate) fn response(&self, dialect: Dialect, to: Audience) -> Response {
         let mut response = (self.status(), Json(self.body(dialect, to))).into_response();
         let retry_after_ms = match self {
-            Self::Rejected(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
+            Self::Rejected(rejection) | Self::Shed(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } | Self::ShuttingDown => Some(1000),
             Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
             _ => None,
@@ -250,18 +262,23 @@ impl RequestError {
     fn text(&self, to: Audience) -> String {
         match (self, to) {
             (Self::Engine(error), Audience::Client) => plain(&unnamed(error).to_string()),
-            (Self::Engine(_) | Self::Rejected(_), _) => plain(&self.to_string()),
+            (Self::Engine(_) | Self::Rejected(_) | Self::Shed(_), _) => plain(&self.to_string()),
             _ => self.to_string(),
         }
     }
 }
 
-/// What an operator can raise.
-fn bound(refusal: Refusal) -> &'static str {
-    match refusal {
-        Refusal::Tokens { .. } => "queue.max_tokens",
-        Refusal::Requests { .. } | Refusal::Late => "queue.max_requests",
-    }
+/// Why there is no place in the queue, and what an operator can raise.
+fn full(refusal: Option<Refusal>) -> String {
+    let key = match refusal {
+        Some(Refusal::Tokens { .. }) => "queue.max_tokens",
+        _ => "queue.max_requests",
+    };
+    let reason = refusal.map_or_else(
+        || "the queue is full, and requests with a better claim have come".to_owned(),
+        |refusal| format!("{refusal}, and there is no room for more"),
+    );
+    format!("{reason}; the operator can raise {key}")
 }
 
 /// What can be posted, for people.

@@ -57,7 +57,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_shed_total",
         Kind::Counter,
-        "Requests that were not let in, or waited for nothing, by reason: policy, requests and tokens (the queue is full), late (its deadline was over), timeout, no_worker, left (the client)",
+        "Requests that were not let in, or waited for nothing, by reason: policy, requests and tokens (the queue is full), displaced (by others with a better claim), late (its deadline was over), timeout, no_worker, left (the client)",
     ),
     ("dynamo_host_queue_requests", Kind::Gauge, "Requests that wait for room, by model and class"),
     ("dynamo_host_queue_tokens", Kind::Gauge, "Tokens of their prompts"),

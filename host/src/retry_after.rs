@@ -1,13 +1,14 @@
-//! `Retry-After`: whoever says it, a client is never told to stay away for longer than an hour.
+//! `Retry-After`: whoever says it, a client is never told to stay away for longer than a day.
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use dynamo_host_core::admission::MAX_RETRY_AFTER_MS;
 use http::{HeaderMap, HeaderValue, header::RETRY_AFTER};
 
 use crate::clock::unix_ms;
 
-/// The longest: what is wrong for longer than that is not known so long beforehand.
-const MAX_SECONDS: u64 = 3600;
+/// The longest, as for policies.
+const MAX_SECONDS: u64 = MAX_RETRY_AFTER_MS as u64 / 1000;
 
 /// The header's value for a wait. It knows whole seconds: later rather than too early.
 pub(crate) fn value(wait: Duration) -> HeaderValue {
@@ -65,8 +66,8 @@ mod tests {
             bound(&mut headers);
             headers.get(RETRY_AFTER).map(|value| value.to_str().unwrap().to_owned())
         };
-        assert_eq!(bounded("31536000000000").as_deref(), Some("3600"));
-        assert_eq!(bounded("Fri, 31 Dec 9999 23:59:59 GMT").as_deref(), Some("3600"));
+        assert_eq!(bounded("31536000000000").as_deref(), Some("86400"));
+        assert_eq!(bounded("Fri, 31 Dec 9999 23:59:59 GMT").as_deref(), Some("86400"));
         assert_eq!(bounded("60").as_deref(), Some("60"));
         assert_eq!(bounded("never"), None);
     }
@@ -74,6 +75,6 @@ mod tests {
     #[test]
     fn a_wait_is_told_in_whole_seconds_and_not_too_early() {
         let told = |ms| value(Duration::from_millis(ms)).to_str().unwrap().parse::<u64>().unwrap();
-        assert_eq!([told(0), told(1), told(1000), told(u64::from(u32::MAX))], [0, 1, 1, 3600]);
+        assert_eq!([told(0), told(1), told(1000), told(u64::from(u32::MAX))], [0, 1, 1, 86_400]);
     }
 }

@@ -128,6 +128,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
     let queue = Queue::start(&roster, clock, &config);
     let lane = Arc::new(Lane {
         stopping: stopping.clone(),
+        admission: Arc::clone(policies.admission()),
         routing: Arc::clone(policies.routing()),
         queue: Arc::clone(&queue),
         roster: Arc::clone(&roster),

@@ -157,11 +157,10 @@ fn sources(scene: &Scene, host: &Host, keys: &[(String, String)]) -> Vec<Source>
             .to_string()
     };
     let mut sources = Vec::new();
-    for (class, offered) in ["high", "low"].into_iter().zip(scene.offered) {
-        for (tenant, _) in TENANTS {
+    for offered in scene.offered {
+        for _ in TENANTS {
             let (key, _) = &keys[sources.len()];
             sources.push(Source {
-                name: format!("{class} {tenant}"),
                 client: host.http.with_token(key),
                 headers: Vec::new(),
                 rate: capacity * offered / 3.0,

@@ -6,12 +6,12 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
 };
 
-use dynamo_host_core::Admitted;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
-use super::pool::class_of;
 use crate::config::MAX_CLASSES;
 
+/// What those without a class are called.
+const NONE: &str = "default";
 /// The label of classes that there are too many of.
 const OTHER: &str = "other";
 
@@ -34,8 +34,8 @@ impl std::fmt::Debug for OfClass {
 }
 
 impl Meters {
-    pub(super) fn of(&self, admitted: &Admitted) -> Arc<OfClass> {
-        let class = class_of(admitted);
+    pub(super) fn of(&self, class: Option<&str>) -> Arc<OfClass> {
+        let class = class_label(class);
         let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(of_class) = known.get(class) {
             return Arc::clone(of_class);
@@ -90,6 +90,11 @@ impl Drop for Waits {
     }
 }
 
+/// What a class is called, for metrics and people.
+pub(super) fn class_label(class: Option<&str>) -> &str {
+    class.unwrap_or(NONE)
+}
+
 /// Counts a request that was not let in, or that waited for nothing.
 pub(super) fn count_shed(reason: &'static str) {
     counter!("dynamo_host_shed_total", "reason" => reason).increment(1);
@@ -102,10 +107,7 @@ mod tests {
     #[test]
     fn classes_beyond_what_may_be_labels_are_one() {
         let meters = Meters::default();
-        let of = |class: Option<&str>| {
-            let admitted = Admitted { class: class.map(Arc::from), ..Admitted::default() };
-            meters.of(&admitted).label.to_string()
-        };
+        let of = |class: Option<&str>| meters.of(class).label.to_string();
         assert_eq!((of(None).as_str(), of(Some("a")).as_str()), ("default", "a"));
         let labels: Vec<String> = (0..100).map(|class| of(Some(&class.to_string()))).collect();
         assert_eq!(labels.iter().filter(|label| *label != OTHER).count(), MAX_CLASSES - 1);

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use dynamo_host_core::{
-    Admitted, PoolState, RequestFacts, Role,
+    PoolState, RequestFacts, Role,
     admission::{Quantiles, free},
     id,
 };
@@ -155,11 +155,6 @@ impl Shed {
             self.at = at;
         }
     }
-}
-
-/// By how requests were let in, for metrics and people: its class, or the name of those without.
-pub(super) fn class_of(admitted: &Admitted) -> &str {
-    admitted.class.as_deref().unwrap_or("default")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

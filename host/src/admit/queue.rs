@@ -13,14 +13,14 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use dynamo_host_core::{Admitted, Candidates, Load, RequestFacts, Slo, UNKNOWN};
+use dynamo_host_core::{Admitted, Candidates, Load, RequestFacts, UNKNOWN};
 use dynamo_host_flow::{Action, Arrival, Bounds, Demand, Flow, PoolLoad, Refusal, Room, Ticket};
 use serde::Serialize;
 use tokio::sync::{Notify, oneshot};
 
 use super::{
-    meters::Meters,
-    pool::{Pool, class_of, work},
+    meters::{Meters, class_label},
+    pool::{Pool, work},
     room::{Assumed, Limits, Lineup},
 };
 use crate::{
@@ -86,6 +86,8 @@ pub(super) enum Told {
     Late,
     /// There is no worker, and none came back.
     NoWorker,
+    /// The queue is full, and another with a better claim has its place.
+    Displaced,
 }
 
 /// What became of a request that came.
@@ -95,7 +97,7 @@ pub(super) enum Came {
     /// It is told when it may.
     Waits(Ticket, oneshot::Receiver<Told>),
     /// It cannot wait.
-    Refused(Refusal, PoolLoad),
+    Refused(Refusal),
 }
 
 impl Settings {
@@ -119,8 +121,11 @@ impl Settings {
         }
     }
 
-    pub(super) fn slo(&self, facts: &RequestFacts) -> Slo {
-        self.slo.of(&facts.model, facts.class.as_deref())
+    /// Puts where a request stands into its facts, and what its latencies are to be there.
+    pub(super) fn stand(&self, facts: &mut RequestFacts, admitted: &Admitted) {
+        facts.tier = admitted.tier;
+        facts.class.clone_from(&admitted.class);
+        facts.slo = self.slo.of(&facts.model, facts.class.as_deref());
     }
 
     fn bounds(&self) -> Bounds {
@@ -183,6 +188,11 @@ impl Queue {
         Arc::clone(pools.entry(model.to_owned()).or_insert_with(|| Arc::new(Pool::new(model))))
     }
 
+    /// How much waits and runs in a pool.
+    pub(super) fn load(&self, pool: &Pool) -> PoolLoad {
+        lock(&self.state).flow.pool(pool.key, self.now_ms())
+    }
+
     /// Room must be that of the workers that the request sees.
     pub(super) fn catch_up(&self) {
         if self.generation.load(Relaxed) != self.roster.snapshot().fleet().generation() {
@@ -193,9 +203,9 @@ impl Queue {
     /// A request comes.
     pub(super) fn come(&self, pool: &Arc<Pool>, facts: &RequestFacts, admitted: Admitted, settings: &Settings) -> Came {
         let now_ms = self.now_ms();
-        let patience = admitted.deadline_ms.map_or(settings.timeout, |ms| settings.timeout.min(Duration::from_millis(ms.into())));
-        let deadline_ms = (now_ms + patience.as_millis() as u64).min(facts.deadline_ms.unwrap_or(u64::MAX));
-        let class = class_of(&admitted).into();
+        let patience_ms = admitted.deadline_ms.map_or(u64::MAX, u64::from).min(settings.timeout.as_millis() as u64);
+        let deadline_ms = (now_ms + patience_ms).min(facts.deadline_ms.unwrap_or(u64::MAX));
+        let class = class_label(admitted.class.as_deref()).into();
         let demand = Demand {
             pool: pool.key,
             tenant: facts.tenant_key().unwrap_or(0),
@@ -214,9 +224,11 @@ impl Queue {
                 if deadline_ms < state.looks_at_ms || state.waiting.len() == 1 {
                     self.nudge.notify_one();
                 }
+                // It may have taken another's place.
+                state.act(now_ms);
                 Came::Waits(ticket, told)
             }
-            Err(refusal) => Came::Refused(refusal, state.flow.pool(pool.key, now_ms)),
+            Err(refusal) => Came::Refused(refusal),
         }
     }
 
@@ -368,10 +380,11 @@ impl State {
         while !self.waiting.is_empty()
             && let Some(action) = self.flow.select(now_ms)
         {
-            self.flow.apply(action);
+            self.flow.apply(action, now_ms);
             match action {
                 Action::Start(ticket) => self.tell(ticket, Told::Start),
                 Action::Expire(ticket) => self.tell(ticket, Told::Late),
+                Action::Refuse(ticket) => self.tell(ticket, Told::Displaced),
             }
         }
     }

@@ -2,9 +2,9 @@
 //! in another order, and not inside engines.
 //!
 //! A worker runs as many requests at once as the operator says, else as many as its engine says, else a default. One whose
-//! engine has others' requests waiting is full until it has not: two readings of its load in a row must say so, since one
-//! alone may be of our own on their way into a step. It is given one request at a time all the same, or others could keep
-//! us out for ever. What runs on workers that accept nothing is no part of the room, and takes nothing from it.
+//! engine has requests waiting, and more altogether than it has of us, is full until it has not: other clients fill it. Two
+//! readings of its load in a row must say so, since they come at another moment than ours is counted. It is given one request at
+//! a time all the same, or others could keep us out for ever. What runs on workers that accept nothing is no part of the room, and takes nothing from it.
 
 use std::{
     collections::HashMap,
@@ -22,6 +22,8 @@ use crate::roster::Snapshot;
 
 /// How old what an engine says of its queue may be: older, it tells nothing of now.
 const FRESH_MS: u32 = 3000;
+/// Requests by which what an engine says may differ from what is counted here, beside a quarter of these.
+const SLACK: u32 = 2;
 /// Weight of the newest sample of how much of prompts is to be computed.
 const ALPHA: f32 = 0.1;
 /// The least share of prompts that is reckoned to be computed.
@@ -166,11 +168,14 @@ impl Lineup {
     }
 }
 
-/// Whether an engine has more waiting than what is on its way into a step.
+/// Whether an engine has requests of others waiting.
 fn is_full_of_others(queueing: &mut HashMap<u32, Queueing>, load: &LoadSlot, now_ms: u64) -> bool {
     let queued = load.get_reported(Reported::QueuedRequests).unwrap_or(0);
+    let all = load.get_reported(Reported::RunningRequests).unwrap_or(0).saturating_add(queued);
+    let ours = load.get(Load::ActiveRequests);
+    let has_others = queued > 0 && all > ours.saturating_add(ours / 4).saturating_add(SLACK);
     let age_ms = load.load_age_ms(now_ms).filter(|&age| age <= FRESH_MS);
-    let Some(age_ms) = age_ms.filter(|_| queued > 0) else {
+    let Some(age_ms) = age_ms.filter(|_| has_others) else {
         if !queueing.is_empty() {
             queueing.remove(&load.index());
         }
@@ -182,4 +187,98 @@ fn is_full_of_others(queueing: &mut HashMap<u32, Queueing>, load: &LoadSlot, now
         *seen = Queueing { at_ms, readings: seen.readings.saturating_add(1) };
     }
     seen.readings > 1
+}
+
+#[cfg(test)]
+mod tests {
+    use dynamo_host_core::{LoadBoard, LoadReport, load::InFlight};
+
+    use super::*;
+
+    /// A pool of workers, as (operator's bound, engine's report).
+    fn lineup(load: &[Arc<LoadSlot>], max_running: Option<u32>) -> Lineup {
+        let place = |load: &Arc<LoadSlot>| Place { load: Arc::clone(load), is_ready: true, max_running };
+        let of = OfPool { pool: Arc::new(Pool::new("m")), workers: load.iter().map(place).collect(), uncached: 1.0 };
+        Lineup { generation: None, pools: vec![of], queueing: HashMap::new() }
+    }
+
+    fn measured(lineup: &mut Lineup, now_ms: u64) -> (Room, Limits) {
+        let limits = Limits::new(8);
+        let rooms = lineup.measure(Assumed { max_running: 256, prefill_steps: 4 }, &limits, now_ms);
+        (rooms[0].1, limits)
+    }
+
+    fn report(load: &LoadSlot, [running, queued]: [u32; 2], now_ms: u64) {
+        let (running_requests, queued_requests) = (Some(running), Some(queued));
+        let report = LoadReport {
+            running_requests,
+            queued_requests,
+            max_running_requests: Some(10),
+            max_batched_tokens: Some(1000),
+            ..LoadReport::default()
+        };
+        load.report(&report, now_ms);
+    }
+
+    #[test]
+    fn a_worker_runs_what_the_operator_says_or_its_engine_or_what_is_assumed() {
+        let board = LoadBoard::new(8);
+        let loads: Vec<_> = (0..2).map(|_| board.claim().unwrap()).collect();
+        let room = |max_running| measured(&mut lineup(&loads, max_running), 0).0;
+        assert_eq!(room(None), Room { workers: 2, requests: Some(512), tokens: None });
+        report(&loads[0], [0, 0], 0);
+        assert_eq!(room(None), Room { workers: 2, requests: Some(266), tokens: None }, "the other one does not say");
+        report(&loads[1], [0, 0], 0);
+        assert_eq!(room(None), Room { workers: 2, requests: Some(20), tokens: Some(8000) });
+        assert_eq!(room(Some(3)).requests, Some(6));
+    }
+
+    #[test]
+    fn an_engine_that_others_fill_is_given_one_at_a_time_until_they_do_not() {
+        let load = LoadBoard::new(8).claim().unwrap();
+        let mut lineup = lineup(&[Arc::clone(&load)], None);
+        let _ours = [0; 2].map(|_| InFlight::dispatch(Arc::clone(&load), 1, 1, 0));
+        let mut requests = |[running, queued]: [u32; 2], now_ms| {
+            report(&load, [running, queued], now_ms);
+            measured(&mut lineup, now_ms + 10).0.requests
+        };
+        assert_eq!(requests([1, 1], 0), Some(10), "these are ours");
+        assert_eq!(requests([1, 1], 1000), Some(10));
+        assert_eq!(requests([10, 20], 2000), Some(10), "it has said so once");
+        assert_eq!(requests([10, 20], 3000), Some(2), "what runs goes on");
+        assert_eq!(requests([10, 0], 4000), Some(10));
+        assert_eq!(requests([10, 20], 5000), Some(10));
+        assert_eq!(requests([10, 20], 6000), Some(2));
+        let (room, limits) = measured(&mut lineup, 6000 + u64::from(FRESH_MS) + 1);
+        assert_eq!(room.requests, Some(10), "what it said is too old");
+        assert!(limits.has_room(load.index(), 9) && !limits.has_room(load.index(), 10));
+    }
+
+    #[test]
+    fn what_is_cached_takes_no_room_of_prompts_to_be_computed() {
+        let load = LoadBoard::new(8).claim().unwrap();
+        report(&load, [0, 0], 0);
+        let mut lineup = lineup(&[Arc::clone(&load)], None);
+        let _ours = InFlight::dispatch(Arc::clone(&load), 1000, 100, 0);
+        for _ in 0..200 {
+            measured(&mut lineup, 0);
+        }
+        let tokens = measured(&mut lineup, 0).0.tokens.unwrap();
+        assert!((39_000..=41_000).contains(&tokens), "{tokens}");
+    }
+
+    #[test]
+    fn what_runs_where_nothing_new_may_takes_no_room_from_others() {
+        let board = LoadBoard::new(8);
+        let loads: Vec<_> = (0..2).map(|_| board.claim().unwrap()).collect();
+        let mut lineup = lineup(&loads, Some(4));
+        lineup.pools[0].workers[0].is_ready = false;
+        let left = InFlight::dispatch(Arc::clone(&loads[0]), 1, 1, 0);
+        let pool = Arc::clone(&lineup.pools[0].pool);
+        assert_eq!(measured(&mut lineup, 0).0, Room { workers: 1, requests: Some(5), tokens: None });
+        assert!(pool.is_strained.load(Relaxed));
+        drop(left);
+        assert_eq!(measured(&mut lineup, 0).0.requests, Some(4));
+        assert!(!pool.is_strained.load(Relaxed));
+    }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use dynamo_host_core::{
     Slo,
-    admission::{MAX_CLASS_BYTES, TIERS, WEIGHTS, is_weight},
+    admission::{MAX_CLASS_BYTES, TIERS, WEIGHTS, is_class, is_weight},
 };
 use serde::Deserialize;
 
@@ -177,11 +177,11 @@ impl QueueConfig {
 
 /// Whether a text can be the name of a class: it becomes a metric label.
 fn check_class(key: &str, name: &str) -> Result<(), ConfigError> {
-    let is_name = !name.is_empty() && name.len() <= MAX_CLASS_BYTES && !name.chars().any(char::is_control);
-    if is_name {
+    if is_class(name) {
         return Ok(());
     }
-    Err(ConfigError::Queue(format!("{key} has {name:?}; use names of 1 to {MAX_CLASS_BYTES} bytes, on one line")))
+    let reason = format!("{key} has {name:?}; use names of 1 to {MAX_CLASS_BYTES} letters, digits, `.`, `_` or `-`");
+    Err(ConfigError::Queue(reason))
 }
 
 impl SloConfig {

@@ -22,7 +22,6 @@ use super::{
 /// Requests of one kind that keep coming.
 #[derive(Clone)]
 pub(crate) struct Source {
-    pub(crate) name: String,
     pub(crate) client: Client,
     pub(crate) headers: Vec<(&'static str, String)>,
     /// Requests each second, on average.
