@@ -22,6 +22,7 @@ use crate::{
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
     roster::{Attempt, Outcome, failure},
+    stop::{Phase, Stopping},
 };
 
 /// How a request ended: `outcomes.end` of the contract.
@@ -51,6 +52,7 @@ pub(crate) struct Account {
     /// What is logged after the handler has returned belongs to the request all the same.
     pub(crate) span: tracing::Span,
     observer: Observer,
+    stopping: Stopping,
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
     /// The admission policy that let it in, if it wants to hear of it.
@@ -155,6 +157,7 @@ impl Account {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
             observer: lane.observer.clone(),
+            stopping: lane.stopping.clone(),
             clock: lane.clock,
             version: placing.observed_version(),
             admission: None,
@@ -277,6 +280,9 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
+        // An answer that the host's end came before is one of ours, and is counted with it.
+        let never_began = self.status.as_u16() == CLIENT_LEFT && self.stopping.has_reached(Phase::Over);
+        self.is_part |= never_began;
         self.meters.in_flight.decrement(1.0);
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.

@@ -28,11 +28,16 @@ use crate::{
     auth::Gate,
     config::Cors,
     error::{Audience, Dialect, RequestError},
+    listener::TakenBy,
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
+    stop,
     text::plain,
     trace::{self, Parent, Traces},
 };
+
+/// What an answer may be late, so that a client that keeps pace can read that it is.
+const LATE: Duration = Duration::from_secs(1);
 
 /// How long a client gives its request altogether, in milliseconds.
 const TIMEOUT: &str = "x-request-timeout-ms";
@@ -89,17 +94,24 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
     let id = request_id(&parts.headers);
     let (span, headers) = open(&door, endpoint, &id, &parts);
     let mut notes = Notes::default();
-    let let_in = door.gate.admit(&parts.headers).and_then(|caller| Ok((caller, timeout(&parts.headers)?)));
-    let served = match let_in {
-        Ok((caller, timeout)) => {
+    let mut patience = door.lane.limits().request_timeout();
+    let entered = door.lane.stopping.enter().and_then(|running| {
+        let caller = door.gate.admit(&parts.headers)?;
+        Ok((running, caller, timeout(&parts.headers)?))
+    });
+    let served = match entered {
+        Ok((running, caller, timeout)) => {
+            patience = timeout.map_or(patience, |timeout| timeout.min(patience));
             let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
             let arrival = Arrival { endpoint, id: id.clone(), session_key, timeout, caller, headers, body, at };
-            request::serve(&door.lane, arrival, &mut notes).instrument(span.clone()).await
+            let serving = request::serve(&door.lane, arrival, &mut notes).instrument(span.clone());
+            let served = door.lane.stopping.unless_over(serving).await;
+            served.map(|answer| stop::with_last_words(answer, running, endpoint, door.lane.audience()))
         }
         Err(error) => Err(error),
     };
     let dialect = Dialect::of(endpoint);
-    let response = served.unwrap_or_else(|error| {
+    let mut response = served.unwrap_or_else(|error| {
         span.in_scope(|| error.record());
         // A name that no worker serves must not become a label.
         count_request(endpoint.label(), notes.model.as_deref().unwrap_or("none"), error.status());
@@ -109,6 +121,7 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
             None => response,
         }
     });
+    response.extensions_mut().insert(TakenBy(at + patience + LATE));
     let status = response.status().as_u16();
     tracing::debug!(parent: &span, model = notes.model, policy = notes.policy, status, "answer began");
     let response = match notes.queued {

@@ -2,13 +2,15 @@
 //!
 //! The log says all; a client is told which engine it was only where the operator exposes workers.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, EngineError};
-use dynamo_host_core::{Rejection, admission::MAX_RETRY_AFTER_MS};
+use dynamo_host_core::Rejection;
 use dynamo_host_flow::Refusal;
 use http::{
     HeaderValue, StatusCode,
@@ -16,7 +18,7 @@ use http::{
 };
 use serde_json::{Value, json};
 
-use crate::text::plain;
+use crate::{retry_after, text::plain};
 
 /// Why a request is not answered by an engine.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -48,6 +50,8 @@ pub(crate) enum RequestError {
          or have the operator raise limits.request_timeout_s"
     )]
     Deadline { seconds: f64 },
+    #[error("this host is shutting down; send the request again, and it goes to another one")]
+    ShuttingDown,
     #[error("there is no {path} here; GET /v1/models, or POST {}", posts())]
     NotFound { path: String },
     #[error("{path} does not take {method}; use {allowed}")]
@@ -159,6 +163,7 @@ impl RequestError {
             Self::ModelNotAllowed { .. } => row(StatusCode::FORBIDDEN, INVALID, "model_not_allowed"),
             Self::Stateful { .. } => row(StatusCode::BAD_REQUEST, INVALID, "stateful_responses"),
             Self::NothingStored { .. } => row(StatusCode::NOT_FOUND, INVALID, "stateful_responses"),
+            Self::ShuttingDown => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
             Self::Deadline { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "request_timeout"),
             Self::QueueFull { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "queue_full"),
             Self::QueueTimeout { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "queue_timeout"),
@@ -233,14 +238,12 @@ impl RequestError {
         let mut response = (self.status(), Json(self.body(dialect, to))).into_response();
         let retry_after_ms = match self {
             Self::Rejected(rejection) | Self::Shed(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
-            Self::NoWorker { .. } | Self::ModelsUnknown { .. } => Some(1000),
+            Self::NoWorker { .. } | Self::ModelsUnknown { .. } | Self::ShuttingDown => Some(1000),
             Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
             _ => None,
         };
         if let Some(ms) = retry_after_ms {
-            // The header knows whole seconds: later rather than too early.
-            let seconds = u64::from(ms.min(MAX_RETRY_AFTER_MS)).div_ceil(1000);
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+            response.headers_mut().insert(RETRY_AFTER, retry_after::value(Duration::from_millis(ms.into())));
         }
         if response.status() == StatusCode::UNAUTHORIZED {
             let given = if matches!(self, Self::MissingKey) { "" } else { ", error=\"invalid_token\"" };

@@ -84,6 +84,12 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
     ("dynamo_host_connections_refused_total", Kind::Counter, "Connections that were one client's too many"),
+    (
+        "dynamo_host_slow_clients_total",
+        Kind::Counter,
+        "Clients that were hung up on since they did not take their answer, by cause: stalled, deadline",
+    ),
+    ("dynamo_host_audit_failures_total", Kind::Counter, "Changes that could not be written to the audit file"),
     ("dynamo_host_reload_failures_total", Kind::Counter, "Changed files that could not be read again, by what they hold"),
     (
         "dynamo_host_trace_spans_dropped_total",

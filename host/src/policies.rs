@@ -88,7 +88,7 @@ pub(crate) struct OnErrorChange {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct SlotStatus {
     #[serde(flatten)]
-    report: SlotReport,
+    pub(crate) report: SlotReport,
     /// Why it does not hold what it should: what the last start could not bring back. The next change ends it.
     trouble: Option<String>,
 }

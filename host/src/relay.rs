@@ -27,6 +27,7 @@ use crate::{
     config::Limits,
     error::{Audience, RequestError},
     migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, without_ids},
+    retry_after,
     text::plain,
 };
 
@@ -107,6 +108,7 @@ pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head
     let mut response = Response::new(Body::from(reply.body));
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;
+    retry_after::bound(response.headers_mut());
     head.apply(&mut response);
     response
 }

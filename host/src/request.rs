@@ -41,6 +41,7 @@ use crate::{
     receipts::{Receipts, Recorder},
     relay::Patience,
     roster::{Roster, Snapshot},
+    stop::Stopping,
     trace,
 };
 
@@ -63,6 +64,8 @@ pub(crate) struct Lane {
     pub(crate) observer: Observer,
     pub(crate) receipts: Receipts,
     pub(crate) expose_worker: bool,
+    /// Whether the host goes on.
+    pub(crate) stopping: Stopping,
     /// Numbers decisions; also their seed.
     pub(crate) decisions: AtomicU64,
 }

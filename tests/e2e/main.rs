@@ -5,6 +5,7 @@
 
 mod abuse;
 mod anthropic_client;
+mod audit;
 mod authors;
 mod bad_input;
 mod books;
@@ -28,6 +29,7 @@ mod models;
 mod on_error;
 mod openai_client;
 mod outcomes;
+mod overload;
 mod persistence;
 mod policies;
 mod profile;
@@ -39,6 +41,7 @@ mod reload;
 mod requests;
 mod retries;
 mod simulate;
+mod stop;
 mod swap;
 mod tls;
 mod tokens;

@@ -63,6 +63,7 @@ pub(super) async fn bypass(slot: &str, is_on: bool, admin: &AdminFlags, output: 
     }
     let what = if is_on { "bypassed, the native fallback decides" } else { "not bypassed, its policy decides" };
     println!("{slot}: {what}");
+    print_not_audited(&answer);
     if answer["not_kept"].is_string() {
         println!("a restart will forget that: {}", text(&answer["not_kept"]));
     }
@@ -77,6 +78,7 @@ pub(super) async fn on_error(slot: &str, mode: OnError, admin: &AdminFlags, outp
         println!("{answer:#}");
     } else {
         println!("{slot}: when its policy fails: {}", describe_on_error(&answer["on_error"]));
+        print_not_audited(&answer);
     }
     Ok(())
 }
@@ -164,6 +166,7 @@ fn print_change(change: &Value, output: Output) {
         change["store_ms"].as_f64().unwrap_or_default(),
         change["swap_us"].as_f64().unwrap_or_default()
     );
+    print_not_audited(change);
 }
 
 fn print_slots(answer: &Value) {
@@ -280,4 +283,11 @@ pub(super) async fn call(admin: &AdminFlags, method: Method, path: &str, body: B
     tokio::time::timeout(PATIENCE, exchange)
         .await
         .unwrap_or_else(|_| Err(format!("the admin API at {base} did not answer within {} s", PATIENCE.as_secs())))
+}
+
+/// A change counts though it could not be written down, and whoever made it must know.
+pub(super) fn print_not_audited(answer: &Value) {
+    if answer["not_audited"].is_string() {
+        println!("it is done, but not in the audit file: {}", text(&answer["not_audited"]));
+    }
 }
