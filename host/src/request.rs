@@ -22,7 +22,7 @@ use dynamo_host_core::{
     answer::{MAX_HOLD, MAX_HOLDS, Verdict},
 };
 use dynamo_host_index::Prompt;
-use dynamo_host_policy::{DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, RoutingSlot};
+use dynamo_host_policy::{AdmissionSlot, DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
@@ -50,6 +50,7 @@ const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");
 /// What requests need of the host.
 pub(crate) struct Lane {
     pub(crate) routing: Arc<RoutingSlot>,
+    pub(crate) admission: Arc<AdmissionSlot>,
     pub(crate) roster: Arc<Roster>,
     pub(crate) prefixes: Prefixes,
     pub(crate) clock: Clock,

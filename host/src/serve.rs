@@ -25,7 +25,7 @@ use crate::{
     listener::{self, Server},
     meters::{self, RequestMeters},
     observe::Observer,
-    policies::{Policies, Wishes},
+    policies::{AllWishes, Policies},
     prefixes::Prefixes,
     receipts::Receipts,
     reload::Reload,
@@ -99,8 +99,11 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         other => other?,
     };
     let policies = {
-        let (state_dir, seed, on_error) = (config.state_dir.clone(), config.routing.clone(), config.routing_on_error);
-        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), Wishes { seed: seed.as_ref(), on_error });
+        let (state_dir, routing, admission) = (config.state_dir.clone(), config.routing.clone(), config.admission.clone());
+        let open = move || {
+            let wishes = AllWishes { routing: routing.wishes(), admission: admission.wishes() };
+            Policies::open(Arc::new(runtime), state_dir.as_deref(), wishes)
+        };
         let opened = tokio::task::spawn_blocking(open).await;
         Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };
@@ -119,6 +122,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     };
     let lane = Arc::new(Lane {
         routing: Arc::clone(policies.routing()),
+        admission: Arc::clone(policies.admission()),
         roster: Arc::clone(&roster),
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
