@@ -417,12 +417,16 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
+        assert_eq!((file.queue, file.slo), (QueueConfig::default(), SloConfig::default()));
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
         assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
         assert!(file.cors.is_some() && file.tls.is_some() && file.admin_tls.is_some() && file.otlp.is_some());
         assert!(file.discovery.len() == 2 && file.models.len() == 3);
+        file.queue.check(&file.limits).unwrap();
+        file.slo.check().unwrap();
+        assert!(file.queue.classes.len() == 1 && file.queue.tenants.len() == 1 && file.slo != SloConfig::default());
         let worker = &file.worker[0];
         assert!(worker.name.is_some() && worker.labels.len() == 2 && worker.kind.is_some() && worker.ranks.is_some());
         assert!(
