@@ -203,6 +203,9 @@ struct NewKeyFlags {
     /// Priority of its requests: higher is sooner
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     priority: Option<i32>,
+    /// Class of its requests in the queue
+    #[arg(long, value_name = "NAME")]
+    class: Option<String>,
     /// A model that it may use, or its name's beginning and a *; may be repeated; without any, all
     #[arg(long = "model", value_name = "NAME")]
     models: Vec<String>,

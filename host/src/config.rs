@@ -6,6 +6,7 @@
 mod door;
 mod limits;
 mod profile;
+mod queue;
 mod worker;
 
 use std::{
@@ -26,6 +27,7 @@ pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
     limits::Limits,
+    queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
 use crate::{
@@ -85,6 +87,8 @@ pub(crate) enum ConfigError {
     ReceiptsNowhere,
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
+    #[error("{0}")]
+    Queue(String),
 }
 
 /// Flags of `serve`.
@@ -182,6 +186,8 @@ struct File {
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
     limits: Limits,
+    queue: QueueConfig,
+    slo: SloConfig,
     worker: Vec<WrittenWorker>,
 }
 
@@ -256,6 +262,8 @@ pub(crate) struct Config {
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
     pub(crate) limits: Limits,
+    pub(crate) queue: QueueConfig,
+    pub(crate) slo: SloConfig,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -348,6 +356,8 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
+        file.queue.check(&limits)?;
+        file.slo.check()?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -367,6 +377,8 @@ impl Config {
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
             limits,
+            queue: file.queue,
+            slo: file.slo,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -446,12 +458,16 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
+        assert_eq!((file.queue, file.slo), (QueueConfig::default(), SloConfig::default()));
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
         assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
         assert!(file.cors.is_some() && file.tls.is_some() && file.admin_tls.is_some() && file.otlp.is_some());
         assert!(file.discovery.len() == 2 && file.models.len() == 3);
+        file.queue.check(&file.limits).unwrap();
+        file.slo.check().unwrap();
+        assert!(file.queue.classes.len() == 1 && file.queue.tenants.len() == 1 && file.slo != SloConfig::default());
         let worker = &file.worker[0];
         assert!(worker.name.is_some() && worker.labels.len() == 2 && worker.kind.is_some() && worker.ranks.is_some());
         assert!(

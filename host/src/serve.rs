@@ -16,6 +16,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     admin::{self, Admin},
+    admit::Queue,
     auth::{Gate, Keys, KeysError},
     clock::{Clock, unix_ms},
     config::{Config, DoorConfig},
@@ -120,9 +121,11 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         (Some(receipts), Some(state_dir)) => Receipts::start(receipts, state_dir, policies.routing().name()),
         _ => Receipts::off(),
     };
+    let queue = Queue::start(&roster, clock, &config);
     let lane = Arc::new(Lane {
-        routing: Arc::clone(policies.routing()),
         admission: Arc::clone(policies.admission()),
+        routing: Arc::clone(policies.routing()),
+        queue: Arc::clone(&queue),
         roster: Arc::clone(&roster),
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
@@ -147,6 +150,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let admin = Admin {
         policies,
         roster,
+        queue,
         config: reload.status(),
         started: Instant::now(),
         token: config.admin_token.as_deref().map(Arc::from),
