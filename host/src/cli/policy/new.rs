@@ -92,6 +92,7 @@ const SDK: &[(&str, &str)] = sources![
     "src/bindings.rs",
     "src/candidate.rs",
     "src/candidates.rs",
+    "src/classes.rs",
     "src/codes.rs",
     "src/compose.rs",
     "src/compose/picker.rs",
