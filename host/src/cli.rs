@@ -88,7 +88,7 @@ enum Command {
 enum PolicyCommand {
     /// Make a component decide in a slot of a running host, from the next request on
     Activate {
-        /// Where it decides: routing
+        /// Where it decides: routing or admission
         slot: String,
         /// The component, or `native` for the built-in fallback
         file: String,
@@ -102,7 +102,7 @@ enum PolicyCommand {
     },
     /// Go back to what decided before
     Rollback {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
         #[command(flatten)]
         admin: AdminFlags,
@@ -111,7 +111,7 @@ enum PolicyCommand {
     },
     /// The kill switch: the native fallback decides, from the next decision on, whatever is active
     Bypass {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
         /// Let the policy decide again
         #[arg(long)]
@@ -123,9 +123,9 @@ enum PolicyCommand {
     },
     /// What happens to requests that the policy fails to decide
     OnError {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
-        /// fallback: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
+        /// fallback, or open: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
         mode: OnError,
         #[command(flatten)]
         admin: AdminFlags,
@@ -143,6 +143,9 @@ enum PolicyCommand {
     New {
         /// Its name, such as my-policy
         name: String,
+        /// What it decides
+        #[arg(long, value_name = "WORLD", default_value = "router")]
+        world: policy::World,
         /// The folder to make [default: the name, in this folder]
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
@@ -215,6 +218,9 @@ struct NewKeyFlags {
     /// Priority of its requests: higher is sooner
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     priority: Option<i32>,
+    /// Class of its requests in the queue
+    #[arg(long, value_name = "NAME")]
+    class: Option<String>,
     /// A model that it may use, or its name's beginning and a *; may be repeated; without any, all
     #[arg(long = "model", value_name = "NAME")]
     models: Vec<String>,
@@ -358,7 +364,7 @@ pub fn main() -> ExitCode {
                 exit(1, run(false, admin::on_error(&slot, mode, &admin, output.output)))
             }
             PolicyCommand::List { admin, output } => exit(1, run(false, admin::list(&admin, output.output))),
-            PolicyCommand::New { name, dir, sdk } => exit(1, policy::create(&name, dir.as_deref(), sdk.as_deref())),
+            PolicyCommand::New { name, world, dir, sdk } => exit(1, policy::create(&name, world, dir.as_deref(), sdk.as_deref())),
             PolicyCommand::Build { directory, out, output, more } => {
                 exit(1, policy::build(&directory, out.as_deref(), &more, output.output))
             }

@@ -12,24 +12,27 @@ mod uses;
 use std::{path::Path, sync::Arc};
 
 use dynamo_host_policy::{
-    Inspection, Limits, LoadError, Now, PolicyRuntime, PolicyVersion, bench, inspect as inspect_bytes, read_component,
+    Inspection, Limits, LoadError, Now, PolicyRuntime, PolicyVersion, SlotState, bench, inspect as inspect_bytes, read_component,
 };
 use serde_json::{Value, json};
 
 use self::check::{Level, Memory, Report};
-pub(super) use self::replay::{ReplayFlags, replay};
+pub(super) use self::{
+    new::World,
+    replay::{ReplayFlags, replay},
+};
 use super::Output;
 use crate::{config::read_settings, text::plain};
 
 /// Writes the crate of a new policy.
-pub(super) fn create(name: &str, directory: Option<&Path>, sdk: Option<&Path>) -> Result<(), String> {
+pub(super) fn create(name: &str, world: World, directory: Option<&Path>, sdk: Option<&Path>) -> Result<(), String> {
     let directory = directory.unwrap_or(Path::new(name));
-    new::write(name, directory, sdk)?;
+    new::write(name, world, directory, sdk)?;
     println!("{}: a policy that can be changed. Next:\n", directory.display());
     println!("  cd {}", directory.display());
     println!("  cargo test                                    # natively");
     println!("  dynamo-host policy build                      # {name}.wasm, checked");
-    println!("  dynamo-host policy activate routing {name}.wasm");
+    println!("  dynamo-host policy activate {} {name}.wasm", world.slot());
     Ok(())
 }
 
@@ -147,10 +150,15 @@ fn read_given(settings: Option<&str>) -> Result<String, String> {
         .map_or_else(|| Ok("{}".to_owned()), |settings| read_settings("--settings", settings).map_err(|error| error.to_string()))
 }
 
+/// Loads a policy of any world.
 fn load(bytes: &[u8], settings: &str) -> Result<Arc<PolicyVersion>, LoadError> {
+    load_for(bytes, settings, SlotState::default())
+}
+
+fn load_for(bytes: &[u8], settings: &str, state: SlotState) -> Result<Arc<PolicyVersion>, LoadError> {
     let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None)
         .map_err(|error| LoadError::Compile { policy: "?".to_owned(), reason: error.to_string() })?;
-    runtime.load(bytes, settings, Arc::default())
+    runtime.load(bytes, settings, Arc::new(state))
 }
 
 fn named(file: &Path, error: &LoadError) -> String {
