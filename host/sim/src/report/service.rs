@@ -28,8 +28,6 @@ pub struct ShareRow {
     pub work: u64,
     /// Its share of all work.
     pub share: f64,
-    /// Its share of the work that started while each tenant had requests waiting; 0 if that never was.
-    pub contended_share: f64,
 }
 
 /// What a tenant's requests came to.
@@ -38,6 +36,8 @@ pub struct TenantRow {
     /// Its work.
     #[serde(flatten)]
     pub work: ShareRow,
+    /// Its share of the tier's work that started while each tenant of the tier had requests waiting; 0 if that never was.
+    pub contended_share: f64,
     /// Its class.
     pub class: String,
     /// Its tier.
@@ -76,16 +76,14 @@ pub struct FaultRow {
 
 impl QueueRow {
     pub(super) fn new(tally: &QueueTally) -> Self {
-        let all = |of: fn(&TenantTally) -> u64| tally.tenants.iter().map(of).sum::<u64>().max(1) as f64;
-        let (work, contended) = (all(|tenant| tenant.work), all(|tenant| tenant.contended_work));
+        let all = tally.tenants.iter().map(|tenant| tenant.work).sum::<u64>().max(1) as f64;
+        let contended = |tier: u32| {
+            let of_tier = tally.tenants.iter().filter(|tenant| tenant.admitted.tier == tier);
+            of_tier.map(|tenant| tenant.contended_work).sum::<u64>().max(1) as f64
+        };
         let share = |name: &str, tenants: &[&TenantTally]| {
-            let sum = |of: fn(&TenantTally) -> u64| tenants.iter().map(|tenant| of(tenant)).sum::<u64>();
-            ShareRow {
-                name: name.to_owned(),
-                work: sum(|tenant| tenant.work),
-                share: sum(|tenant| tenant.work) as f64 / work,
-                contended_share: sum(|tenant| tenant.contended_work) as f64 / contended,
-            }
+            let work = tenants.iter().map(|tenant| tenant.work).sum::<u64>();
+            ShareRow { name: name.to_owned(), work, share: work as f64 / all }
         };
         let class_of = |tenant: &TenantTally| tenant.admitted.class.as_deref().unwrap_or_default().to_owned();
         let mut names: Vec<String> = tally.tenants.iter().map(class_of).collect();
@@ -97,6 +95,7 @@ impl QueueRow {
         });
         let tenants = tally.tenants.iter().map(|tenant| TenantRow {
             work: share(&tenant.name, &[tenant]),
+            contended_share: tenant.contended_work as f64 / contended(tenant.admitted.tier),
             class: class_of(tenant),
             tier: tenant.admitted.tier,
             weight: tenant.admitted.tenant_weight,
@@ -134,7 +133,7 @@ const COLUMNS: &[Column] = &[
     ("TTFT p50", |row| format!("{:.1}", row.ttft.p50)),
     ("p99", |row| format!("{:.1}", row.ttft.p99)),
     ("share", |row| format!("{:.3}", row.work.share)),
-    ("contended", |row| format!("{:.3}", row.work.contended_share)),
+    ("contended", |row| format!("{:.3}", row.contended_share)),
 ];
 
 /// What stands above the columns, then a line for each policy's tenants.

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use dynamo_host_core::{Admitted, RequestFacts};
+use dynamo_host_core::{Admitted, RequestFacts, admission::TIERS};
 use dynamo_host_flow::{Action, Arrival, Demand, Flow, Room, Ticket};
 
 use super::{End, Options, Run};
@@ -52,7 +52,7 @@ pub struct TenantTally {
     pub failed: u64,
     /// Tokens of work of those that started, as they turned out.
     pub work: u64,
-    /// Of those that started while every tenant had requests waiting.
+    /// Of those that started while every tenant of the tier had requests waiting.
     pub contended_work: u64,
     waits: Intervals,
     ttft: Intervals,
@@ -86,8 +86,8 @@ pub(super) struct Service<'a> {
     chance: Random,
     /// Requests of each tenant that wait.
     waiting: Vec<u32>,
-    /// Tenants with any.
-    contending: usize,
+    /// In each tier, tenants with none.
+    content: [u32; TIERS as usize],
     /// What does not agree, if something was found.
     wrong: Option<String>,
     tally: QueueTally,
@@ -125,7 +125,9 @@ impl<'a> Service<'a> {
             expected_output: 0.0,
             chance: Random::new(options.seed ^ LEAVES),
             waiting: vec![0; queueing.tenants.len()],
-            contending: 0,
+            content: std::array::from_fn(|tier| {
+                queueing.tenants.iter().filter(|tenant| tenant.admitted.tier as usize == tier).count() as u32
+            }),
             wrong: None,
             tally: QueueTally { tenants: tenants.collect(), longest: 0 },
         }
@@ -147,8 +149,8 @@ impl<'a> Service<'a> {
     }
 
     fn starts(&mut self, number: u32, now: Duration) {
-        let is_contended = self.contending == self.waiting.len();
         let Some(open) = self.open.get_mut(&number) else { return };
+        let is_contended = self.content[self.options.tenants[open.tenant].admitted.tier as usize] == 0;
         self.tally.tenants[open.tenant].waits.add(ms(now - open.came), 1);
         let tenant = open.tenant;
         if std::mem::replace(&mut open.stage, Stage::Running { is_contended }) == Stage::Waiting {
@@ -162,13 +164,15 @@ impl<'a> Service<'a> {
 
     fn waits_more(&mut self, tenant: usize) {
         self.waiting[tenant] += 1;
-        self.contending += usize::from(self.waiting[tenant] == 1);
+        let tier = self.options.tenants[tenant].admitted.tier as usize;
+        self.content[tier] -= u32::from(self.waiting[tenant] == 1);
         self.tally.longest = self.tally.longest.max(self.flow.waiting());
     }
 
     fn waits_less(&mut self, tenant: usize) {
         self.waiting[tenant] -= 1;
-        self.contending -= usize::from(self.waiting[tenant] == 0);
+        let tier = self.options.tenants[tenant].admitted.tier as usize;
+        self.content[tier] += u32::from(self.waiting[tenant] == 0);
     }
 
     /// Its first token came: its prompt is computed.

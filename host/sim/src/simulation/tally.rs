@@ -63,7 +63,7 @@ pub struct Tally {
     /// Time between those.
     pub sample_every: Duration,
     /// Everything that happened.
-    pub(crate) events: u64,
+    pub events: u64,
     /// Time that decisions took, with their look into the index, by the wall clock.
     pub deciding: Duration,
     /// Time that the run took, by the wall clock.

@@ -1,6 +1,6 @@
 //! The queue in front of the engines, and engines that fail.
 
-use dynamo_host_sim::{Faults, Queueing, Tenant, bounds::bounds, report::Row};
+use dynamo_host_sim::{Faults, Queueing, Tenant, report::Row};
 
 use crate::*;
 
@@ -23,7 +23,7 @@ fn what_finds_room_is_as_without_a_queue() {
     let plain = Row::new(run(&trace, &options(2), &native()));
     let mut queued = Row::new(run(&trace, &with_queue(2, "", &[]), &native()));
     let queue = queued.queue.take().unwrap();
-    assert_eq!((queue.tenants[0].served, queue.tenants[0].wait.max, queue.longest), (3, 0.0, 1));
+    assert_eq!((queue.tenants[0].served, queue.tenants[0].wait.max, queue.longest), (3, 0.0, 0));
     assert_eq!(serde_json::to_string(&queued).unwrap(), serde_json::to_string(&plain).unwrap());
 }
 
@@ -48,7 +48,7 @@ fn what_is_refused_expires_or_leaves_is_counted_as_that_and_the_rest_is_served()
     };
     assert_eq!(ends("max_running=1,max_requests=3"), (4, 6, 0, 0));
     assert_eq!(ends("max_running=1,max_tokens=250"), (3, 7, 0, 0));
-    assert_eq!(ends("max_running=1,timeout_s=0.3"), (3, 0, 7, 0));
+    assert_eq!(ends("max_running=1,timeout_s=0.3"), (2, 0, 8, 0));
     assert_eq!(ends("max_running=1,leave=1,leave_s=0"), (0, 0, 0, 10));
 }
 
@@ -63,12 +63,9 @@ fn under_overload_tenants_share_the_work_by_weight_and_the_first_tier_does_not_w
     let queue = Row::new(run(&trace, &options, &native())).queue.unwrap();
     let vip = &queue.tenants[3];
     assert_eq!((vip.refused + vip.expired, vip.served), (0, vip.came));
-    let of_work = |tenant: usize| queue.tenants[tenant].work.work as f64;
-    // The first of them come to an empty queue, and the last leave one behind.
-    let all = (0..3).map(of_work).sum::<f64>();
     for (tenant, weight) in [(0, 1.0), (1, 2.0), (2, 4.0)] {
-        let share = of_work(tenant) / all;
-        assert!((share / (weight / 7.0) - 1.0).abs() < 0.2, "{tenant} {share}: {queue:?}");
+        let share = queue.tenants[tenant].contended_share;
+        assert!((share / (weight / 7.0) - 1.0).abs() < 0.03, "{tenant} {share}: {queue:?}");
         assert!(queue.tenants[tenant].wait.p50 > 10.0 * vip.wait.p99.max(1.0), "{queue:?}");
     }
 }
@@ -101,14 +98,17 @@ fn a_request_fails_when_its_attempts_are_used_up_and_waits_while_all_are_dead() 
 
 #[test]
 fn a_hang_is_found_out_after_the_stall_bound_and_a_short_one_is_waited_for() {
-    let trace = trace(&[(0, &[(1, 100)], 2000)]);
+    let requests: Vec<Line<'_>> = vec![(0, &[(1, 100)], 2000); 16];
+    let trace = trace(&requests);
     let hangs = |stall_s: f64| {
-        let faults = Faults::parse(&format!("hang_every_s=3,hang_s=1,stall_s={stall_s},attempts=1000")).unwrap();
-        Row::new(run(&trace, &Options { faults: Some(faults), ..with_queue(2, "", &[]) }, &native()))
+        let faults = Faults::parse(&format!("hang_every_s=2,hang_s=1,stall_s={stall_s},attempts=1000")).unwrap();
+        // What was generated is computed again in no time.
+        let workers = vec![Profile { prefill_ms_per_token: 0.0, ..profile() }; 8];
+        Row::new(run(&trace, &Options { workers, faults: Some(faults), ..with_queue(8, "", &[]) }, &native()))
     };
     let (found, waited) = (hangs(0.2), hangs(5.0));
     assert!(found.faults.unwrap().faults.migrated > 0 && found.itl.max < 1000.0, "{:?}", found.itl);
-    assert!((waited.itl.max - 1010.0).abs() < 2.0 && waited.faults.unwrap().faults.interrupted == 0, "{:?}", waited.itl);
+    assert!(waited.itl.max > 1000.0 && waited.faults.unwrap().faults.interrupted == 0, "{:?}", waited.itl);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn a_slow_spell_makes_steps_longer_for_its_time() {
 
 /// The short form of the run of ten million that docs/simulator.md tells of.
 #[test]
-fn a_hundred_thousand_requests_with_every_kind_of_fault_end_once_each_and_the_same_way_again() {
+fn a_hundred_thousand_requests_with_every_kind_of_fault_end_once_each() {
     let source = "synthetic:requests=100000,rate=200,prefixes=20,prefix_tokens=64,turns=2,think_s=5,input=64,output=8";
     let trace = Trace::open(source, 3).unwrap();
     let profile = Profile { kv_blocks: 512, max_num_seqs: 32, max_model_len: 32_768, ..dynamo_host_sim::default_profile() };
@@ -142,7 +142,19 @@ fn a_hundred_thousand_requests_with_every_kind_of_fault_end_once_each_and_the_sa
     assert!(queue.tenants.iter().map(|tenant| tenant.refused + tenant.expired).sum::<u64>() > 0, "{queue:?}");
     let counts = &faults.faults;
     assert!(counts.died > 10 && counts.slow > 10 && counts.hung > 10 && counts.migrated > 100, "{faults:?}");
-    let again = Row::new(run(&trace, &options, &native()));
-    assert_eq!(serde_json::to_string(&row).unwrap(), serde_json::to_string(&again).unwrap());
-    assert!(bounds(&trace, &options.workers).is_ok());
+}
+
+#[test]
+fn the_same_seed_fails_in_the_same_way() {
+    let trace = Trace::open("synthetic:requests=2000,rate=20,input=64,output=20", 3).unwrap();
+    let run = |seed| {
+        let options = Options {
+            seed,
+            faults: Some(Faults::parse("die_every_s=5,slow_every_s=7,hang_every_s=6").unwrap()),
+            ..with_queue(4, "max_running=4,timeout_s=5,leave=0.1", &["a", "b,tier=1"])
+        };
+        serde_json::to_string(&Row::new(run(&trace, &options, &native()))).unwrap()
+    };
+    assert_eq!(run(1), run(1));
+    assert_ne!(run(1), run(2));
 }
