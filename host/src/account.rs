@@ -14,6 +14,7 @@ use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
 use crate::{
+    admit::Heard,
     clock::{Clock, unix_ms},
     meters::RequestMeters,
     observe::Observer,
@@ -50,6 +51,8 @@ pub(crate) struct Account {
     observer: Observer,
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
+    /// The admission policy that let it in, if it wants to hear of it.
+    pub(crate) admission: Option<Arc<Heard>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
     worker: WorkerId,
@@ -97,6 +100,7 @@ impl Account {
             observer: lane.observer.clone(),
             clock: lane.clock,
             version: placing.observed_version(),
+            admission: None,
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
             worker: worker.id,
@@ -243,15 +247,19 @@ impl Drop for Account {
                 cached_reported: reported,
             });
         }
+        let row = OutcomeRow {
+            decision_id: self.decision_id,
+            worker_id: self.worker.0,
+            ttft_ms,
+            itl_ms,
+            queue_ms: f32::NAN,
+            output_tokens: usage.completion_tokens,
+            end: self.end as u32,
+        };
+        if let Some(heard) = self.admission.take() {
+            heard.tell(row);
+        }
         if let Some(version) = self.version.take() {
-            let row = OutcomeRow {
-                decision_id: self.decision_id,
-                worker_id: self.worker.0,
-                ttft_ms,
-                itl_ms,
-                output_tokens: usage.completion_tokens,
-                end: self.end as u32,
-            };
             self.observer.tell(version, row);
         }
         if !self.is_abandoned {

@@ -33,6 +33,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::{
+    admit::Queue,
     policies::{ChangeError, Policies},
     reload::ConfigStatus,
     roster::Roster,
@@ -51,6 +52,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Admin {
     pub(crate) policies: Arc<Policies>,
     pub(crate) roster: Arc<Roster>,
+    pub(crate) queue: Arc<Queue>,
     pub(crate) config: ConfigStatus,
     pub(crate) started: Instant,
     pub(crate) token: Option<Arc<str>>,
@@ -61,6 +63,7 @@ pub(crate) struct Admin {
 pub(crate) fn router(admin: Admin) -> Router {
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/queue", get(|State(admin): State<Admin>| async move { Json(admin.queue.report()) }))
         .route("/v1/slots", get(slots))
         .route("/v1/slots/{slot}/policy", put(activate).delete(activate_native))
         .route("/v1/slots/{slot}/rollback", post(rollback))
@@ -114,6 +117,7 @@ async fn status(State(admin): State<Admin>) -> Response {
         "config": admin.config.report(),
         "workers": admin.roster.report(),
         "problems": admin.roster.problems(),
+        "queue": admin.queue.report(),
         "slots": admin.policies.reports(),
     }))
     .into_response()

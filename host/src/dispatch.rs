@@ -4,7 +4,10 @@
 //! since it may be what breaks them; what an engine answered, if only an error, is the answer, unless it was that another
 //! worker would be a better choice and there is one.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
@@ -32,6 +35,8 @@ pub(crate) struct Dispatch<'a> {
     /// Until the answer has it.
     permit: Option<Permit>,
     accepted: Instant,
+    /// How long its client gives it.
+    timeout: Option<Duration>,
     attempts_left: u32,
     /// What the last worker failed it with.
     failure: Option<EngineError>,
@@ -44,8 +49,14 @@ enum Opened {
 }
 
 impl<'a> Dispatch<'a> {
-    pub(crate) fn new(lane: &'a Arc<Lane>, ask: GenerateRequest, permit: Permit, accepted: Instant) -> Self {
-        Self { lane, ask, permit: Some(permit), accepted, attempts_left: MAX_ATTEMPTS, failure: None }
+    pub(crate) fn new(
+        lane: &'a Arc<Lane>,
+        ask: GenerateRequest,
+        permit: Permit,
+        accepted: Instant,
+        timeout: Option<Duration>,
+    ) -> Self {
+        Self { lane, ask, permit: Some(permit), accepted, timeout, attempts_left: MAX_ATTEMPTS, failure: None }
     }
 
     /// What the last worker failed it with, if one did.
@@ -75,8 +86,9 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
-            let patience = Patience::since(self.accepted, &self.lane.limits());
+            let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            account.admission = self.permit.as_ref().and_then(Permit::heard);
+            let patience = Patience::since(self.accepted, &self.lane.limits(), self.timeout);
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
             tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");

@@ -4,7 +4,10 @@ mod cors;
 mod health;
 mod models;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
@@ -27,8 +30,14 @@ use crate::{
     error::{Audience, Dialect, RequestError},
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
+    text::plain,
     trace::{self, Parent, Traces},
 };
+
+/// How long a client gives its request altogether, in milliseconds.
+const TIMEOUT: &str = "x-request-timeout-ms";
+/// How long a request waited for its turn, in milliseconds.
+pub(crate) const QUEUE_MS: HeaderName = HeaderName::from_static("x-dynamo-queue-ms");
 
 /// Longest request id that is taken from a client.
 const MAX_ID_BYTES: usize = 128;
@@ -80,10 +89,11 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
     let id = request_id(&parts.headers);
     let (span, headers) = open(&door, endpoint, &id, &parts);
     let mut notes = Notes::default();
-    let served = match door.gate.admit(&parts.headers) {
-        Ok(caller) => {
+    let let_in = door.gate.admit(&parts.headers).and_then(|caller| Ok((caller, timeout(&parts.headers)?)));
+    let served = match let_in {
+        Ok((caller, timeout)) => {
             let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
-            let arrival = Arrival { endpoint, id: id.clone(), session_key, caller, headers, body, at };
+            let arrival = Arrival { endpoint, id: id.clone(), session_key, timeout, caller, headers, body, at };
             request::serve(&door.lane, arrival, &mut notes).instrument(span.clone()).await
         }
         Err(error) => Err(error),
@@ -101,6 +111,10 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
     });
     let status = response.status().as_u16();
     tracing::debug!(parent: &span, model = notes.model, policy = notes.policy, status, "answer began");
+    let response = match notes.queued {
+        Some(queued) => with_header(response, QUEUE_MS, &format!("{:.3}", queued.as_secs_f64() * 1000.0)),
+        None => response,
+    };
     match dialect {
         Dialect::OpenAi => response,
         Dialect::Anthropic => with_header(response, ANTHROPIC_REQUEST_ID, &id),
@@ -129,6 +143,16 @@ fn open(door: &Door, endpoint: Endpoint, id: &str, parts: &Parts) -> (Span, Head
     let span = request_span(Some(&ours.trace_id().to_string()));
     trace::attach(&span, context);
     (span, headers)
+}
+
+/// How long the client gives its request. No time at all is no mistake: it is over.
+fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, RequestError> {
+    let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
+    let text = value.to_str().map(str::trim).unwrap_or_default();
+    match text.parse::<i64>() {
+        Ok(ms) => Ok(Some(Duration::from_millis(u64::try_from(ms).unwrap_or(0)))),
+        Err(_) => Err(RequestError::Header { name: TIMEOUT, found: plain(&text.chars().take(40).collect::<String>()) }),
+    }
 }
 
 /// The client's id if it can be used in logs and headers, else one of ours.

@@ -66,18 +66,18 @@ pub(crate) struct Patience {
     /// When it must have ended.
     pub(crate) deadline: Instant,
     /// The time from the request to its deadline, for people.
-    pub(crate) timeout_s: u64,
+    pub(crate) timeout: Duration,
 }
 
 impl Patience {
-    /// For a request that was accepted at this moment.
-    pub(crate) fn since(accepted: Instant, limits: &Limits) -> Self {
-        let deadline = accepted + limits.request_timeout();
-        Self { idle: limits.stream_idle(), deadline, timeout_s: limits.request_timeout_s }
+    /// For a request that was accepted at this moment, and that its client may give less time than it could have.
+    pub(crate) fn since(accepted: Instant, limits: &Limits, clients: Option<Duration>) -> Self {
+        let timeout = clients.unwrap_or(Duration::MAX).min(limits.request_timeout());
+        Self { idle: limits.stream_idle(), deadline: accepted + timeout, timeout }
     }
 
     pub(crate) fn exceeded(&self) -> RequestError {
-        RequestError::Deadline { seconds: self.timeout_s }
+        RequestError::Deadline { seconds: self.timeout.as_secs_f64() }
     }
 }
 

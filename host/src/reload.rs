@@ -128,6 +128,7 @@ impl Reload {
                 return self;
             }
             self.lane.limits.store(Arc::new(now.limits.with_fixed_of(&self.start.limits)));
+            self.lane.queue.configure(&now);
             if let Err(reason) = self.log_level.set(&now.log_level) {
                 tracing::warn!("{reason}; the log level stays as it was");
             }

@@ -16,6 +16,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     admin::{self, Admin},
+    admit::Queue,
     auth::{Gate, Keys, KeysError},
     clock::{Clock, unix_ms},
     config::{Config, DoorConfig},
@@ -25,7 +26,7 @@ use crate::{
     listener::{self, Server},
     meters::{self, RequestMeters},
     observe::Observer,
-    policies::{Policies, Wishes},
+    policies::{AllWishes, Policies},
     prefixes::Prefixes,
     receipts::Receipts,
     reload::Reload,
@@ -99,8 +100,11 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         other => other?,
     };
     let policies = {
-        let (state_dir, seed, on_error) = (config.state_dir.clone(), config.routing.clone(), config.routing_on_error);
-        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), Wishes { seed: seed.as_ref(), on_error });
+        let (state_dir, routing, admission) = (config.state_dir.clone(), config.routing.clone(), config.admission.clone());
+        let open = move || {
+            let wishes = AllWishes { routing: routing.wishes(), admission: admission.wishes() };
+            Policies::open(Arc::new(runtime), state_dir.as_deref(), wishes)
+        };
         let opened = tokio::task::spawn_blocking(open).await;
         Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };
@@ -117,8 +121,11 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         (Some(receipts), Some(state_dir)) => Receipts::start(receipts, state_dir, policies.routing().name()),
         _ => Receipts::off(),
     };
+    let queue = Queue::start(&roster, clock, &config);
     let lane = Arc::new(Lane {
+        admission: Arc::clone(policies.admission()),
         routing: Arc::clone(policies.routing()),
+        queue: Arc::clone(&queue),
         roster: Arc::clone(&roster),
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
@@ -143,6 +150,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let admin = Admin {
         policies,
         roster,
+        queue,
         config: reload.status(),
         started: Instant::now(),
         token: config.admin_token.as_deref().map(Arc::from),

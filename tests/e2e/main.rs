@@ -30,6 +30,7 @@ mod persistence;
 mod policies;
 mod profile;
 mod quarantine;
+mod queue;
 mod receipts;
 mod refusals;
 mod reload;

@@ -100,6 +100,7 @@ pub(super) async fn status(admin: &AdminFlags, output: Output) -> Result<(), Str
     println!("dynamo-host {}, up {} s", text(&answer["version"]), answer["uptime_s"]);
     print_slots(&answer);
     print_config(&answer["config"]);
+    print_queue(&answer["queue"]);
     super::worker::print_workers(&answer);
     Ok(())
 }
@@ -114,6 +115,33 @@ fn print_config(config: &Value) {
     let needs_restart: Vec<String> = list_of(&config["needs_restart"]).iter().map(text).collect();
     if !needs_restart.is_empty() {
         println!("{:<10} count from the next start on: {}", "", needs_restart.join(", "));
+    }
+}
+
+/// What runs and waits, one line for each model; and of those that wait, whose they are.
+fn print_queue(queue: &Value) {
+    for pool in list_of(&queue["pools"]) {
+        let ms = |key: &str| pool[key].as_f64().map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0} ms"));
+        println!(
+            "{:<10} {}: {} run, room for {}, {} wait ({} tokens, the oldest for {}, predicted {}), first token p50 {}, p99 {}",
+            "queue",
+            text(&pool["model"]),
+            pool["running"],
+            pool["free"].as_u64().map_or_else(|| "any number".to_owned(), |free| free.to_string()),
+            pool["queued"],
+            pool["queued_tokens"],
+            ms("oldest_age_ms"),
+            ms("predicted_wait_ms"),
+            ms("ttft_p50_ms"),
+            ms("ttft_p99_ms"),
+        );
+        for key in ["classes", "tenants"] {
+            let counts = pool[key].as_object().into_iter().flatten();
+            let counts: Vec<String> = counts.map(|(name, count)| format!("{} {count}", plain(name))).collect();
+            if !counts.is_empty() {
+                println!("{:<12}waiting by {key}: {}", "", counts.join(", "));
+            }
+        }
     }
 }
 
