@@ -61,7 +61,7 @@ fn run() -> Result<(), String> {
     report.table().lines().filter(|line| !line.starts_with("bound")).for_each(|line| println!("{line}"));
     let row = &report.policies[0];
     let tenants = row.queue.iter().flat_map(|queue| &queue.tenants);
-    let ended: u64 = tenants.map(|of| of.served + of.rejected + of.refused + of.expired + of.left + of.failed).sum();
+    let ended: u64 = tenants.map(|of| of.served + of.rejected + of.shed + of.refused + of.expired + of.left + of.failed).sum();
     let events = row.tally().events;
     println!(
         "{ended} of {} requests ended; {events} events in {:.1} s, {:.0} a second; the sums agreed after each, all books after each {AUDIT_EVERY}",

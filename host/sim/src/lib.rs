@@ -24,7 +24,7 @@ pub mod trace;
 
 pub use engine::default_profile;
 pub use faults::Faults;
-pub use queueing::{Queueing, Tenant};
+pub use queueing::{AdmissionPolicy, Queueing, Tenant};
 pub use report::Report;
 pub use samples::{Quantiles, Samples};
 pub use simulation::{Contender, FaultTally, Options, QueueTally, SimulationError, Tally, TenantTally, simulate};

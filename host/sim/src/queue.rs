@@ -34,6 +34,8 @@ pub(crate) enum Happening {
     Recover { worker: u32 },
     /// Outcomes are brought to the policy.
     Observe,
+    /// And to that of admission.
+    ObserveAdmitted,
     /// The fleet's load is written down for the report.
     Sample,
 }

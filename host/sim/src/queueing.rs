@@ -26,6 +26,19 @@ pub struct Queueing {
     pub leave: (f64, f64),
     /// Who sends the requests, at least one.
     pub tenants: Vec<Tenant>,
+    /// What lets requests in; `None`: all are, as their tenants have it.
+    pub admission: Option<AdmissionPolicy>,
+}
+
+/// A component for the slot `admission`.
+#[derive(Clone, Debug)]
+pub struct AdmissionPolicy {
+    /// Its name in errors.
+    pub name: String,
+    /// The component.
+    pub bytes: Vec<u8>,
+    /// Its settings as JSON.
+    pub settings: String,
 }
 
 /// A tenant, and how its requests are let in.
@@ -48,6 +61,7 @@ impl Default for Queueing {
             timeout_s: 60.0,
             leave: (0.0, 10.0),
             tenants: vec![Tenant { name: "all".into(), admitted: Admitted::default(), share: 1.0 }],
+            admission: None,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A run: one trace, one fleet, one policy, in virtual time.
 
+mod admission;
 mod faults;
 mod service;
 mod tally;
@@ -153,6 +154,8 @@ enum End {
     Expired,
     /// The queue was full, when it came or when one with a better claim did.
     Refused,
+    /// By the admission policy.
+    Shed,
 }
 
 /// Runs a trace. `progress` is told now and then how many requests have ended.
@@ -250,6 +253,7 @@ impl<'a> Run<'a> {
         let mut by_slot = vec![0; engines.len()];
         engines.iter().enumerate().for_each(|(number, engine)| by_slot[engine.load.index() as usize] = number as u32);
         let rows = candidates.iter().map(|worker| by_slot[worker.load.index() as usize]).collect();
+        let service = options.queueing.as_ref().map(|queueing| Service::new(queueing, options, &clock)).transpose()?;
         let policy = version.as_ref().map_or_else(|| "native".to_owned(), |version| version.label().to_string());
         Ok(Self {
             trace: &trace.requests,
@@ -272,7 +276,7 @@ impl<'a> Run<'a> {
             placed: (0..trace.requests.len()).map(|_| None).collect(),
             on_engines: 0,
             open: 0,
-            service: options.queueing.as_ref().map(|queueing| Service::new(queueing, options)),
+            service,
             chance: Random::new(options.seed ^ FAULTS),
             stranded: Vec::new(),
             events: 0,
@@ -370,6 +374,7 @@ impl<'a> Run<'a> {
                     self.queue.push(at, Happening::Observe);
                 }
             }
+            Happening::ObserveAdmitted => self.bring_to_admission(),
             Happening::Sample => {
                 self.tally.sample(&self.engines);
                 self.queue.push(self.now + self.tally.sample_every, what);
@@ -518,7 +523,6 @@ impl<'a> Run<'a> {
     fn end(&mut self, placed: &Placed) {
         let (ttft_ms, itl_ms) = (placed.ttft_ms(), placed.itl_ms());
         self.tally.end(ms(self.now - placed.at), placed.all_tokens(), self.now);
-        self.gone(placed.decision_id as u32, placed.all_tokens(), End::Served);
         let load = placed.in_flight.slot();
         for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, 0.0)] {
             if !value.is_nan() {
@@ -527,30 +531,33 @@ impl<'a> Run<'a> {
             }
         }
         self.tell(placed, ttft_ms, 0);
+        self.gone(placed.decision_id as u32, placed.all_tokens(), End::Served);
     }
 
     /// Tells the policy what came of a request on a worker.
     fn tell(&mut self, placed: &Placed, ttft_ms: f64, end: u32) {
-        if placed.is_observed {
-            let row = OutcomeRow {
-                decision_id: placed.decision_id,
-                worker_id: placed.worker_id,
-                ttft_ms: ttft_ms as f32,
-                itl_ms: placed.itl_ms() as f32,
-                queue_ms: f32::NAN,
-                output_tokens: placed.tokens,
-                end,
-            };
-            if let Some(at) = self.outcomes.tell(row, self.now) {
-                self.queue.push(at, Happening::Observe);
-            }
+        let row = OutcomeRow {
+            decision_id: placed.decision_id,
+            worker_id: placed.worker_id,
+            ttft_ms: ttft_ms as f32,
+            itl_ms: placed.itl_ms() as f32,
+            queue_ms: f32::NAN,
+            output_tokens: placed.tokens,
+            end,
+        };
+        if placed.is_observed
+            && let Some(at) = self.outcomes.tell(row, self.now)
+        {
+            self.queue.push(at, Happening::Observe);
         }
+        self.tell_admission(row);
     }
 
     /// A request is no more, however it ended.
     fn gone(&mut self, number: u32, output_tokens: u32, end: End) {
         self.open -= 1;
-        self.tally.turned_away += u64::from(matches!(end, End::Left | End::Expired | End::Refused));
+        self.tally.turned_away += u64::from(matches!(end, End::Left | End::Expired | End::Refused | End::Shed));
+        self.tell_admission_of_none(number, end);
         let work = self.trace[number as usize].prompt_tokens().saturating_add(output_tokens);
         let now_ms = self.now_ms();
         self.service.iter_mut().for_each(|service| service.gone(number, work, output_tokens, end, now_ms));

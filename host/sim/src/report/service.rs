@@ -50,6 +50,8 @@ pub struct TenantRow {
     pub served: u64,
     /// Refused by the policy.
     pub rejected: u64,
+    /// Not let in by the admission policy.
+    pub shed: u64,
     /// Refused because the queue was full.
     pub refused: u64,
     /// They waited until their deadline.
@@ -102,6 +104,7 @@ impl QueueRow {
             came: tenant.came,
             served: tenant.served,
             rejected: tenant.rejected,
+            shed: tenant.shed,
             refused: tenant.refused,
             expired: tenant.expired,
             left: tenant.left,
@@ -123,6 +126,7 @@ const COLUMNS: &[Column] = &[
     ("weight", |row| row.weight.to_string()),
     ("came", |row| row.came.to_string()),
     ("served", |row| row.served.to_string()),
+    ("shed", |row| row.shed.to_string()),
     ("refused", |row| row.refused.to_string()),
     ("expired", |row| row.expired.to_string()),
     ("left", |row| row.left.to_string()),

@@ -15,9 +15,9 @@ use crate::{
 };
 
 /// What the host tells a policy of an attempt that failed: `end` in `observe`.
-const FAILED: u32 = 2;
+pub(super) const FAILED: u32 = 2;
 /// And of one whose client left.
-const CANCELLED: u32 = 1;
+pub(super) const CANCELLED: u32 = 1;
 
 /// What faults came to.
 #[derive(Clone, Debug, Default, Serialize)]

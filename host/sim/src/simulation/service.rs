@@ -1,11 +1,20 @@
 //! The queue in front of the engines: the host's own, driven by the simulator's events.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use dynamo_host_core::{Admitted, RequestFacts, admission::TIERS};
 use dynamo_host_flow::{Action, Arrival, Demand, Flow, Room, Ticket};
+use dynamo_host_policy::OutcomeRow;
 
-use super::{End, Options, Run};
+use super::{
+    End, Options, Run, SimulationError,
+    admission::Admission,
+    faults::{CANCELLED, FAILED},
+};
 use crate::{
     queue::Happening,
     queueing::Queueing,
@@ -17,6 +26,8 @@ use crate::{
 const POOL: u64 = 1;
 /// Keeps the seed of leaving clients apart from others.
 const LEAVES: u64 = 0x1ea7;
+/// What an admission policy is told of one whose time to wait ran out: `end` in `observe`.
+const TIMED_OUT: u32 = 4;
 /// Weight of the latest output in what is expected of the next.
 const ALPHA: f64 = 0.01;
 
@@ -50,6 +61,8 @@ pub struct TenantTally {
     pub left: u64,
     /// Their last attempt failed.
     pub failed: u64,
+    /// Not let in by the admission policy.
+    pub shed: u64,
     /// Tokens of work of those that started, as they turned out.
     pub work: u64,
     /// Of those that started while every tenant of the tier had requests waiting.
@@ -84,6 +97,7 @@ pub(super) struct Service<'a> {
     room: Room,
     expected_output: f64,
     chance: Random,
+    admission: Option<Admission>,
     /// Requests of each tenant that wait.
     waiting: Vec<u32>,
     /// In each tier, tenants with none.
@@ -98,6 +112,8 @@ struct Open {
     ticket: Ticket,
     tenant: usize,
     came: Duration,
+    /// Milliseconds in the queue, once it runs.
+    waited: f32,
     stage: Stage,
 }
 
@@ -108,13 +124,15 @@ enum Stage {
 }
 
 impl<'a> Service<'a> {
-    pub(super) fn new(queueing: &'a Queueing, options: &Options) -> Self {
+    pub(super) fn new(queueing: &'a Queueing, options: &Options, clock: &Arc<AtomicU64>) -> Result<Self, SimulationError> {
+        let admission = queueing.admission.as_ref().map(|policy| Admission::new(policy, clock)).transpose()?;
         let tenants = queueing.tenants.iter().map(|tenant| TenantTally {
             name: Arc::clone(&tenant.name),
             admitted: tenant.admitted.clone(),
             ..TenantTally::default()
         });
-        Self {
+        Ok(Self {
+            admission,
             options: queueing,
             seed: options.seed,
             flow: Flow::new(queueing.bounds),
@@ -130,7 +148,7 @@ impl<'a> Service<'a> {
             }),
             wrong: None,
             tally: QueueTally { tenants: tenants.collect(), longest: 0 },
-        }
+        })
     }
 
     /// Puts into a request's facts whose it is.
@@ -151,6 +169,7 @@ impl<'a> Service<'a> {
     fn starts(&mut self, number: u32, now: Duration) {
         let Some(open) = self.open.get_mut(&number) else { return };
         let is_contended = self.content[self.options.tenants[open.tenant].admitted.tier as usize] == 0;
+        open.waited = ms(now - open.came) as f32;
         self.tally.tenants[open.tenant].waits.add(ms(now - open.came), 1);
         let tenant = open.tenant;
         if std::mem::replace(&mut open.stage, Stage::Running { is_contended }) == Stage::Waiting {
@@ -180,6 +199,7 @@ impl<'a> Service<'a> {
         if let Some(open) = self.open.get(&number) {
             self.flow.prefilled(open.ticket);
             self.tally.tenants[open.tenant].ttft.add(ttft_ms, 1);
+            self.admission.iter_mut().for_each(|admission| admission.ttft.add(ttft_ms as f32));
         }
     }
 
@@ -233,6 +253,7 @@ impl TenantTally {
             End::Left => &mut self.left,
             End::Expired => &mut self.expired,
             End::Refused => &mut self.refused,
+            End::Shed => &mut self.shed,
         } += 1;
     }
 }
@@ -246,15 +267,30 @@ impl Run<'_> {
         let tenant = service.options.tenant_of(number, request, service.seed);
         let of = &service.options.tenants[tenant];
         let prompt_tokens = request.prompt_tokens();
+        service.tally.tenants[tenant].came += 1;
+        let Some(waiting) = self.waiting.get_mut(&number) else { return };
+        of.mark(&mut waiting.facts);
+        let admitted = match &mut service.admission {
+            None => Some(of.admitted.clone()),
+            Some(admission) => {
+                waiting.facts.expected_output_tokens = Some(service.expected_output as u32);
+                let state = (service.room.workers, service.flow.pool(POOL, now_ms));
+                let admitted = admission.ask(&waiting.facts, state, of.admitted.clone(), (now_ms, service.seed));
+                waiting.facts.expected_output_tokens = None;
+                admitted
+            }
+        };
+        let Some(admitted) = admitted else { return self.turn_away(number, tenant, End::Shed) };
+        waiting.facts.class.clone_from(&admitted.class);
+        waiting.facts.tier = admitted.tier;
         let demand = Demand {
             pool: POOL,
             tenant: of.key(),
-            admitted: of.admitted.clone(),
+            admitted,
             prompt_tokens,
             work: prompt_tokens.saturating_add(service.expected_output as u32),
             deadline_ms: now_ms.saturating_add((service.options.timeout_s * 1000.0) as u64),
         };
-        service.tally.tenants[tenant].came += 1;
         let (share, mean_s) = service.options.leave;
         if share > 0.0 && service.chance.unit() < share {
             let stays = Duration::from_secs_f64(service.chance.exponential(mean_s));
@@ -263,23 +299,67 @@ impl Run<'_> {
         let (ticket, is_started) = match service.flow.arrive(demand, now_ms) {
             Ok(Arrival::Started(ticket)) => (ticket, true),
             Ok(Arrival::Queued(ticket)) => (ticket, false),
-            Err(_) => {
-                service.tally.tenants[tenant].refused += 1;
-                self.tally.turned_away += 1;
-                self.waiting.remove(&number);
-                self.open -= 1;
-                return;
-            }
+            Err(_) => return self.turn_away(number, tenant, End::Refused),
         };
-        if let Some(waiting) = self.waiting.get_mut(&number) {
-            of.mark(&mut waiting.facts);
-        }
-        service.open.insert(number, Open { ticket, tenant, came: self.now, stage: Stage::Waiting });
+        service.admission.iter_mut().for_each(|admission| admission.came(false));
+        service.open.insert(number, Open { ticket, tenant, came: self.now, waited: f32::NAN, stage: Stage::Waiting });
         service.requests.insert(ticket, number);
         service.waits_more(tenant);
         if is_started {
             service.starts(number, self.now);
             self.place(number);
+        }
+    }
+
+    /// A request does not come into the queue.
+    fn turn_away(&mut self, number: u32, tenant: usize, end: End) {
+        self.waiting.remove(&number);
+        if let Some(service) = &mut self.service {
+            service.tally.tenants[tenant].count(end);
+            service.admission.iter_mut().for_each(|admission| admission.came(true));
+        }
+        self.gone(number, 0, end);
+    }
+
+    /// Tells the admission policy what became of a request on a worker.
+    pub(super) fn tell_admission(&mut self, row: OutcomeRow) {
+        let Some(Service { admission: Some(admission), open, .. }) = &mut self.service else { return };
+        let queue_ms = open.get(&(row.decision_id as u32)).map_or(f32::NAN, |open| open.waited);
+        admission.itl.add(row.itl_ms);
+        if let Some(at) = admission.hear(OutcomeRow { queue_ms, ..row }, self.now) {
+            self.queue.push(at, Happening::ObserveAdmitted);
+        }
+    }
+
+    /// And of one that came to none.
+    pub(super) fn tell_admission_of_none(&mut self, number: u32, end: End) {
+        let Some(Service { admission: Some(admission), open, .. }) = &mut self.service else { return };
+        let end = match end {
+            End::Expired => TIMED_OUT,
+            End::Left => CANCELLED,
+            End::Refused | End::Rejected => FAILED,
+            End::Served | End::Failed | End::Shed => return,
+        };
+        let Some(open) = open.get(&number).filter(|open| open.stage == Stage::Waiting) else { return };
+        let row = OutcomeRow {
+            decision_id: number.into(),
+            worker_id: u64::MAX,
+            ttft_ms: f32::NAN,
+            itl_ms: f32::NAN,
+            queue_ms: ms(self.now - open.came) as f32,
+            output_tokens: 0,
+            end,
+        };
+        if let Some(at) = admission.hear(row, self.now) {
+            self.queue.push(at, Happening::ObserveAdmitted);
+        }
+    }
+
+    pub(super) fn bring_to_admission(&mut self) {
+        if let Some(Service { admission: Some(admission), .. }) = &mut self.service
+            && let Some(at) = admission.bring(self.now)
+        {
+            self.queue.push(at, Happening::ObserveAdmitted);
         }
     }
 

@@ -1,6 +1,6 @@
 //! The queue in front of the engines, and engines that fail.
 
-use dynamo_host_sim::{Faults, Queueing, Tenant, report::Row};
+use dynamo_host_sim::{AdmissionPolicy, Faults, Queueing, Tenant, report::Row};
 
 use crate::*;
 
@@ -135,7 +135,7 @@ fn a_hundred_thousand_requests_with_every_kind_of_fault_end_once_each() {
     let row = Row::new(run(&trace, &options, &native()));
     let (queue, faults) = (row.queue.as_ref().unwrap(), row.faults.as_ref().unwrap());
     let ended = |tenant: &dynamo_host_sim::report::TenantRow| {
-        tenant.served + tenant.rejected + tenant.refused + tenant.expired + tenant.left + tenant.failed
+        tenant.served + tenant.rejected + tenant.shed + tenant.refused + tenant.expired + tenant.left + tenant.failed
     };
     assert_eq!(queue.tenants.iter().map(ended).sum::<u64>(), 100_000);
     assert!(queue.tenants.iter().all(|tenant| tenant.came == ended(tenant) && tenant.served > 0 && tenant.left > 0));
@@ -157,4 +157,18 @@ fn the_same_seed_fails_in_the_same_way() {
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn an_admission_policy_sheds_before_the_queue() {
+    // One in 100 ms, for ten seconds, of which one in a second may come, and five at once.
+    let requests: Vec<Line<'_>> = (0..100).map(|nth| (nth * 100, &[(1, 100)][..], 1)).collect();
+    let mut options = with_queue(1, "", &["a"]);
+    let Contender { name, policy } = component("policies", "token-bucket", r#"{"requests_per_minute": 60, "request_burst": 5}"#);
+    let (bytes, settings) = policy.unwrap();
+    options.queueing.as_mut().unwrap().admission = Some(AdmissionPolicy { name, bytes, settings });
+    let row = Row::new(run(&trace(&requests), &options, &native()));
+    let tenant = &row.queue.unwrap().tenants[0];
+    assert_eq!((tenant.came, tenant.shed + tenant.served, tenant.refused), (100, 100, 0));
+    assert!((14..=15).contains(&tenant.served), "{tenant:?}");
 }
