@@ -59,7 +59,7 @@ async fn what_cannot_be_simulated_is_refused_with_what_to_change() {
     let small = "synthetic:requests=1";
     refuses(&["--trace", small, "--policy", "routing=/nowhere.wasm"], &["/nowhere.wasm", "cannot be read"]).await;
     refuses(&["--trace", small, "--policy", "native"], &["use routing=native"]).await;
-    refuses(&["--trace", small, "--policy", "admission=native"], &["only the slot routing"]).await;
+    refuses(&["--trace", small, "--policy", "admission=native"], &["admission is before a queue; add --queue"]).await;
     let settings = format!("routing={},{{\"colour\": 1}}", components::policy("least-loaded"));
     refuses(&["--trace", small, "--policy", &settings], &["least-loaded", "colour"]).await;
     refuses(&["--trace", small, "--workers", "none"], &["begin with a number"]).await;

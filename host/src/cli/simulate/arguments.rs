@@ -5,12 +5,15 @@ use std::{fs, path::PathBuf};
 use dynamo_engine_mock::{MockOptions, Profile};
 use dynamo_host_core::{SlotKind, SlotName};
 use dynamo_host_policy::{Limits, read_component};
-use dynamo_host_sim::{Contender, default_profile};
+use dynamo_host_sim::{AdmissionPolicy, Contender, Faults, Queueing, Tenant, default_profile};
 
 use crate::{
     cli::{Output, policy::file_and_settings},
     config::read_settings,
 };
+
+/// What a policy for that slot begins with.
+const ADMISSION: &str = "admission=";
 
 /// Policies side by side over a trace, in virtual time.
 #[derive(clap::Args)]
@@ -22,8 +25,8 @@ pub(crate) struct SimulateFlags {
     /// for a mixed fleet
     #[arg(long, value_name = "N[,KEY=VALUE…]")]
     workers: Vec<String>,
-    /// What decides: a component, with its settings as JSON or @FILE, or native; may be repeated: all stand side by side
-    /// [default: routing=native]
+    /// What decides: a component, with its settings as JSON or @FILE, or native; may be repeated: all for routing stand side by
+    /// side, one for admission is before the queue of each [default: routing=native]
     #[arg(long = "policy", value_name = "SLOT=FILE.wasm[,JSON|,@FILE]")]
     policies: Vec<String>,
     /// Requests come this many times as fast as in the trace
@@ -38,6 +41,19 @@ pub(crate) struct SimulateFlags {
     /// KV blocks of each engine
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
+    /// A queue in front of the engines, as the host has it: bounds, how long a request waits, how many run at once, how many
+    /// clients leave
+    #[arg(long, value_name = "KEY=VALUE,…", num_args = 0..=1, default_missing_value = "")]
+    queue: Option<String>,
+    /// Whose requests come, and how they are let in; may be repeated: sessions are dealt out by share. Needs --queue
+    #[arg(long = "tenant", value_name = "NAME[,KEY=VALUE…]", requires = "queue")]
+    tenants: Vec<String>,
+    /// Engines that fail: die_every_s=60,down_s=5,slow_every_s=…,hang_every_s=…
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    faults: Option<String>,
+    /// Check all books after every so many events, and their sums after each
+    #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) audit_every: Option<u64>,
     /// Only the first so many requests of the trace
     #[arg(long, value_name = "N")]
     pub(super) limit: Option<usize>,
@@ -86,6 +102,46 @@ impl SimulateFlags {
         Ok(workers)
     }
 
+    /// The queue and who comes to it, if there is to be one.
+    pub(super) fn queueing(&self) -> Result<Option<Queueing>, String> {
+        let admission: Vec<&String> = self.policies.iter().filter(|given| given.starts_with(ADMISSION)).collect();
+        let Some(text) = &self.queue else {
+            return match admission.first() {
+                Some(given) => Err(format!("--policy {given}: admission is before a queue; add --queue")),
+                None => Ok(None),
+            };
+        };
+        let mut queueing = Queueing::parse(text).map_err(|error| format!("--queue {text}: {error}"))?;
+        let tenants: Vec<Tenant> = self
+            .tenants
+            .iter()
+            .map(|text| Tenant::parse(text).map_err(|error| format!("--tenant {text}: {error}")))
+            .collect::<Result<_, _>>()?;
+        if !tenants.is_empty() {
+            if tenants.iter().all(|tenant| tenant.share == 0.0) {
+                return Err("--tenant: all shares are 0; give one of them share=1".to_owned());
+            }
+            queueing.tenants = tenants;
+        }
+        if let [_, second, ..] = admission[..] {
+            return Err(format!(
+                "--policy {second}: there is another one for admission already; simulate them one after the other"
+            ));
+        }
+        if let Some(Contender { name, policy: Some((bytes, settings)) }) =
+            admission.first().map(|given| contender(given)).transpose()?
+        {
+            queueing.admission = Some(AdmissionPolicy { name, bytes, settings });
+        }
+        Ok(Some(queueing))
+    }
+
+    /// How engines fail, if they do.
+    pub(super) fn faults(&self) -> Result<Option<Faults>, String> {
+        let parse = |text: &String| Faults::parse(text).map_err(|error| format!("--faults {text}: {error}"));
+        self.faults.as_ref().map(parse).transpose()
+    }
+
     fn profile(&self) -> Result<Profile, String> {
         let mut profile = match &self.engine_profile {
             None => default_profile(),
@@ -105,7 +161,12 @@ impl SimulateFlags {
     /// What decides, each with a name of its own.
     pub(super) fn contenders(&self) -> Result<Vec<Contender>, String> {
         let given = if self.policies.is_empty() { vec!["routing=native".to_owned()] } else { self.policies.clone() };
-        let mut contenders: Vec<Contender> = given.iter().map(|given| contender(given)).collect::<Result<_, _>>()?;
+        let is_routing = |given: &&String| !given.starts_with(ADMISSION);
+        let mut contenders: Vec<Contender> =
+            given.iter().filter(is_routing).map(|given| contender(given)).collect::<Result<_, _>>()?;
+        if contenders.is_empty() {
+            contenders.push(contender("routing=native")?);
+        }
         for at in 1..contenders.len() {
             let (before, here) = contenders.split_at_mut(at);
             let count = before.iter().filter(|other| other.name == here[0].name).count();
@@ -123,8 +184,8 @@ fn contender(given: &str) -> Result<Contender, String> {
         "use routing=native or routing=FILE.wasm, with settings routing=FILE.wasm,{\"key\": 1} or routing=FILE.wasm,@FILE";
     let (slot, rest) = given.split_once('=').ok_or_else(|| format!("--policy {given}: {USE}"))?;
     let slot: SlotName = slot.parse().map_err(|error| format!("--policy {given}: {error}"))?;
-    if slot.kind != SlotKind::Routing {
-        return Err(format!("--policy {given}: only the slot routing is simulated yet; {USE}"));
+    if slot.kind == SlotKind::Autoscaling {
+        return Err(format!("--policy {given}: only the slots routing and admission are simulated yet; {USE}"));
     }
     if rest == "native" {
         return Ok(Contender { name: "native".to_owned(), policy: None });
