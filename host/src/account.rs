@@ -15,12 +15,14 @@ use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
 use crate::{
+    admit::Heard,
     clock::{Clock, unix_ms},
     meters::RequestMeters,
     observe::Observer,
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
     roster::{Attempt, Outcome, failure},
+    stop::{Phase, Stopping},
 };
 
 /// How a request ended: `outcomes.end` of the contract.
@@ -50,8 +52,11 @@ pub(crate) struct Account {
     /// What is logged after the handler has returned belongs to the request all the same.
     pub(crate) span: tracing::Span,
     observer: Observer,
+    stopping: Stopping,
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
+    /// The admission policy that let it in, if it wants to hear of it.
+    pub(crate) admission: Option<Arc<Heard>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
     /// The same request, for the worker's breaker.
@@ -77,7 +82,59 @@ pub(crate) struct Account {
     status: StatusCode,
     /// Cancelled, until something else is known: a client that leaves just drops the account.
     end: End,
-    is_abandoned: bool,
+    /// It is one of several of an answer, whose request is counted elsewhere: a migrated stream's worker, or one that failed it.
+    is_part: bool,
+    /// What it made, the client has.
+    is_answer: bool,
+}
+
+/// What is counted of a request whose answer several workers made; dropped at its end.
+pub(crate) struct Books {
+    meters: RequestMeters,
+    pub(crate) span: tracing::Span,
+    endpoint: Endpoint,
+    model: String,
+    accepted: Instant,
+    prompt_tokens: u32,
+    output_tokens: u32,
+}
+
+impl Books {
+    /// Takes over from the account of a worker that was lost within an answer.
+    pub(crate) fn take_over(account: &mut Account) -> Self {
+        account.end = End::Failed;
+        account.be_part(false);
+        Self {
+            meters: account.meters.clone(),
+            span: account.span.clone(),
+            endpoint: account.endpoint,
+            model: account.spec.model.clone(),
+            accepted: account.accepted,
+            prompt_tokens: account.usage.map_or(account.prompt_tokens, |usage| usage.prompt_tokens),
+            output_tokens: account.output_tokens,
+        }
+    }
+
+    /// Tokens came.
+    pub(crate) fn tokens(&mut self, count: u32) {
+        self.output_tokens = self.output_tokens.saturating_add(count);
+    }
+
+    /// What the whole answer had.
+    pub(crate) fn usage(&mut self, prompt_tokens: u32, output_tokens: u32) {
+        (self.prompt_tokens, self.output_tokens) = (prompt_tokens, output_tokens);
+    }
+}
+
+impl Drop for Books {
+    fn drop(&mut self) {
+        self.meters.prompt_tokens.increment(u64::from(self.prompt_tokens));
+        self.meters.output_tokens.increment(u64::from(self.output_tokens));
+        self.meters.seconds.record(self.accepted.elapsed());
+        // Its stream had begun.
+        count_request(self.endpoint.label(), &self.model, StatusCode::OK);
+        tracing::debug!(parent: &self.span, status = 200, tokens = self.output_tokens, "request ended");
+    }
 }
 
 /// nginx's status for a client that left before its answer; it is only ever a metric label.
@@ -100,8 +157,10 @@ impl Account {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
             observer: lane.observer.clone(),
+            stopping: lane.stopping.clone(),
             clock: lane.clock,
             version: placing.observed_version(),
+            admission: None,
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
             attempt: lane.roster.attempt(&placing.snapshot, worker.id),
@@ -121,14 +180,37 @@ impl Account {
             usage: None,
             status: StatusCode::from_u16(CLIENT_LEFT).expect("499 is a status"),
             end: End::Cancelled,
-            is_abandoned: false,
+            is_part: false,
+            is_answer: true,
         }
     }
 
     /// The worker failed it, and what the client gets comes from elsewhere: only the worker's part is settled.
     pub(crate) fn abandon(mut self) {
         self.end = End::Failed;
-        self.is_abandoned = true;
+        (self.is_part, self.is_answer) = (true, false);
+    }
+
+    /// The client's request is counted elsewhere. `is_answer`: it goes on with one that has begun, and is the answer if it ends well.
+    pub(crate) fn be_part(&mut self, is_answer: bool) {
+        (self.is_part, self.is_answer) = (true, is_answer);
+    }
+
+    /// It ended as the host wanted it, before the engine said so.
+    pub(crate) fn stop(&mut self) {
+        self.end = End::Done;
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end == End::Done
+    }
+
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    pub(crate) fn worker_id(&self) -> WorkerId {
+        self.worker
     }
 
     /// What the client's answer is, and how it ended if that is known by now.
@@ -148,10 +230,6 @@ impl Account {
 
     pub(crate) fn worker(&self) -> &str {
         &self.spec.name
-    }
-
-    pub(crate) fn endpoint(&self) -> Endpoint {
-        self.endpoint
     }
 
     /// All that a whole answer says of its tokens.
@@ -176,7 +254,10 @@ impl Account {
                 None => {
                     self.first_token = Some(now);
                     self.attempt.progress();
-                    self.meters.ttft.record(now - self.accepted);
+                    // A continuation's first token is the client's next one.
+                    if !self.is_part {
+                        self.meters.ttft.record(now - self.accepted);
+                    }
                 }
                 Some(last) => self.meters.itl.record((now - last) / summary.tokens),
             }
@@ -199,6 +280,9 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
+        // An answer that the host's end came before is one of ours, and is counted with it.
+        let never_began = self.status.as_u16() == CLIENT_LEFT && self.stopping.has_reached(Phase::Over);
+        self.is_part |= never_began;
         self.meters.in_flight.decrement(1.0);
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.
@@ -238,7 +322,7 @@ impl Drop for Account {
         if self.relayed > Duration::ZERO {
             self.meters.relay.record(self.relayed);
         }
-        if !self.is_abandoned {
+        if !self.is_part {
             self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
             self.meters.seconds.record(self.accepted.elapsed());
@@ -257,7 +341,7 @@ impl Drop for Account {
                 worker: Hex(self.worker.0),
                 name: self.spec.name.clone(),
                 end: self.end.label().to_owned(),
-                status: (!self.is_abandoned).then_some(self.status.as_u16()),
+                status: self.is_answer.then_some(self.status.as_u16()),
                 ttft_ms: ms(ttft_ms),
                 itl_ms: ms(itl_ms),
                 prompt_tokens: usage.prompt_tokens,
@@ -266,18 +350,22 @@ impl Drop for Account {
                 cached_reported: reported,
             });
         }
+        let row = OutcomeRow {
+            decision_id: self.decision_id,
+            worker_id: self.worker.0,
+            ttft_ms,
+            itl_ms,
+            queue_ms: f32::NAN,
+            output_tokens: usage.completion_tokens,
+            end: self.end as u32,
+        };
+        if let Some(heard) = self.admission.take() {
+            heard.tell(row);
+        }
         if let Some(version) = self.version.take() {
-            let row = OutcomeRow {
-                decision_id: self.decision_id,
-                worker_id: self.worker.0,
-                ttft_ms,
-                itl_ms,
-                output_tokens: usage.completion_tokens,
-                end: self.end as u32,
-            };
             self.observer.tell(version, row);
         }
-        if !self.is_abandoned {
+        if !self.is_part {
             let (status, tokens) = (self.status.as_u16(), usage.completion_tokens);
             tracing::debug!(parent: &self.span, status, tokens, ttft_ms, itl_ms, "request ended");
         }

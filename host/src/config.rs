@@ -6,7 +6,9 @@
 mod door;
 mod health;
 mod limits;
+mod migration;
 mod profile;
+mod queue;
 mod worker;
 
 use std::{
@@ -28,6 +30,8 @@ pub(crate) use self::{
     door::{Cors, DoorConfig},
     health::{Canary, HealthConfig},
     limits::Limits,
+    migration::Migration,
+    queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
 use crate::{
@@ -87,8 +91,12 @@ pub(crate) enum ConfigError {
     Health(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
+    #[error("migration.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
+    Migration { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
+    #[error("{0}")]
+    Queue(String),
 }
 
 /// Flags of `serve`.
@@ -177,6 +185,9 @@ struct File {
     kv: KvConfig,
     health: HealthConfig,
     limits: Limits,
+    migration: Migration,
+    queue: QueueConfig,
+    slo: SloConfig,
     worker: Vec<WrittenWorker>,
 }
 
@@ -211,6 +222,9 @@ pub(crate) struct Config {
     pub(crate) kv: KvConfig,
     pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
+    pub(crate) migration: Migration,
+    pub(crate) queue: QueueConfig,
+    pub(crate) slo: SloConfig,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -315,7 +329,10 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
+        file.migration.check()?;
         file.health.check().map_err(ConfigError::Health)?;
+        file.queue.check(&limits)?;
+        file.slo.check()?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -336,6 +353,9 @@ impl Config {
             kv: file.kv,
             health: file.health,
             limits,
+            migration: file.migration,
+            queue: file.queue,
+            slo: file.slo,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -413,6 +433,7 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
+        assert_eq!(file.migration, Migration::default());
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
