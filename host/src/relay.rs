@@ -307,7 +307,8 @@ impl Relay {
             if now >= self.patience.deadline {
                 return Poll::Ready(Err(self.patience.exceeded()));
             }
-            if let Some(lost) = self.vigil.between_tokens(self.last, now)
+            let has_tokens = !matches!(&self.source, Source::Worker { account, .. } if !account.has_tokens());
+            if let Some(lost) = self.vigil.within(self.last, now, has_tokens)
                 && self.is_worth_it(lost)
             {
                 return Poll::Ready(Ok(lost));

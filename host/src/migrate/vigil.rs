@@ -63,8 +63,13 @@ impl Vigil {
         Self { slot: Arc::clone(slot), given_up, idle, is_on, made: slot.output_tokens(), moved: Instant::now() }
     }
 
-    /// Whether a stream is lost that has been silent since `last`, after its first token.
-    pub(crate) fn between_tokens(&mut self, last: Instant, now: Instant) -> Option<Lost> {
+    /// Whether a stream is lost that has been silent since `last`. `has_tokens`: some engines begin before they have computed the
+    /// prompt.
+    pub(crate) fn within(&mut self, last: Instant, now: Instant, has_tokens: bool) -> Option<Lost> {
+        if has_tokens { self.between_tokens(last, now) } else { self.before_first(last, now) }
+    }
+
+    fn between_tokens(&mut self, last: Instant, now: Instant) -> Option<Lost> {
         let usual = self.recent(Recent::ItlMs, ITL_MULTIPLE).map_or(ITL_UNKNOWN, |usual| usual.max(ITL_FLOOR));
         let is_computing = self.slot.get(Load::ActivePrefillTokens) > 0;
         let prefill = self.recent(Recent::TtftMs, TTFT_MULTIPLE).filter(|_| is_computing).unwrap_or_default();
