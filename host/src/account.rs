@@ -209,6 +209,11 @@ impl Account {
         self.endpoint
     }
 
+    /// Whether a token came from its worker.
+    pub(crate) fn has_tokens(&self) -> bool {
+        self.first_token.is_some()
+    }
+
     pub(crate) fn worker_id(&self) -> WorkerId {
         self.worker
     }

@@ -10,9 +10,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{ChunkStream, Continues, Endpoint, EngineError, GenerateRequest};
+use dynamo_engine_api::{ChatContinuation, Chunk, ChunkStream, Continues, Engine, EngineError, GenerateRequest};
 use dynamo_host_core::{Held, RequestFacts, WorkerId};
+use dynamo_host_index::Prompt;
 use futures_util::StreamExt;
+use http::StatusCode;
 use tokio::time::{Instant as At, timeout, timeout_at};
 
 use super::{
@@ -21,7 +23,7 @@ use super::{
     record::Choice,
     seam::Seam,
     splice::Splice,
-    vigil::{LOOK_EVERY, Vigil},
+    vigil::{LOOK_EVERY, Lost, Vigil},
 };
 use crate::{
     account::Account,
@@ -38,6 +40,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a worker that has finished a choice may take to say what it counted.
 const TAIL: Duration = Duration::from_secs(1);
+
+/// An engine that can do everything.
+const EVERYTHING: Continues = Continues { gives_ids: true, takes_ids: true, chat: Some(ChatContinuation::Prefill) };
 
 /// What all legs of a stream share.
 pub(super) struct Shared {
@@ -69,8 +74,9 @@ pub(super) struct Leg {
 /// A worker's part of it.
 struct Running {
     /// The first chunk, which told that the worker takes it.
-    first: Option<dynamo_engine_api::Chunk>,
+    first: Option<Chunk>,
     chunks: ChunkStream,
+    engine: Arc<dyn Engine>,
     account: Account,
     vigil: Vigil,
     last: Instant,
@@ -158,7 +164,9 @@ impl Leg {
                             running.account.fail();
                             return Err(course.patience.exceeded());
                         }
-                        if let Some(lost) = running.vigil.between_tokens(running.last, now) {
+                        if let Some(lost) = running.vigil.within(running.last, now, running.account.has_tokens())
+                            && (!matches!(lost, Lost::Stalled { .. }) || course.has_other(running.account.worker_id()))
+                        {
                             break Err((lost.label(), lost.error(running.account.worker(), course.patience.idle)));
                         }
                     }
@@ -178,7 +186,7 @@ impl Leg {
         }
     }
 
-    fn pass(&mut self, chunk: &dynamo_engine_api::Chunk) -> Option<Piece> {
+    fn pass(&mut self, chunk: &Chunk) -> Option<Piece> {
         let running = self.running.as_mut()?;
         let now = Instant::now();
         running.account.chunk(chunk, now);
@@ -204,7 +212,7 @@ impl Leg {
     }
 
     /// Learns from what the engine counted how long the client's own prompt is.
-    fn hear_usage(&self, chunk: &dynamo_engine_api::Chunk) {
+    fn hear_usage(&self, chunk: &Chunk) {
         if let (Some(usage), Some(running)) = (chunk.summary.usage, &self.running)
             && usage.prompt_tokens > running.before
         {
@@ -237,20 +245,11 @@ impl Leg {
 
     /// The worker that has it is lost.
     fn lose(&mut self, cause: &'static str, failure: EngineError) {
-        let Some(mut running) = self.running.take() else { return };
-        drop(running.chunks);
-        running.account.span.in_scope(|| {
-            tracing::warn!(
-                worker = running.account.worker(),
-                choice = self.index,
-                "stream lost: {}",
-                plain(&failure.to_string())
-            );
-        });
-        running.account.blame(&failure);
-        running.account.fail();
-        self.failed.push((running.account.worker_id(), Instant::now()));
-        (self.cause, self.failure, self.is_resumed) = (cause, failure, false);
+        let Some(Running { chunks, engine, account, .. }) = self.running.take() else { return };
+        // The engine is to stop before another begins.
+        drop(chunks);
+        (self.cause, self.is_resumed) = (cause, false);
+        self.fail_at(account, &engine, failure);
     }
 
     /// Finds a worker that goes on. Frames: none was needed.
@@ -259,9 +258,8 @@ impl Leg {
         let shared = Arc::clone(&self.shared);
         let (course, splice) = (&shared.course, &shared.splice);
         splice.tally.output(self.index, self.choice.tokens);
-        // Whether any engine could go on.
-        let any = Continues { gives_ids: true, takes_ids: true, chat: Some(dynamo_engine_api::ChatContinuation::Prefill) };
-        if let Next::Full = self.next_ask(any, None)? {
+        let kind = self.some_engine();
+        if let Next::Full = self.next_ask(kind, course.lane.roster.snapshot().max_model_len(&self.facts))? {
             return Ok(Some(splice.full(self.index, &mut self.choice).into()));
         }
         self.prepare_facts();
@@ -304,16 +302,11 @@ impl Leg {
     }
 
     /// Gives it to a worker; whether that takes it.
-    async fn give(
-        &mut self,
-        placing: &Placing,
-        row: u32,
-        ask: Ask,
-        prompt: &dynamo_host_index::Prompt,
-    ) -> Result<bool, RequestError> {
+    async fn give(&mut self, placing: &Placing, row: u32, ask: Ask, prompt: &Prompt) -> Result<bool, RequestError> {
         let shared = Arc::clone(&self.shared);
         let course = &shared.course;
         let worker = placing.candidates.worker(row);
+        let engine = placing.snapshot.engine(worker.id);
         self.attempts += 1;
         self.in_vain += 1;
         let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
@@ -321,75 +314,89 @@ impl Leg {
         account.be_part(true);
         metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let Ask { endpoint, body, seam, is_by_ids, form } = ask;
-        tracing::info!(
-            worker = worker.spec.name,
-            choice = self.index,
-            form,
-            tokens = self.choice.tokens,
-            cause = self.cause,
-            "stream goes on"
-        );
-        let request = GenerateRequest {
-            endpoint,
-            body,
-            stream: true,
-            rank: placing.snapshot.rank(worker),
-            wants_token_ids: true,
-            ..course.ask.clone()
-        };
+        let (name, tokens) = (&worker.spec.name, self.choice.tokens);
+        tracing::info!(worker = name, choice = self.index, form, tokens, cause = self.cause, "stream goes on");
+        let rank = placing.snapshot.rank(worker);
+        let request = GenerateRequest { endpoint, body, stream: true, rank, wants_token_ids: true, ..course.ask.clone() };
         let mut vigil = Vigil::new(&worker.load, placing.snapshot.given_up(worker.id), course.patience.idle, true);
-        let opening = open(&**placing.snapshot.engine(worker.id), request, worker, &course.patience, &mut vigil);
-        let error = match timeout_at(course.patience.deadline.into(), opening).await {
-            Ok(Ok(Opened::Stream(first, chunks))) => {
-                if is_by_ids || matches!(form, "chat" | "text") {
-                    course.lane.prefixes.taken_up(
-                        Endpoint::Completions,
-                        placing.snapshot.feed(worker.id),
-                        prompt,
-                        worker.spec.block_size,
-                    );
-                }
-                if !is_by_ids {
-                    self.choice.rebase();
-                }
-                let before = if form == "anew" { 0 } else { self.choice.tokens };
-                let running =
-                    Running { first: Some(first), chunks, account, vigil, last: Instant::now(), seam, is_by_ids, before };
-                self.running = Some(running);
-                return Ok(true);
-            }
-            Ok(Ok(Opened::Whole(reply))) if reply.status.is_server_error() => EngineError::Unhealthy {
-                engine: format!("worker {}", worker.spec.name),
-                reason: format!("it answered {}", reply.status),
-            },
-            Ok(Ok(Opened::Whole(reply))) => {
-                account.fail();
-                let said = plain(&String::from_utf8_lossy(&reply.body));
-                tracing::warn!(
-                    worker = worker.spec.name,
-                    form,
-                    status = reply.status.as_u16(),
-                    "a continuation was refused: {said}"
-                );
-                return Err(self.unsound(Unsound("the worker that should go on with it refused what was sent")));
-            }
-            Ok(Err(error @ EngineError::InStream { refused: true, .. })) => {
-                account.fail();
-                return Err(error.into());
-            }
-            Ok(Err(error)) => error,
+        let may_leave = || course.has_other(worker.id);
+        let opening = open(&**engine, request, worker, &course.patience, &mut vigil, &may_leave);
+        let opened = match timeout_at(course.patience.deadline.into(), opening).await {
+            Ok(opened) => opened,
             Err(_) => {
                 account.fail();
                 return Err(course.patience.exceeded());
             }
         };
-        tracing::warn!(worker = worker.spec.name, "worker did not go on: {}", plain(&error.to_string()));
-        course.lane.roster.report_failed(worker.id, placing.snapshot.engine(worker.id), &error);
-        account.blame(&error);
+        match opened {
+            Ok(Opened::Stream(first, chunks)) => {
+                account.answer(StatusCode::OK, None);
+                let is_anew = form == "anew";
+                if !is_anew {
+                    let feed = placing.snapshot.feed(worker.id);
+                    course.lane.prefixes.taken_up(endpoint, feed, prompt, worker.spec.block_size);
+                }
+                if !is_by_ids {
+                    self.choice.rebase();
+                }
+                let before = if is_anew { 0 } else { tokens };
+                let (first, engine, last) = (Some(first), Arc::clone(engine), Instant::now());
+                self.running = Some(Running { first, chunks, engine, account, vigil, last, seam, is_by_ids, before });
+                Ok(true)
+            }
+            Ok(Opened::Whole(reply)) if !is_passing(reply.status) => {
+                account.fail();
+                let (status, said) = (reply.status.as_u16(), plain(&String::from_utf8_lossy(&reply.body)));
+                tracing::warn!(worker = name, form, status, "a continuation was refused: {said}");
+                Err(self.unsound(Unsound("the worker that should go on with it refused what was sent")))
+            }
+            Err(error @ EngineError::InStream { refused: true, .. }) => {
+                account.fail();
+                Err(error.into())
+            }
+            Ok(Opened::Whole(reply)) => {
+                let reason = format!("it answered {}", reply.status);
+                let error = EngineError::Unhealthy { engine: format!("worker {name}"), reason };
+                self.fail_at(account, engine, error);
+                Ok(false)
+            }
+            Err(error) => {
+                self.fail_at(account, engine, error);
+                Ok(false)
+            }
+        }
+    }
+
+    /// A worker failed it, be it before it went on or after.
+    fn fail_at(&mut self, mut account: Account, engine: &Arc<dyn Engine>, failure: EngineError) {
+        account.span.in_scope(|| {
+            let failure = plain(&failure.to_string());
+            tracing::warn!(worker = account.worker(), choice = self.index, "worker lost: {failure}");
+        });
+        self.shared.course.lane.roster.report_failed(account.worker_id(), engine, &failure);
+        account.blame(&failure);
         account.fail();
-        self.failed.push((worker.id, Instant::now()));
-        self.failure = error;
-        Ok(false)
+        self.failed.push((account.worker_id(), Instant::now()));
+        self.failure = failure;
+    }
+
+    /// What an engine can do that could go on with it: without any, nothing is worth waiting for.
+    fn some_engine(&self) -> Continues {
+        let snapshot = self.shared.course.lane.roster.snapshot();
+        let facts = RequestFacts { failed_workers: Vec::new(), ..self.facts.clone() };
+        let mut kinds: Vec<Continues> = Vec::new();
+        if let Ok(candidates) = snapshot.candidates(&facts) {
+            for row in 0..candidates.count() {
+                let kind = snapshot.engine(candidates.worker(row).id).continues();
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
+                }
+            }
+        }
+        // Nobody is there: whoever comes may do anything.
+        let Some(&first) = kinds.first() else { return EVERYTHING };
+        let max_model_len = snapshot.max_model_len(&facts);
+        kinds.into_iter().find(|&kind| self.next_ask(kind, max_model_len).is_ok()).unwrap_or(first)
     }
 
     fn next_ask(&self, engine: Continues, max_model_len: Option<u32>) -> Result<Next, RequestError> {
@@ -419,7 +426,7 @@ impl Leg {
     }
 
     /// Asks where it shall go; waits while there is nobody.
-    async fn place(&mut self, prompt: &dynamo_host_index::Prompt) -> Result<Placing, RequestError> {
+    async fn place(&mut self, prompt: &Prompt) -> Result<Placing, RequestError> {
         let shared = Arc::clone(&self.shared);
         let course = &shared.course;
         let until = (Instant::now() + course.lane.roster.health().hold()).min(course.patience.deadline);
@@ -448,7 +455,7 @@ impl Leg {
             let before = self.facts.failed_workers.len();
             self.facts.failed_workers =
                 self.failed.iter().filter(|(_, at)| now - *at < REST).map(|(worker, _)| *worker).collect();
-            if self.facts.failed_workers.len() < before && self.facts.holds == 0 {
+            if self.facts.failed_workers.len() < before {
                 self.failed.retain(|(_, at)| now - *at < REST);
                 continue;
             }
@@ -462,4 +469,9 @@ impl Leg {
 
 fn is_unsound(error: &RequestError) -> bool {
     matches!(error, RequestError::MigrationUnsound { .. })
+}
+
+/// Whether what an engine answered is its state, and not what it thinks of the request.
+fn is_passing(status: StatusCode) -> bool {
+    status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
 }

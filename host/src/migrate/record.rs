@@ -4,14 +4,17 @@
 //! on elsewhere, and before that only when many have come together, so that memory holds text and ids instead of frames.
 //! Chunks hold whole frames; what was cut off within one never came here.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 use dynamo_engine_api::Usage;
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
 use serde_json::{Value, value::RawValue};
 
 /// Bytes of frames that are kept before they are read.
-const FOLD_AT: usize = 64 << 10;
+const FOLD_AT: usize = 128 << 10;
 
 /// What a client has of a stream.
 #[derive(Debug, Default)]
@@ -93,17 +96,74 @@ pub(super) struct FrameChoice<'a> {
     #[serde(default)]
     text: Option<String>,
     #[serde(borrow, default)]
-    delta: Option<BTreeMap<Cow<'a, str>, &'a RawValue>>,
+    delta: Option<Delta<'a>>,
     #[serde(default)]
     token_ids: Option<Vec<u32>>,
     #[serde(default)]
     prompt_token_ids: Option<Vec<u32>>,
 }
 
+/// What a chat's frame says of a choice.
+#[derive(Default)]
+struct Delta<'a> {
+    content: Option<&'a RawValue>,
+    has_role: bool,
+    other: Option<Stage>,
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Delta<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct DeltaVisitor;
+
+        #[derive(Deserialize)]
+        struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+        impl<'de> Visitor<'de> for DeltaVisitor {
+            type Value = Delta<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut delta = Delta::default();
+                while let Some(Key(name)) = map.next_key()? {
+                    let value: &RawValue = map.next_value()?;
+                    match &*name {
+                        _ if !is_something(value) => {}
+                        "role" => delta.has_role = true,
+                        "content" => delta.content = Some(value),
+                        name => delta.other = Some(Stage::of(name)),
+                    }
+                }
+                Ok(delta)
+            }
+        }
+
+        deserializer.deserialize_map(DeltaVisitor)
+    }
+}
+
+impl Stage {
+    /// Of what a delta has beside its role and content.
+    pub(super) fn of(name: &str) -> Self {
+        match name {
+            "reasoning" | "reasoning_content" => Self::Reasoning,
+            "tool_calls" | "function_call" => Self::ToolCall,
+            _ => Self::Unknown,
+        }
+    }
+}
+
 impl Record {
     /// One of at most so many bytes.
     pub(crate) fn new(most: usize) -> Self {
         Self { most, ..Self::default() }
+    }
+
+    /// One that keeps nothing.
+    pub(crate) fn none() -> Self {
+        Self { is_over: true, ..Self::default() }
     }
 
     /// Keeps whole frames that the client gets.
@@ -119,6 +179,12 @@ impl Record {
             *self = Self { is_over: true, ..Self::default() };
             metrics::counter!("dynamo_host_migration_untracked_total").increment(1);
         }
+    }
+
+    /// Whether a choice has begun that has not told its finish.
+    pub(crate) fn has_unfinished(&mut self) -> bool {
+        self.fold();
+        self.said.choices.values().any(|choice| !choice.is_finished)
     }
 
     /// Reads what was kept.
@@ -178,17 +244,10 @@ impl Choice {
     fn read(&mut self, said: FrameChoice<'_>) {
         let FrameChoice { finish_reason, text, delta, token_ids, prompt_token_ids, .. } = said;
         self.prompt_ids = prompt_token_ids.or(self.prompt_ids.take());
-        let mut text = text.unwrap_or_default();
-        let mut other = None;
-        for (name, value) in delta.into_iter().flatten().filter(|(_, value)| is_something(value)) {
-            match &*name {
-                "role" => self.has_role = true,
-                "content" => text = serde_json::from_str(value.get()).unwrap_or_default(),
-                "reasoning" | "reasoning_content" => other = Some(Stage::Reasoning),
-                "tool_calls" | "function_call" => other = Some(Stage::ToolCall),
-                _ => other = Some(Stage::Unknown),
-            }
-        }
+        let Delta { content, has_role, other } = delta.unwrap_or_default();
+        self.has_role |= has_role;
+        let content = content.and_then(|content| serde_json::from_str(content.get()).ok());
+        let text = content.or(text).unwrap_or_default();
         self.is_finished |= finish_reason.is_some_and(is_something);
         self.take(&text, &token_ids.unwrap_or_default(), other);
     }

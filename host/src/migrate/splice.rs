@@ -105,11 +105,7 @@ impl Splice {
         };
         delta.remove("role");
         delta.retain(|_, value| !value.is_null() && value != "" && value.as_array().is_none_or(|array| !array.is_empty()));
-        let other = delta.keys().next().map(|name| match name.as_str() {
-            "reasoning" | "reasoning_content" => Stage::Reasoning,
-            "tool_calls" | "function_call" => Stage::ToolCall,
-            _ => Stage::Unknown,
-        });
+        let other = delta.keys().next().map(|name| Stage::of(name));
         let is_last = said.get("finish_reason").is_some_and(|reason| !reason.is_null() && reason != "");
         let text = match seam.pass(&text, is_last) {
             Passed::Text(text) => text,

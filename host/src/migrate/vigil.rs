@@ -32,6 +32,8 @@ const ALIVE_MULTIPLE: u32 = 10;
 const TTFT_MULTIPLE: f32 = 4.0;
 const FIRST_MULTIPLE: f32 = 20.0;
 const FIRST_FLOOR: Duration = Duration::from_secs(5);
+/// Without any observation of the worker: engines take long for their first request.
+const FIRST_UNKNOWN: Duration = Duration::from_secs(30);
 /// Prompt tokens a second that the slowest of engines computes.
 const SLOWEST_PREFILL: f32 = 200.0;
 
@@ -61,8 +63,13 @@ impl Vigil {
         Self { slot: Arc::clone(slot), given_up, idle, is_on, made: slot.output_tokens(), moved: Instant::now() }
     }
 
-    /// Whether a stream is lost that has been silent since `last`, after its first token.
-    pub(crate) fn between_tokens(&mut self, last: Instant, now: Instant) -> Option<Lost> {
+    /// Whether a stream is lost that has been silent since `last`. `has_tokens`: some engines begin before they have computed the
+    /// prompt.
+    pub(crate) fn within(&mut self, last: Instant, now: Instant, has_tokens: bool) -> Option<Lost> {
+        if has_tokens { self.between_tokens(last, now) } else { self.before_first(last, now) }
+    }
+
+    fn between_tokens(&mut self, last: Instant, now: Instant) -> Option<Lost> {
         let usual = self.recent(Recent::ItlMs, ITL_MULTIPLE).map_or(ITL_UNKNOWN, |usual| usual.max(ITL_FLOOR));
         let is_computing = self.slot.get(Load::ActivePrefillTokens) > 0;
         let prefill = self.recent(Recent::TtftMs, TTFT_MULTIPLE).filter(|_| is_computing).unwrap_or_default();
@@ -73,7 +80,7 @@ impl Vigil {
     /// those before it.
     pub(crate) fn before_first(&mut self, asked: Instant, now: Instant) -> Option<Lost> {
         let uncached = self.slot.get(Load::ActiveUncachedTokens) as f32 / SLOWEST_PREFILL;
-        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or_default();
+        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or(FIRST_UNKNOWN);
         let bound = FIRST_FLOOR.max(Duration::from_secs_f32(uncached)).max(usual);
         match self.look(asked, now, bound) {
             // It may wait in the queue of an engine that moves, for as long as any stream may be silent.
