@@ -11,8 +11,7 @@ use dynamo_host_core::{Role, Worker, WorkerState};
 use dynamo_host_flow::{Row, outliers};
 
 use super::{
-    Member, Roster, Snapshot,
-    member::GivenUp,
+    GivenUp, Member, Roster, Snapshot,
     snapshot::{Seat, Trial},
 };
 
@@ -134,3 +133,6 @@ pub(super) fn try_all_where_nobody_is_healthy(seated: &mut [(Worker, Seat)]) -> 
     }
     trials
 }
+
+#[cfg(test)]
+mod tests;

@@ -312,6 +312,13 @@ impl Member {
         }
     }
 
+    /// It drains no more: it keeps what it has, unless it is dead.
+    pub(super) fn is_wanted_again(&self) {
+        if *self.given_up.borrow() == GivenUp::Drained {
+            self.give_up(GivenUp::Not);
+        }
+    }
+
     /// Whether it drains for longer than it may, in milliseconds of the host's clock.
     pub(super) fn is_past_grace(&self, grace_ms: u64, now_ms: u64) -> bool {
         let standing = self.standing();

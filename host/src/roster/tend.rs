@@ -15,8 +15,7 @@ use dynamo_engine_api::{EngineError, ModelCard, RankLoad};
 use dynamo_host_core::{WorkerState, load::READINGS_PER_SECOND};
 
 use super::{
-    Member, Roster, listen,
-    member::GivenUp,
+    GivenUp, Member, Roster, listen,
     pulse::{Finding, NoSign, Pulse},
 };
 use crate::text::plain;
@@ -167,7 +166,7 @@ impl Roster {
         self.settle_as(member, state, found.err(), is_other);
     }
 
-    fn settle_as(&self, member: &Member, state: WorkerState, trouble: Option<String>, is_other: bool) {
+    pub(super) fn settle_as(&self, member: &Member, state: WorkerState, trouble: Option<String>, is_other: bool) {
         let name = &member.config.name;
         let mut standing = member.standing();
         // Those that there was room for are served all the same.
