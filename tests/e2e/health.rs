@@ -310,3 +310,22 @@ async fn retries_have_a_budget() {
     assert_eq!(engines.iter().map(|engine| engine.received().len()).sum::<usize>(), 1);
     assert_eq!(host.http.metric("dynamo_host_retries_denied_total", &[]).await, 1.0);
 }
+
+#[tokio::test]
+async fn a_process_that_comes_and_goes_costs_no_request_and_serves_each_time_it_is_there() {
+    let mut flapping = MockProcess::start(&["speedup=50"]).await;
+    let address = flapping.url().strip_prefix("http://").unwrap().to_owned();
+    let worker = format!("http://{address},name=flaps,model=m");
+    let host = Host::start(&["--worker", &worker, "--worker", "mock://stays?model=m&speedup=50", "--expose-worker"]).await;
+    for _ in 0..3 {
+        flapping.process.kill();
+        for _ in 0..10 {
+            assert_eq!(host.serves(3).await.header("x-dynamo-worker"), "stays");
+        }
+        becomes(&host, "flaps", &["unreachable"]).await;
+        flapping = MockProcess::start_at(&address, &["speedup=50"]).await;
+        eventually("it serves again", async || (host.serves(3).await.header("x-dynamo-worker") == "flaps").then_some(())).await;
+    }
+    let health = host.http.get_json("/health").await;
+    assert!(health["troubles"].as_array().unwrap().is_empty(), "{health}");
+}

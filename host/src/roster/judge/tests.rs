@@ -143,17 +143,18 @@ async fn requests_wait_for_who_is_starting_and_for_nobody_else() {
     let roster = roster(&["a"]);
     roster.set_health(with(|health| health.hold_s = 3600));
     let member = Arc::clone(&roster.members()["a"]);
+    let later = tokio::time::Instant::now() + Duration::from_secs(3600);
     // None of these waits: it is there, or it is dead, or nobody knows it.
-    roster.hold("m").await;
+    roster.hold("m", later).await;
     roster.settle(&member, Err("away".to_owned()), false);
     roster.publish();
-    roster.hold("m").await;
-    roster.hold("unknown").await;
+    roster.hold("m", later).await;
+    roster.hold("unknown", later).await;
     roster.settle_as(&member, WorkerState::Starting, Some("loading".to_owned()), false);
     roster.publish();
-    assert!(tokio::time::timeout(Duration::from_millis(50), roster.hold("m")).await.is_err(), "it waits");
+    assert!(tokio::time::timeout(Duration::from_millis(50), roster.hold("m", later)).await.is_err(), "it waits");
     roster.set_health(with(|health| health.hold_s = 0));
-    roster.hold("m").await;
+    roster.hold("m", later).await;
     roster.set_health(with(|health| health.hold_s = 3600));
     let facts = RequestFacts::new("id", "m", Endpoint::Completions);
     let now = tokio::time::Instant::now();
