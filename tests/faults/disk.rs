@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use hyper::{Method, body::Bytes};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::json;
 
@@ -45,10 +46,13 @@ async fn a_full_disk_costs_changes_and_receipts_but_no_request() {
     let active = first.active().await;
 
     fill_disk(&first, true);
-    let refused = first.put_policy(std::fs::read(components::policy("least-loaded")).unwrap(), "{}").await;
-    assert!(refused.status.is_server_error(), "it acknowledges what is not kept: {} {}", refused.status, refused.text());
-    assert!(!refused.json()["error"]["message"].as_str().unwrap_or_default().is_empty(), "{}", refused.text());
-    assert_eq!(first.active().await, active, "what cannot be kept is not in force");
+    let policy = std::fs::read(components::policy("least-loaded")).unwrap();
+    let native = first.admin.send(Method::DELETE, "/v1/slots/routing/policy", &[], Bytes::new()).await;
+    for refused in [native, first.put_policy(policy, "{}").await] {
+        assert!(refused.status.as_u16() >= 400, "it acknowledges what is not kept: {} {}", refused.status, refused.text());
+        assert!(!refused.json()["error"]["message"].as_str().unwrap_or_default().is_empty(), "{}", refused.text());
+        assert_eq!(first.active().await, active, "what cannot be kept is not in force");
+    }
     for _ in 0..20 {
         first.serves(3).await;
     }

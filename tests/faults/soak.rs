@@ -40,7 +40,10 @@ fn deed(dice: &mut Dice) -> Deed {
         4 => Deed::Fault(json!({ "cut_character": after, "share": 0.5 })),
         5 => Deed::Fault(json!({ "error_event": after, "share": 0.5 })),
         6 => Deed::Fault(json!({ "end": after, "share": 0.5 })),
-        7 => Deed::Fault(json!({ "refuse": (["dead_core", "draining", "busy"][after % 3]), "share": 0.5 })),
+        7 => {
+            let refusal = ["dead_core", "draining", "busy"][dice.below(3)];
+            Deed::Fault(json!({ "refuse": refusal, "share": 0.5 }))
+        }
         8 => Deed::Fault(json!({ "wedge": after })),
         9 => Deed::Fault(json!({ "slow": 5.0 })),
         10 => Deed::Fault(json!({ "unhealthy": true, "refuse": "dead_core" })),
