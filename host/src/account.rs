@@ -5,11 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_engine_api::{Chunk, Endpoint, Usage};
+use dynamo_engine_api::{Chunk, Endpoint, EngineError, Usage};
 use dynamo_host_core::{
     RequestFacts, Worker, WorkerId, WorkerSpec,
     load::{InFlight, Recent},
 };
+use dynamo_host_flow::{Ended, Failure};
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
@@ -20,6 +21,7 @@ use crate::{
     observe::Observer,
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
+    roster::{Attempt, Outcome, failure},
 };
 
 /// How a request ended: `outcomes.end` of the contract.
@@ -55,6 +57,9 @@ pub(crate) struct Account {
     pub(crate) admission: Option<Arc<Heard>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
+    /// The same request, for the worker's breaker.
+    attempt: Attempt,
+    blamed: Option<EngineError>,
     worker: WorkerId,
     spec: Arc<WorkerSpec>,
     decision_id: u64,
@@ -103,6 +108,8 @@ impl Account {
             admission: None,
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
+            attempt: lane.roster.attempt(&placing.snapshot, worker.id),
+            blamed: None,
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
             decision_id: facts.decision_id,
@@ -132,6 +139,11 @@ impl Account {
     pub(crate) fn answer(&mut self, status: StatusCode, end: Option<End>) {
         self.status = status;
         self.end = end.unwrap_or(self.end);
+    }
+
+    /// What its worker failed it with: said before it is abandoned or fails.
+    pub(crate) fn blame(&mut self, error: &EngineError) {
+        self.blamed = Some(error.clone());
     }
 
     pub(crate) fn fail(&mut self) {
@@ -167,6 +179,7 @@ impl Account {
             match self.last_token {
                 None => {
                     self.first_token = Some(now);
+                    self.attempt.progress();
                     self.meters.ttft.record(now - self.accepted);
                 }
                 Some(last) => self.meters.itl.record((now - last) / summary.tokens),
@@ -203,6 +216,16 @@ impl Drop for Account {
             End::Failed => 1.0,
             End::Cancelled => f32::NAN,
         };
+        let uncached_tokens = self.prompt_tokens.saturating_sub(self.cached_tokens);
+        let failure = self.blamed.as_ref().map(|error| failure(error, self.first_token.is_some()));
+        let failure = failure.or_else(|| self.status.is_server_error().then_some(Failure::Unhealthy));
+        let ended = match (self.end, failure) {
+            (End::Done | End::Rejected, _) => Ended::Well,
+            (End::Failed, Some(failure)) => Ended::Failed(failure),
+            // Its client left, or its time was over.
+            (End::Cancelled, _) | (End::Failed, None) => Ended::Untold,
+        };
+        self.attempt.end(Outcome { ended, ttft_ms, itl_ms, uncached_tokens });
         let load = self.in_flight.slot();
         for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, error)] {
             if !value.is_nan() {

@@ -230,6 +230,9 @@ enum WorkerCommand {
         /// Wait until it has finished them, at most so many seconds
         #[arg(long, value_name = "SECONDS")]
         wait: Option<u64>,
+        /// After so many seconds, what it still has is continued by others [default: health.drain_grace_s]
+        #[arg(long, value_name = "SECONDS")]
+        grace: Option<u64>,
         #[command(flatten)]
         admin: AdminFlags,
         #[command(flatten)]
@@ -320,8 +323,8 @@ pub fn main() -> ExitCode {
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Worker(command) => match command {
             WorkerCommand::List { admin, output } => exit(1, run(false, worker::list(&admin, output.output))),
-            WorkerCommand::Drain { name, wait, admin, output } => {
-                exit(1, run(false, worker::drain(&name, wait, &admin, output.output)))
+            WorkerCommand::Drain { name, wait, grace, admin, output } => {
+                exit(1, run(false, worker::drain(&name, wait, grace, &admin, output.output)))
             }
             WorkerCommand::Resume { name, admin, output } => exit(1, run(false, worker::resume(&name, &admin, output.output))),
         },

@@ -4,6 +4,7 @@
 //! running host is everything that [`Config::needs_restart`] does not name.
 
 mod door;
+mod health;
 mod limits;
 mod profile;
 mod queue;
@@ -26,6 +27,7 @@ use self::door::DoorSections;
 pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
+    health::{Canary, HealthConfig},
     limits::Limits,
     queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
@@ -83,6 +85,8 @@ pub(crate) enum ConfigError {
     Otlp(#[from] crate::trace::OtlpError),
     #[error("{0}")]
     Receipts(String),
+    #[error("{0}")]
+    Health(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
@@ -175,6 +179,7 @@ struct File {
     otlp: Option<Otlp>,
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
+    health: HealthConfig,
     limits: Limits,
     queue: QueueConfig,
     slo: SloConfig,
@@ -210,6 +215,7 @@ pub(crate) struct Config {
     pub(crate) log: LogFormat,
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
+    pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
     pub(crate) queue: QueueConfig,
     pub(crate) slo: SloConfig,
@@ -319,6 +325,14 @@ impl Config {
         limits.check()?;
         file.queue.check(&limits)?;
         file.slo.check()?;
+        file.health.check().map_err(ConfigError::Health)?;
+        let (hold, most) = (file.health.hold_s, limits.request_timeout_s);
+        // What was not said is no mistake: it is cut.
+        if hold > most && hold != HealthConfig::default().hold_s {
+            return Err(ConfigError::Health(format!(
+                "health.hold_s is {hold}; use 0 to {most}, which is limits.request_timeout_s"
+            )));
+        }
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -337,6 +351,7 @@ impl Config {
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
+            health: file.health,
             limits,
             queue: file.queue,
             slo: file.slo,

@@ -56,6 +56,7 @@ impl<'a> Dispatch<'a> {
         accepted: Instant,
         timeout: Option<Duration>,
     ) -> Self {
+        lane.roster.note_request();
         Self { lane, ask, permit: Some(permit), accepted, timeout, attempts_left: MAX_ATTEMPTS, failure: None }
     }
 
@@ -117,13 +118,14 @@ impl<'a> Dispatch<'a> {
                     return Err(patience.exceeded());
                 }
             };
+            account.blame(&error);
             account.abandon();
             let reason = plain(&error.to_string());
             tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {reason}");
             if matches!(error, EngineError::Connect { .. }) {
                 self.lane.roster.report_unreachable(worker.id, placing.snapshot.engine(worker.id), &error);
             }
-            if self.attempts_left == 0 || !is_worth_another(&error) {
+            if self.attempts_left == 0 || !is_worth_another(&error) || !self.lane.roster.take_retry() {
                 return Err(error.into());
             }
             self.failure = Some(error);

@@ -161,6 +161,9 @@ impl Relay {
 
     fn fail(&mut self, error: &RequestError) -> Bytes {
         self.chunks = None;
+        if let RequestError::Engine(error) = error {
+            self.account.blame(error);
+        }
         self.account.fail();
         self.account.span.in_scope(|| error.record());
         error.event(self.account.endpoint(), self.audience)

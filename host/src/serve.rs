@@ -88,6 +88,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     let admin_listener = listen("admin API", config.admin, "--admin").await?;
     let indexes = PrefixIndexes::with_limits(IndexLimits { max_blocks: config.kv.max_blocks });
     let roster = Roster::new(clock, config.limits.max_workers, Arc::clone(&indexes), config.state_dir.as_deref());
+    roster.set_health(config.health.clone());
     roster.configure(&config.workers, config.models.clone())?;
     let cache = config.state_dir.as_ref().map(|state| state.join("compiled"));
     let tell_time = Arc::new(move || Now { monotonic_ms: clock.now_ms(), unix_ms: unix_ms() });
@@ -143,6 +144,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
             upkeep.run_upkeep();
         }
     });
+    let still_there = Arc::clone(&roster);
     let reload = Reload::new(config.clone(), Arc::clone(&roster), Arc::clone(&lane), log_level);
     let admin = Admin {
         policies,
@@ -179,6 +181,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         () = stop_signal() => {}
     }
     tracing::info!("stopping: no new requests, running ones have {} s", config.limits.drain_s);
+    still_there.stop();
     let _ = stop.send(true);
     let patience = async {
         tokio::select! {
