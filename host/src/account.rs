@@ -80,7 +80,59 @@ pub(crate) struct Account {
     status: StatusCode,
     /// Cancelled, until something else is known: a client that leaves just drops the account.
     end: End,
-    is_abandoned: bool,
+    /// It is one of several of an answer, whose request is counted elsewhere: a migrated stream's worker, or one that failed it.
+    is_part: bool,
+    /// What it made, the client has.
+    is_answer: bool,
+}
+
+/// What is counted of a request whose answer several workers made; dropped at its end.
+pub(crate) struct Books {
+    meters: RequestMeters,
+    pub(crate) span: tracing::Span,
+    endpoint: Endpoint,
+    model: String,
+    accepted: Instant,
+    prompt_tokens: u32,
+    output_tokens: u32,
+}
+
+impl Books {
+    /// Takes over from the account of a worker that was lost within an answer.
+    pub(crate) fn take_over(account: &mut Account) -> Self {
+        account.end = End::Failed;
+        account.be_part(false);
+        Self {
+            meters: account.meters.clone(),
+            span: account.span.clone(),
+            endpoint: account.endpoint,
+            model: account.spec.model.clone(),
+            accepted: account.accepted,
+            prompt_tokens: account.usage.map_or(account.prompt_tokens, |usage| usage.prompt_tokens),
+            output_tokens: account.output_tokens,
+        }
+    }
+
+    /// Tokens came.
+    pub(crate) fn tokens(&mut self, count: u32) {
+        self.output_tokens = self.output_tokens.saturating_add(count);
+    }
+
+    /// What the whole answer had.
+    pub(crate) fn usage(&mut self, prompt_tokens: u32, output_tokens: u32) {
+        (self.prompt_tokens, self.output_tokens) = (prompt_tokens, output_tokens);
+    }
+}
+
+impl Drop for Books {
+    fn drop(&mut self) {
+        self.meters.prompt_tokens.increment(u64::from(self.prompt_tokens));
+        self.meters.output_tokens.increment(u64::from(self.output_tokens));
+        self.meters.seconds.record(self.accepted.elapsed());
+        // Its stream had begun.
+        count_request(self.endpoint.label(), &self.model, StatusCode::OK);
+        tracing::debug!(parent: &self.span, status = 200, tokens = self.output_tokens, "request ended");
+    }
 }
 
 /// nginx's status for a client that left before its answer; it is only ever a metric label.
@@ -125,14 +177,37 @@ impl Account {
             usage: None,
             status: StatusCode::from_u16(CLIENT_LEFT).expect("499 is a status"),
             end: End::Cancelled,
-            is_abandoned: false,
+            is_part: false,
+            is_answer: true,
         }
     }
 
     /// The worker failed it, and what the client gets comes from elsewhere: only the worker's part is settled.
     pub(crate) fn abandon(mut self) {
         self.end = End::Failed;
-        self.is_abandoned = true;
+        (self.is_part, self.is_answer) = (true, false);
+    }
+
+    /// The client's request is counted elsewhere. `is_answer`: it goes on with one that has begun, and is the answer if it ends well.
+    pub(crate) fn be_part(&mut self, is_answer: bool) {
+        (self.is_part, self.is_answer) = (true, is_answer);
+    }
+
+    /// It ended as the host wanted it, before the engine said so.
+    pub(crate) fn stop(&mut self) {
+        self.end = End::Done;
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end == End::Done
+    }
+
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    pub(crate) fn worker_id(&self) -> WorkerId {
+        self.worker
     }
 
     /// What the client's answer is, and how it ended if that is known by now.
@@ -152,10 +227,6 @@ impl Account {
 
     pub(crate) fn worker(&self) -> &str {
         &self.spec.name
-    }
-
-    pub(crate) fn endpoint(&self) -> Endpoint {
-        self.endpoint
     }
 
     /// All that a whole answer says of its tokens.
@@ -180,7 +251,10 @@ impl Account {
                 None => {
                     self.first_token = Some(now);
                     self.attempt.progress();
-                    self.meters.ttft.record(now - self.accepted);
+                    // A continuation's first token is the client's next one.
+                    if !self.is_part {
+                        self.meters.ttft.record(now - self.accepted);
+                    }
                 }
                 Some(last) => self.meters.itl.record((now - last) / summary.tokens),
             }
@@ -242,7 +316,7 @@ impl Drop for Account {
         if self.relayed > Duration::ZERO {
             self.meters.relay.record(self.relayed);
         }
-        if !self.is_abandoned {
+        if !self.is_part {
             self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
             self.meters.seconds.record(self.accepted.elapsed());
@@ -261,7 +335,7 @@ impl Drop for Account {
                 worker: Hex(self.worker.0),
                 name: self.spec.name.clone(),
                 end: self.end.label().to_owned(),
-                status: (!self.is_abandoned).then_some(self.status.as_u16()),
+                status: self.is_answer.then_some(self.status.as_u16()),
                 ttft_ms: ms(ttft_ms),
                 itl_ms: ms(itl_ms),
                 prompt_tokens: usage.prompt_tokens,
@@ -285,7 +359,7 @@ impl Drop for Account {
         if let Some(version) = self.version.take() {
             self.observer.tell(version, row);
         }
-        if !self.is_abandoned {
+        if !self.is_part {
             let (status, tokens) = (self.status.as_u16(), usage.completion_tokens);
             tracing::debug!(parent: &self.span, status, tokens, ttft_ms, itl_ms, "request ended");
         }

@@ -305,6 +305,9 @@ struct MockFlags {
     /// A property of the engine, such as speedup=10 or kv_blocks=4096; may be repeated
     #[arg(long = "profile", value_name = "KEY=VALUE")]
     profile: Vec<String>,
+    /// What it does wrong, such as die=20 or refuse=busy; may be repeated. While it runs: POST /mock/faults
+    #[arg(long = "fault", value_name = "KEY=VALUE")]
+    fault: Vec<String>,
 }
 
 /// Runs what the command line says.

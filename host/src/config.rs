@@ -6,6 +6,7 @@
 mod door;
 mod health;
 mod limits;
+mod migration;
 mod profile;
 mod queue;
 mod worker;
@@ -29,6 +30,7 @@ pub(crate) use self::{
     door::{Cors, DoorConfig},
     health::{Canary, HealthConfig},
     limits::Limits,
+    migration::Migration,
     queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
@@ -89,6 +91,8 @@ pub(crate) enum ConfigError {
     Health(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
+    #[error("migration.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
+    Migration { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("{0}")]
@@ -183,6 +187,7 @@ struct File {
     limits: Limits,
     queue: QueueConfig,
     slo: SloConfig,
+    migration: Migration,
     worker: Vec<WrittenWorker>,
 }
 
@@ -219,6 +224,7 @@ pub(crate) struct Config {
     pub(crate) limits: Limits,
     pub(crate) queue: QueueConfig,
     pub(crate) slo: SloConfig,
+    pub(crate) migration: Migration,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -325,6 +331,7 @@ impl Config {
         limits.check()?;
         file.queue.check(&limits)?;
         file.slo.check()?;
+        file.migration.check()?;
         file.health.check().map_err(ConfigError::Health)?;
         let (hold, most) = (file.health.hold_s, limits.request_timeout_s);
         // What was not said is no mistake: it is cut.
@@ -355,6 +362,7 @@ impl Config {
             limits,
             queue: file.queue,
             slo: file.slo,
+            migration: file.migration,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -433,6 +441,7 @@ mod tests {
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
         assert_eq!((file.queue, file.slo), (QueueConfig::default(), SloConfig::default()));
+        assert_eq!(file.migration, Migration::default());
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();

@@ -67,6 +67,21 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         "How long requests waited for room, by class; most not at all",
     ),
     ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
+    (
+        "dynamo_host_migrations_total",
+        Kind::Counter,
+        "Choices of streams whose worker was lost, by cause and by result: continued, failed, or unsound to go on with",
+    ),
+    (
+        "dynamo_host_migration_pause_seconds",
+        Kind::Histogram(ENGINE_SECONDS),
+        "From the last frame of a lost worker to the first of the one that goes on",
+    ),
+    (
+        "dynamo_host_migration_untracked_total",
+        Kind::Counter,
+        "Streams that grew past migration.max_kept_bytes, so that no other worker could go on with them",
+    ),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
     ("dynamo_host_connections_refused_total", Kind::Counter, "Connections that were one client's too many"),
     ("dynamo_host_reload_failures_total", Kind::Counter, "Changed files that could not be read again, by what they hold"),

@@ -237,12 +237,22 @@ impl Roster {
 
     /// A request could not reach a worker's engine: it is out of service until its probe says otherwise. Nothing happens to
     /// another engine that has its place by now. Waits for nobody who changes the roster.
-    pub(crate) fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
+    fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
         let snapshot = self.snapshot.load();
         let Some(seat) = snapshot.find(worker).filter(|seat| Arc::ptr_eq(&seat.member.engine, engine)) else { return };
         seat.member.standing().is_fresh = true;
         self.settle(&seat.member, Err(error.to_string()), false);
         seat.member.probe_now.notify_one();
+    }
+
+    /// A request failed on a worker's engine: it is looked at soon, and out of service at once if it could not be reached.
+    pub(crate) fn report_failed(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
+        if matches!(error, EngineError::Connect { .. }) {
+            return self.report_unreachable(worker, engine, error);
+        }
+        if let Some(seat) = self.snapshot.load().find(worker) {
+            seat.member.probe_now.notify_one();
+        }
     }
 
     /// The host is about to stop: it is not ready for anything new.

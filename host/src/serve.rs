@@ -128,6 +128,7 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
         limits: ArcSwap::from_pointee(config.limits.clone()),
+        migration: ArcSwap::from_pointee(config.migration.clone()),
         meters: RequestMeters::new(),
         observer: Observer::start(),
         receipts: receipts.clone(),

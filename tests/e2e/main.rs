@@ -23,6 +23,7 @@ mod kubernetes;
 mod kv;
 mod limits;
 mod metrics;
+mod migration;
 mod models;
 mod on_error;
 mod openai_client;

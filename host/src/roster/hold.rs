@@ -2,11 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use dynamo_host_core::RequestFacts;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Roster, Snapshot, lock};
-use crate::{config::HealthConfig, error::RequestError};
+use crate::config::HealthConfig;
 
 impl Roster {
     /// How health is judged now.
@@ -39,19 +38,6 @@ impl Roster {
         if self.snapshot.load().is_awaited(asked) {
             self.until(self.health().hold(), |snapshot| !snapshot.is_awaited(asked)).await;
         }
-    }
-
-    /// Waits until somebody can serve a request that has begun, and that nobody can serve now: no longer than
-    /// `health.hold_s`, and not past `deadline`.
-    ///
-    /// # Errors
-    /// If nobody comes.
-    #[allow(dead_code, reason = "streams do not move yet")]
-    pub(crate) async fn hold_for(&self, facts: &RequestFacts, deadline: Instant) -> Result<Arc<Snapshot>, RequestError> {
-        let patience = self.health().hold().min(deadline.saturating_duration_since(Instant::now()));
-        self.until(patience, |snapshot| snapshot.candidates(facts).is_ok()).await;
-        let snapshot = self.snapshot();
-        snapshot.candidates(facts).map(|_| snapshot)
     }
 
     /// Waits until a snapshot is as it should be, or the time is over.

@@ -68,7 +68,6 @@ impl Snapshot {
     }
 
     /// Changes when requests that a worker of this snapshot has from now on are to be given to others.
-    #[allow(dead_code, reason = "streams do not move yet")]
     pub(crate) fn given_up(&self, worker: WorkerId) -> watch::Receiver<GivenUp> {
         self.seat(worker).member.given_up.subscribe()
     }
@@ -76,6 +75,11 @@ impl Snapshot {
     /// Requests that a worker of the fleet, by its place, is to be given at once, if the operator says so.
     pub(crate) fn max_running(&self, place: usize) -> Option<u32> {
         self.seats.get(place)?.member.config.max_running
+    }
+
+    /// Longest context that engines state for what a request asks for: the least of them.
+    pub(crate) fn max_model_len(&self, request: &RequestFacts) -> Option<u32> {
+        self.listings.max_model_len(request.adapter.as_ref().unwrap_or(&request.model))
     }
 
     /// How the KV of a worker of this snapshot is known.
