@@ -76,7 +76,7 @@ enum Command {
 enum PolicyCommand {
     /// Make a component decide in a slot of a running host, from the next request on
     Activate {
-        /// Where it decides: routing
+        /// Where it decides: routing or admission
         slot: String,
         /// The component, or `native` for the built-in fallback
         file: String,
@@ -90,7 +90,7 @@ enum PolicyCommand {
     },
     /// Go back to what decided before
     Rollback {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
         #[command(flatten)]
         admin: AdminFlags,
@@ -99,7 +99,7 @@ enum PolicyCommand {
     },
     /// The kill switch: the native fallback decides, from the next decision on, whatever is active
     Bypass {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
         /// Let the policy decide again
         #[arg(long)]
@@ -111,9 +111,9 @@ enum PolicyCommand {
     },
     /// What happens to requests that the policy fails to decide
     OnError {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
-        /// fallback: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
+        /// fallback, or open: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
         mode: OnError,
         #[command(flatten)]
         admin: AdminFlags,

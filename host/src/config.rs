@@ -38,7 +38,7 @@ use crate::{
     discovery::Discovery,
     kv::KvConfig,
     models::{ModelNames, NameConfig, NamesError, TokenizerSource},
-    policies::Seed,
+    policies::{Seed, Wishes},
     receipts::ReceiptsConfig,
     telemetry::LogFormat,
     tls::TlsFiles,
@@ -70,9 +70,9 @@ pub(crate) enum ConfigError {
     )]
     Model { text: String, reason: &'static str },
     #[error("{origin}: the settings are not JSON: {reason}; write an object such as {{\"key\": 1}}, or @FILE")]
-    Settings { origin: &'static str, reason: String },
-    #[error("routing settings are given, but no policy; name one with --routing FILE.wasm")]
-    SettingsAlone,
+    Settings { origin: String, reason: String },
+    #[error("{slot} settings are given, but no policy; name one with --{slot} FILE.wasm")]
+    SettingsAlone { slot: &'static str },
     #[error(
         "admin address {address} can be reached from other machines, and no token is set; set --admin-token, or use 127.0.0.1"
     )]
@@ -132,6 +132,15 @@ pub(crate) struct ServeFlags {
     /// What happens to requests that the routing policy fails to decide: fallback, last-good or closed [default: fallback]
     #[arg(long, value_name = "MODE")]
     routing_on_error: Option<OnError>,
+    /// Admission policy to begin with: a component, or `native`, which admits all. As with --routing
+    #[arg(long, value_name = "FILE.wasm|native")]
+    admission: Option<String>,
+    /// Its settings: JSON, or @FILE
+    #[arg(long, value_name = "JSON|@FILE")]
+    admission_settings: Option<String>,
+    /// What happens to requests that the admission policy fails to decide: open, last-good or closed [default: open]
+    #[arg(long, value_name = "MODE")]
+    admission_on_error: Option<OnError>,
     /// Directory that keeps active policies over restarts; without it nothing is kept
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -174,7 +183,8 @@ struct File {
     log: Option<LogFormat>,
     log_level: Option<String>,
     discovery: Vec<String>,
-    routing: Routing,
+    routing: SlotSection,
+    admission: SlotSection,
     receipts: ReceiptsConfig,
     auth: door::Auth,
     cors: Option<Cors>,
@@ -193,10 +203,52 @@ struct File {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Routing {
+struct SlotSection {
     policy: Option<String>,
     settings: Option<toml::Table>,
     on_error: Option<OnError>,
+}
+
+/// What a slot begins with, if anything is said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct SlotConfig {
+    pub(crate) seed: Option<Seed>,
+    pub(crate) on_error: Option<OnError>,
+}
+
+impl SlotSection {
+    /// What flags say wins. `slot` is their beginning, and the section's name.
+    fn resolve(
+        self,
+        slot: &'static str,
+        policy: Option<String>,
+        settings: Option<String>,
+        on_error: Option<OnError>,
+    ) -> Result<SlotConfig, ConfigError> {
+        let settings = match (settings, self.settings) {
+            (Some(text), _) => Some(read_settings(&format!("--{slot}-settings"), &text)?),
+            (None, Some(table)) => Some(
+                serde_json::to_string(&table)
+                    .map_err(|error| ConfigError::Settings { origin: format!("{slot}.settings"), reason: error.to_string() })?,
+            ),
+            (None, None) => None,
+        };
+        let seed = match (policy.or(self.policy), settings) {
+            (Some(name), None) if name == "native" => Some(Seed::Native),
+            (Some(path), settings) if path != "native" => {
+                Some(Seed::File { path: path.into(), settings: settings.unwrap_or_else(|| "{}".to_owned()) })
+            }
+            (_, Some(_)) => return Err(ConfigError::SettingsAlone { slot }),
+            (_, None) => None,
+        };
+        Ok(SlotConfig { seed, on_error: on_error.or(self.on_error) })
+    }
+}
+
+impl SlotConfig {
+    pub(crate) fn wishes(&self) -> Wishes<'_> {
+        Wishes { seed: self.seed.as_ref(), on_error: self.on_error }
+    }
 }
 
 /// What is run.
@@ -212,9 +264,8 @@ pub(crate) struct Config {
     pub(crate) models: ModelNames,
     /// Where the tokens of prompts come from, by model.
     pub(crate) tokenizers: BTreeMap<String, TokenizerSource>,
-    pub(crate) routing: Option<Seed>,
-    /// Wanted of the slot that routes, if anything is said.
-    pub(crate) routing_on_error: Option<OnError>,
+    pub(crate) routing: SlotConfig,
+    pub(crate) admission: SlotConfig,
     pub(crate) state_dir: Option<PathBuf>,
     pub(crate) expose_worker: bool,
     pub(crate) log: LogFormat,
@@ -266,7 +317,8 @@ impl Config {
             ("log", self.log != running.log),
             ("discovery", self.discovery != running.discovery),
             ("models.*.tokenizer", self.tokenizers != running.tokenizers),
-            ("routing", self.routing != running.routing || self.routing_on_error != running.routing_on_error),
+            ("routing", self.routing != running.routing),
+            ("admission", self.admission != running.admission),
             ("kv", self.kv != running.kv),
             ("auth", self.door.keys_file != running.door.keys_file || self.door.tenant_header != running.door.tenant_header),
             ("cors", self.door.cors != running.door.cors),
@@ -310,22 +362,9 @@ impl Config {
         let models = ModelNames::new(&file.models)?;
         let named = file.models.into_iter().filter_map(|(name, config)| Some((name, config.tokenizer?)));
         let tokenizers: BTreeMap<String, TokenizerSource> = named.collect();
-        let settings = match (flags.routing_settings, file.routing.settings) {
-            (Some(text), _) => Some(read_settings("--routing-settings", &text)?),
-            (None, Some(table)) => Some(
-                serde_json::to_string(&table)
-                    .map_err(|error| ConfigError::Settings { origin: "routing.settings", reason: error.to_string() })?,
-            ),
-            (None, None) => None,
-        };
-        let routing = match (flags.routing.or(file.routing.policy), settings) {
-            (Some(name), None) if name == "native" => Some(Seed::Native),
-            (Some(path), settings) if path != "native" => {
-                Some(Seed::File { path: path.into(), settings: settings.unwrap_or_else(|| "{}".to_owned()) })
-            }
-            (_, Some(_)) => return Err(ConfigError::SettingsAlone),
-            (_, None) => None,
-        };
+        let routing = file.routing.resolve("routing", flags.routing, flags.routing_settings, flags.routing_on_error)?;
+        let admission =
+            file.admission.resolve("admission", flags.admission, flags.admission_settings, flags.admission_on_error)?;
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
@@ -352,7 +391,7 @@ impl Config {
             models,
             tokenizers,
             routing,
-            routing_on_error: flags.routing_on_error.or(file.routing.on_error),
+            admission,
             state_dir,
             expose_worker: flags.expose_worker || file.expose_worker,
             log: flags.log.or(file.log).unwrap_or_default(),
@@ -402,14 +441,16 @@ pub(crate) fn written(text: &str) -> Result<(), String> {
 }
 
 /// Settings given as JSON or as @FILE, as a JSON text.
-pub(crate) fn read_settings(origin: &'static str, text: &str) -> Result<String, ConfigError> {
+pub(crate) fn read_settings(origin: &str, text: &str) -> Result<String, ConfigError> {
     let text = match text.strip_prefix('@') {
-        Some(path) => fs::read_to_string(path)
-            .map_err(|error| ConfigError::Settings { origin, reason: format!("{path} cannot be read: {error}") })?,
+        Some(path) => fs::read_to_string(path).map_err(|error| ConfigError::Settings {
+            origin: origin.to_owned(),
+            reason: format!("{path} cannot be read: {error}"),
+        })?,
         None => text.to_owned(),
     };
-    let value: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_str(&text).map_err(|error| ConfigError::Settings { origin, reason: error.to_string() })?;
+    let value: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
+        .map_err(|error| ConfigError::Settings { origin: origin.to_owned(), reason: error.to_string() })?;
     Ok(serde_json::Value::Object(value).to_string())
 }
 
@@ -468,12 +509,12 @@ mod tests {
         let with = |more: ServeFlags| Config::resolve(ServeFlags { config: Some(path.clone()), ..more });
         let config = with(ServeFlags { http: "127.0.0.1:3".parse().ok(), ..flags(&["http://h:2"]) }).unwrap();
         assert_eq!((config.http.port(), config.admin.port(), config.workers.len()), (3, 2, 2));
-        assert_eq!(config.routing, Some(Seed::File { path: "x.wasm".into(), settings: "{\"a\":1}".to_owned() }));
-        assert_eq!(config.routing_on_error, None);
+        assert_eq!(config.routing.seed, Some(Seed::File { path: "x.wasm".into(), settings: "{\"a\":1}".to_owned() }));
+        assert_eq!(config.routing.on_error, None);
         fs::write(&path, "[routing]\non_error = 'closed'\n[[worker]]\nurl='http://h:1'\n").unwrap();
-        assert_eq!(with(flags(&[])).unwrap().routing_on_error, Some(OnError::Closed));
+        assert_eq!(with(flags(&[])).unwrap().routing.on_error, Some(OnError::Closed));
         let flagged = ServeFlags { routing_on_error: Some(OnError::LastGood), ..flags(&[]) };
-        assert_eq!(with(flagged).unwrap().routing_on_error, Some(OnError::LastGood));
+        assert_eq!(with(flagged).unwrap().routing.on_error, Some(OnError::LastGood));
         fs::write(&path, "[limits]\nmax_body = 3\n").unwrap();
         let error = with(flags(&[])).unwrap_err().to_string();
         assert!(error.contains("max_body") && error.contains("max_body_bytes") && error.contains("line 2"), "{error}");

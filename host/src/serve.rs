@@ -26,7 +26,7 @@ use crate::{
     listener::{self, Server},
     meters::{self, RequestMeters},
     observe::Observer,
-    policies::{Policies, Wishes},
+    policies::{AllWishes, Policies},
     prefixes::Prefixes,
     receipts::Receipts,
     reload::Reload,
@@ -101,8 +101,11 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         other => other?,
     };
     let policies = {
-        let (state_dir, seed, on_error) = (config.state_dir.clone(), config.routing.clone(), config.routing_on_error);
-        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), Wishes { seed: seed.as_ref(), on_error });
+        let (state_dir, routing, admission) = (config.state_dir.clone(), config.routing.clone(), config.admission.clone());
+        let open = move || {
+            let wishes = AllWishes { routing: routing.wishes(), admission: admission.wishes() };
+            Policies::open(Arc::new(runtime), state_dir.as_deref(), wishes)
+        };
         let opened = tokio::task::spawn_blocking(open).await;
         Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };

@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use serde_json::Value;
 
 use super::{
-    probes::{self, MANY, Probe, Probed},
+    probes::{MANY, Probe, Probed},
     uses::{self, Uses},
 };
 use crate::text::plain;
