@@ -1,6 +1,6 @@
 //! Carries rankings out: gives a request to worker after worker until one takes it.
 //!
-//! Invariants: a worker that failed the request is asked again only where there is no other, and after a rest; a request is
+//! Invariants: a worker that failed the request is asked again only where there is no other, and it has been away; a request is
 //! given to few workers altogether, since it may be what breaks them; what an engine answered, if only an error, is the answer,
 //! unless it was that another worker would be a better choice and there is one. A whole answer is asked for again from the
 //! start, as long as nothing of it was sent: the client has none of it, so that nothing can be lost or doubled.
@@ -12,7 +12,7 @@ use std::{
 
 use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
-use dynamo_host_core::{Held, RequestFacts, Worker};
+use dynamo_host_core::{Held, RequestFacts, Worker, WorkerId};
 use dynamo_host_index::Prompt;
 use dynamo_host_policy::Pinned;
 use futures_util::StreamExt;
@@ -23,15 +23,15 @@ use crate::{
     admit::{Heard, Permit},
     config::Migration,
     error::RequestError,
-    migrate::{Course, LOOK_EVERY, Vigil},
+    migrate::{Course, LOOK_EVERY, Lost, Vigil},
     receipts::Recorder,
     relay::{self, Begun, Head, Patience},
     request::{Lane, Placing},
     text::plain,
 };
 
-/// How long a worker that failed a request is left alone, even if there is no other.
-const REST: Duration = Duration::from_secs(1);
+/// How long it takes at most until a worker that is gone is seen to be, after it failed a request.
+const SEEN_WITHIN: Duration = Duration::from_secs(2);
 
 /// What a request asks for, and by whom it is decided.
 pub(crate) struct Asked {
@@ -82,20 +82,36 @@ impl<'a> Dispatch<'a> {
         self.failure
     }
 
-    /// Waits, now that all workers have failed it, until those may be well again. `false`: it is not worth it. One that could not
-    /// even be reached has cost nothing, and whoever waits here does so for work that was lost.
+    /// Waits, now that all workers have failed it, until one of them has gone and come back. `false`: none did. One that could
+    /// not even be reached has cost nothing: whoever waits here does so for work that was lost.
     pub(crate) async fn outlasts(&mut self, facts: &mut RequestFacts) -> bool {
-        let is_worth_it = self.migration.enabled
-            && self.attempts_left > 0
-            && self.failure.as_ref().is_some_and(|failure| !matches!(failure, EngineError::Connect { .. }));
-        let now = Instant::now();
-        let until = *self.outlasts_until.get_or_insert(now + self.lane.roster.health().hold());
-        if !is_worth_it || now >= until {
+        let is_lost_work = self.failure.as_ref().is_some_and(|failure| !matches!(failure, EngineError::Connect { .. }));
+        if !self.migration.enabled || !is_lost_work || self.attempts_left == 0 {
             return false;
         }
-        tokio::time::sleep(REST.min(until - now)).await;
-        facts.failed_workers.clear();
-        true
+        let begun = Instant::now();
+        let until = *self.outlasts_until.get_or_insert(begun + self.lane.roster.health().hold());
+        let mut changes = self.lane.roster.changes();
+        let mut away: Vec<WorkerId> = Vec::new();
+        loop {
+            let snapshot = self.lane.roster.snapshot();
+            for &worker in &facts.failed_workers {
+                let is_there = snapshot.is_eligible(worker);
+                if is_there && away.contains(&worker) {
+                    facts.failed_workers.retain(|&failed| failed != worker);
+                    return true;
+                }
+                if !is_there && !away.contains(&worker) {
+                    away.push(worker);
+                }
+            }
+            let now = Instant::now();
+            let until = if away.is_empty() { until.min(begun + SEEN_WITHIN) } else { until };
+            if now >= until {
+                return false;
+            }
+            let _ = tokio::time::timeout_at(until.into(), changes.changed()).await;
+        }
     }
 
     /// Gives the request to the first worker of the ranking that takes it. `None`: all of them failed it, and it may be
@@ -130,9 +146,10 @@ impl<'a> Dispatch<'a> {
             let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.asked.ask.clone() };
             let given_up = placing.snapshot.given_up(worker.id);
             let mut vigil = Vigil::new(&worker.load, given_up, patience.idle, self.migration.enabled);
-            let opening = open(&**engine, ask, worker, &patience, &mut vigil);
-            let opened = tokio::time::timeout_at(patience.deadline.into(), opening).await;
             facts.failed_workers.push(worker.id);
+            let may_leave = || self.has_alternative(facts);
+            let opening = open(&**engine, ask, worker, &patience, &mut vigil, &may_leave);
+            let opened = tokio::time::timeout_at(patience.deadline.into(), opening).await;
             let error = match opened {
                 Ok(Ok(Opened::Whole(reply))) if is_busy(&reply) && self.has_alternative(facts) => {
                     EngineError::Unhealthy { engine: worker.spec.name.clone(), reason: format!("it answered {}", reply.status) }
@@ -208,13 +225,15 @@ impl<'a> Dispatch<'a> {
 }
 
 /// Asks an engine and waits for the beginning of its answer; for that of a stream until its first chunk. A whole answer tells
-/// nothing of its progress: it is waited for until its worker is given up.
+/// nothing of its progress: it is waited for until its worker is given up. `may_leave`: whether somebody else could do it; if
+/// not, a worker that is slow is still the best one.
 pub(crate) async fn open(
     engine: &dyn Engine,
     ask: GenerateRequest,
     worker: &Worker,
     patience: &Patience,
     vigil: &mut Vigil,
+    may_leave: &(dyn Fn() -> bool + Sync),
 ) -> Result<Opened, EngineError> {
     let is_stream = ask.stream;
     let asked = Instant::now();
@@ -234,7 +253,9 @@ pub(crate) async fn open(
             return opened;
         }
         let lost = if is_stream { vigil.before_first(asked, Instant::now()) } else { vigil.given_up() };
-        if let Some(lost) = lost {
+        if let Some(lost) = lost
+            && (!matches!(lost, Lost::Stalled { .. }) || may_leave())
+        {
             return Err(lost.error(&worker.spec.name, patience.idle));
         }
     }

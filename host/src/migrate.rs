@@ -21,7 +21,7 @@ mod vigil;
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use dynamo_engine_api::{EngineError, GenerateRequest};
+use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest};
 use dynamo_host_core::{RequestFacts, WorkerId, request::flags};
 use dynamo_host_index::Prompt;
 use dynamo_host_policy::Pinned;
@@ -64,6 +64,14 @@ pub(crate) struct Course {
     pub(crate) returns_ids: bool,
 }
 
+impl Course {
+    /// Whether somebody else could have what a worker has.
+    pub(crate) fn has_other(&self, worker: WorkerId) -> bool {
+        let facts = RequestFacts { failed_workers: vec![worker], ..self.facts.clone() };
+        self.lane.roster.snapshot().candidates(&facts).is_ok()
+    }
+}
+
 /// How a worker was lost.
 pub(crate) struct Loss {
     pub(crate) worker: WorkerId,
@@ -94,6 +102,9 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
         metrics::counter!("dynamo_host_migrations_total", "cause" => loss.cause, "result" => "unsound").increment(1);
         Err(RequestError::MigrationUnsound { failure: loss.failure.clone(), reason })
     };
+    if !is_movable(course.facts.endpoint) {
+        return refuse("answers of this endpoint are not carried on; use /v1/chat/completions where that matters");
+    }
     record.fold();
     if record.is_over {
         return refuse("it is longer than migration.max_kept_bytes");
@@ -127,6 +138,11 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
         Ok(Rest::End(shared.splice.end(wants_usage), tally.prompt_tokens(), tally.output_tokens()))
     });
     Ok(legs.chain(end).boxed())
+}
+
+/// Whether an endpoint's streams have choices, which are what goes on elsewhere.
+pub(crate) fn is_movable(endpoint: Endpoint) -> bool {
+    matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
 }
 
 /// What comes of a leg, to its end.

@@ -26,7 +26,7 @@ use crate::{
     admit::Permit,
     config::Limits,
     error::{Audience, RequestError},
-    migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, without_ids},
+    migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, is_movable, without_ids},
     text::plain,
 };
 
@@ -135,7 +135,7 @@ pub(crate) fn stream(
     let alarm = tokio::time::sleep_until((last + LOOK_EVERY).min(patience.deadline).into());
     let endpoint = account.endpoint();
     let movable = course.map(|course| Movable {
-        record: Record::new(course.migration.max_kept_bytes),
+        record: if is_movable(endpoint) { Record::new(course.migration.max_kept_bytes) } else { Record::none() },
         strips_ids: !course.returns_ids,
         unfinished: course.facts.choices,
         course,
@@ -201,9 +201,19 @@ struct Movable {
 }
 
 impl Movable {
+    /// Whether a choice has begun that the last chunk, and all before it, do not finish.
+    fn lacks(&mut self, last: &Chunk) -> bool {
+        self.record.keep(&last.bytes);
+        self.record.has_unfinished()
+    }
+
     /// Keeps what the client gets, and takes out of it what it did not ask for.
     fn pass(&mut self, bytes: Bytes) -> Bytes {
         self.record.keep(&bytes);
+        self.strip(bytes)
+    }
+
+    fn strip(&self, bytes: Bytes) -> Bytes {
         if self.strips_ids { without_ids(bytes) } else { bytes }
     }
 }
@@ -220,7 +230,8 @@ impl Relay {
         let mut lacks_choices = false;
         if let Some(movable) = &mut self.movable {
             movable.unfinished = movable.unfinished.saturating_sub(chunk.summary.finishes);
-            if chunk.summary.done && movable.unfinished > 0 && has_choices(self.endpoint) {
+            // One that was never heard of was not understood: some engines know no `n`.
+            if chunk.summary.done && movable.unfinished > 0 && movable.lacks(&chunk) {
                 // It says that it is done with what it is not: that does not pass.
                 lacks_choices = true;
                 let before = chunk.ending().map_or(0, |ending| ending.at.start);
@@ -233,6 +244,8 @@ impl Relay {
             permit.output(chunk.summary.tokens);
         }
         let bytes = match &mut self.movable {
+            // The last one is kept already, or needs not be.
+            Some(movable) if chunk.summary.done || lacks_choices => movable.strip(chunk.bytes),
             Some(movable) => movable.pass(chunk.bytes),
             None => chunk.bytes,
         };
@@ -294,12 +307,24 @@ impl Relay {
             if now >= self.patience.deadline {
                 return Poll::Ready(Err(self.patience.exceeded()));
             }
-            if let Some(lost) = self.vigil.between_tokens(self.last, now) {
+            if let Some(lost) = self.vigil.between_tokens(self.last, now)
+                && self.is_worth_it(lost)
+            {
                 return Poll::Ready(Ok(lost));
             }
             self.alarm.as_mut().reset((now + LOOK_EVERY).min(self.patience.deadline).into());
         }
         Poll::Pending
+    }
+
+    /// Whether a lost worker is left: one that is silent only if there is another.
+    fn is_worth_it(&self, lost: Lost) -> bool {
+        match (lost, &self.movable, &self.source) {
+            (Lost::Stalled { .. }, Some(movable), Source::Worker { account, .. }) => {
+                movable.course.has_other(account.worker_id())
+            }
+            _ => true,
+        }
     }
 
     /// The next frames of the worker that began. `Ready(None)`: it is that worker's no more.
@@ -349,11 +374,6 @@ impl Relay {
             }
         }
     }
-}
-
-/// Whether an endpoint's streams have choices, each with a finish of its own.
-fn has_choices(endpoint: Endpoint) -> bool {
-    matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
 }
 
 impl Stream for Relay {

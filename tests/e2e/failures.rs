@@ -116,6 +116,7 @@ async fn a_client_that_leaves_an_engine_in_this_process_frees_its_place() {
 /// Streams over an engine that answers so; the data of the events, and whether the stream broke.
 async fn stream_over(answer: String) -> (Vec<String>, Host) {
     let engine = Scripted::answering(answer).await;
+    // An engine that is not known to go on with a chat.
     let host = Host::start(&["--worker", &engine.worker()]).await;
     let (events, end) = host.http.open(CHAT, &streamed(chat(9))).await.rest().await;
     assert_eq!(end, Ok(()), "the host ends what it streams properly");
@@ -137,18 +138,18 @@ async fn a_stream_whose_engine_dies_ends_in_an_error_event() {
     // Two tokens, then the connection closes within the chunked body.
     let (events, host) =
         stream_over(format!("{STREAM_HEAD}{}{}", http_chunk(&token_event(0)), http_chunk(&token_event(1)))).await;
-    ends_in_error(&events, 2, "engine_broken");
-    assert_eq!(host.http.metric("dynamo_host_errors_total", &[("kind", "engine_broken")]).await, 1.0);
+    ends_in_error(&events, 2, "migration_unsound");
+    assert_eq!(host.http.metric("dynamo_host_errors_total", &[("kind", "migration_unsound")]).await, 1.0);
 }
 
 #[tokio::test]
 async fn a_stream_that_ends_early_is_not_taken_for_complete() {
     let (events, host) = stream_over(stream_answer(&(token_event(0) + &token_event(1) + &token_event(2)))).await;
-    ends_in_error(&events, 3, "engine_incomplete");
-    assert_eq!(host.http.metric("dynamo_host_errors_total", &[("kind", "engine_incomplete")]).await, 1.0);
+    ends_in_error(&events, 3, "migration_unsound");
+    assert_eq!(host.http.metric("dynamo_host_errors_total", &[("kind", "migration_unsound")]).await, 1.0);
     // `[DONE]` alone does not make it complete.
     let (events, _host) = stream_over(stream_answer(&(token_event(0) + "data: [DONE]\n\n"))).await;
-    ends_in_error(&events, 1, "engine_incomplete");
+    ends_in_error(&events, 1, "migration_unsound");
 }
 
 #[tokio::test]
@@ -156,7 +157,7 @@ async fn an_engines_error_within_a_stream_reaches_the_client_in_its_words() {
     let error = json!({ "error": { "message": "the core is dead", "type": "InternalServerError", "code": 500 } });
     let (events, host) = stream_over(stream_answer(&format!("{}data: {error}\n\ndata: [DONE]\n\n", token_event(0)))).await;
     assert!(events.iter().any(|event| event.contains("the core is dead")), "{events:?}");
-    assert_eq!(host.http.metric("dynamo_host_errors_total", &[("kind", "engine_in_stream")]).await, 1.0);
+    assert_eq!(host.http.metric("dynamo_host_errors_total", &[("kind", "migration_unsound")]).await, 1.0);
 }
 
 #[tokio::test]

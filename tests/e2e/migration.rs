@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::harness::{
     components, eventually,
     host::{Host, MockProcess, chat, completion, streamed},
-    scripted::{STREAM_HEAD, Scripted, end_events, http_chunk, stream_answer, token_event, whole_answer},
+    scripted::{STREAM_HEAD, Scripted, http_chunk, stream_answer},
     sse::Streamed,
 };
 
@@ -158,4 +158,169 @@ async fn each_of_several_choices_goes_on_by_itself() {
         is_unbroken(&stream, 2, 20, prompt);
         assert_eq!(migrations(&host, "continued").await, 2.0);
     }
+}
+
+/// Strikes the next request for tokens that any of the engines has.
+async fn strike(engines: &[MockProcess], fault: &str, after: u32) {
+    for engine in engines {
+        let faults = json!({ fault: after, "next": 1 });
+        let reply = engine.http.post("/mock/faults", faults.to_string()).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn engines_that_break_off_in_any_way_lose_no_token() {
+    // Characters of several bytes, so that some can be cut.
+    let (engines, host) = over(3, &["decode_ms_base=2", "script=wide"]).await;
+    let undisturbed = host.http.stream(CHAT, &streamed(chat(12))).await.text();
+    for fault in ["error_event", "cut", "cut_character", "end"] {
+        for (path, body) in [(CHAT, chat(12)), (COMPLETIONS, completion(12))] {
+            let before = migrations(&host, "continued").await;
+            strike(&engines, fault, 4).await;
+            let stream = host.http.stream(path, &with_usage(body)).await;
+            assert_eq!(stream.text(), undisturbed, "{fault} at {path}");
+            assert_eq!(stream.finish_reasons(), ["length"], "{fault}");
+            let usage = stream.events.last().unwrap()["usage"].clone();
+            assert_eq!(usage["completion_tokens"], 12, "{fault}: {usage}");
+            assert!(migrations(&host, "continued").await > before, "{fault}");
+            for engine in &engines {
+                engine.http.post("/mock/faults", "{}").await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_whole_answer_whose_engine_is_killed_is_made_by_another() {
+    let (mut engines, host) = over(2, PACE).await;
+    let mut waiting = tokio::task::JoinSet::new();
+    let client = host.http.clone();
+    waiting.spawn(async move { client.post(CHAT, chat(40).to_string()).await });
+    let at = busy(&engines).await;
+    dies(&mut engines[at]);
+    let reply = waiting.join_next().await.unwrap().unwrap();
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    let answer = reply.json();
+    assert_eq!(tokens::count(answer["choices"][0]["message"]["content"].as_str().unwrap()), Ok(40));
+    assert_eq!(answer["usage"]["completion_tokens"], 40);
+}
+
+#[tokio::test]
+async fn a_stream_whose_engine_is_stopped_goes_on_elsewhere() {
+    let (mut engines, host) = over(2, PACE).await;
+    // What is usual for them is known then.
+    for _ in 0..4 {
+        host.http.stream(CHAT, &streamed(chat(5))).await;
+    }
+    let body = with_usage(chat(20));
+    let prompt = prompt_tokens(&host, CHAT, &body).await;
+    let stops = |engine: &mut MockProcess| signal(engine, Signal::STOP);
+    let stream = streamed_over_a_loss(&mut engines, &host, CHAT, &body, stops).await;
+    is_unbroken(&stream, 1, 20, prompt);
+    engines.iter_mut().for_each(|engine| signal(engine, Signal::CONT));
+}
+
+fn signal(engine: &MockProcess, signal: Signal) {
+    let id = Pid::from_raw(i32::try_from(engine.process.id()).unwrap()).unwrap();
+    kill_process(id, signal).unwrap();
+}
+
+#[tokio::test]
+async fn with_nobody_left_a_stream_ends_in_an_error_within_the_hold() {
+    let (mut engines, host) = over(2, PACE).await;
+    let mut stream = host.http.open(CHAT, &streamed(chat(400))).await;
+    stream.event().await;
+    engines.iter_mut().for_each(dies);
+    let (events, end) = stream.rest().await;
+    assert_eq!(end, Ok(()));
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], "no_worker", "{last}");
+    assert!(!events.contains(&"[DONE]".to_owned()));
+    assert_eq!(migrations(&host, "failed").await, 1.0);
+}
+
+#[tokio::test]
+async fn what_cannot_go_on_soundly_ends_in_an_error_that_says_why() {
+    let (engines, host) = over(2, &["decode_ms_base=2"]).await;
+    let mut guided = chat(20);
+    guided["response_format"] = json!({ "type": "json_object" });
+    let mut logprobs = completion(20);
+    logprobs["logprobs"] = 1.into();
+    for (path, body, says) in [(CHAT, guided, "grammar"), (COMPLETIONS, logprobs, "log probabilities")] {
+        strike(&engines, "cut", 4).await;
+        let (events, end) = host.http.open(path, &streamed(body)).await.rest().await;
+        assert_eq!(end, Ok(()));
+        let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+        assert_eq!(last["error"]["code"], "migration_unsound", "{last}");
+        assert!(last["error"]["message"].as_str().unwrap().contains(says), "{last}");
+        assert!(!events.contains(&"[DONE]".to_owned()));
+    }
+    strike(&engines, "cut", 4).await;
+    let message = json!({ "model": "m", "max_tokens": 20, "messages": [{ "role": "user", "content": "hi" }], "stream": true });
+    let reply = host.http.post("/v1/messages", message.to_string()).await.text();
+    assert!(reply.contains("event: error") && reply.contains("not carried on") && !reply.contains("message_stop"), "{reply}");
+    assert_eq!(migrations(&host, "unsound").await, 3.0);
+}
+
+#[tokio::test]
+async fn stop_strings_hold_across_the_seam() {
+    let (engines, host) = over(2, &["decode_ms_base=2"]).await;
+    for (path, mut body) in [(CHAT, chat(30)), (COMPLETIONS, completion(30))] {
+        body["stop"] = json!(["t6 t7", "never"]);
+        for after in 1..8 {
+            strike(&engines, "cut", after).await;
+            let stream = host.http.stream(path, &streamed(body.clone())).await;
+            assert_eq!(stream.text(), "t0 t1 t2 t3 t4 t5 ", "{path}, cut after {after}");
+            assert_eq!(stream.finish_reasons(), ["stop"], "{path}, cut after {after}");
+            for engine in &engines {
+                engine.http.post("/mock/faults", "{}").await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn whoever_asks_for_token_ids_gets_all_of_them() {
+    let (engines, host) = over(2, &["decode_ms_base=2"]).await;
+    let mut body = chat(12);
+    body["return_token_ids"] = true.into();
+    strike(&engines, "cut", 5).await;
+    let stream = host.http.stream(CHAT, &streamed(body)).await;
+    let ids = stream.choices().flat_map(|choice| choice["token_ids"].as_array().cloned().unwrap_or_default());
+    let ids: Vec<u64> = ids.map(|id| id.as_u64().unwrap() - u64::from(tokens::VOCABULARY)).collect();
+    assert_eq!(ids, (0..12).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn turned_off_a_lost_stream_says_what_was_lost() {
+    let (engines, _host) = over(1, &["decode_ms_base=2"]).await;
+    let worker = format!("{},model=m", engines[0].url());
+    let host = Host::configured("[migration]\nenabled = false\n", &["--worker", &worker]).await;
+    strike(&engines, "cut", 4).await;
+    let (events, _) = host.http.open(CHAT, &streamed(chat(20))).await.rest().await;
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], "engine_broken", "{last}");
+}
+
+#[tokio::test]
+async fn an_engine_of_another_kind_goes_on_by_the_text() {
+    let begins = format!("{STREAM_HEAD}{}", http_chunk(&text_event("t0", None)));
+    let goes_on = stream_answer(&(text_event(" t1", None) + &text_event(" t2", Some("length")) + "data: [DONE]\n\n"));
+    let (first, second) = (Scripted::answering(begins).await, Scripted::answering(goes_on).await);
+    let host = Host::start(&["--worker", &first.worker(), "--worker", &second.worker()]).await;
+    // Until the first one is asked first.
+    let asked = eventually("a stream goes on", async || {
+        let stream = host.http.stream(COMPLETIONS, &streamed(completion(3))).await;
+        let bodies: Vec<Value> = second.received().iter().map(|request| request.json()).collect();
+        let continued = bodies.into_iter().find(|body| body["prompt"] != "count")?;
+        assert_eq!(stream.text(), "t0 t1 t2");
+        Some(continued)
+    })
+    .await;
+    assert_eq!((&asked["prompt"], &asked["max_tokens"]), (&json!("countt0"), &json!(2)));
+}
+
+fn text_event(text: &str, finish: Option<&str>) -> String {
+    format!("data: {}\n\n", json!({ "id": "x", "choices": [{ "index": 0, "text": text, "finish_reason": finish }] }))
 }

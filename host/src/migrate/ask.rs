@@ -128,9 +128,6 @@ impl Original {
         engine: Continues,
         max_model_len: Option<u32>,
     ) -> Result<Next, Unsound> {
-        if !matches!(self.endpoint, Endpoint::ChatCompletions | Endpoint::Completions) {
-            return Err(Unsound("answers of this endpoint are not carried on; use /v1/chat/completions where that matters"));
-        }
         let is_blank = choice.text.trim().is_empty();
         match choice.stage {
             Stage::Nothing => return Ok(Next::Ask(self.anew(index, choice))),

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{ChunkStream, Continues, Endpoint, EngineError, GenerateRequest};
+use dynamo_engine_api::{ChatContinuation, Chunk, ChunkStream, Continues, Endpoint, EngineError, GenerateRequest};
 use dynamo_host_core::{Held, RequestFacts, WorkerId};
 use futures_util::StreamExt;
 use tokio::time::{Instant as At, timeout, timeout_at};
@@ -21,7 +21,7 @@ use super::{
     record::Choice,
     seam::Seam,
     splice::Splice,
-    vigil::{LOOK_EVERY, Vigil},
+    vigil::{LOOK_EVERY, Lost, Vigil},
 };
 use crate::{
     account::Account,
@@ -38,6 +38,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a worker that has finished a choice may take to say what it counted.
 const TAIL: Duration = Duration::from_secs(1);
+
+/// An engine that can do everything.
+const EVERYTHING: Continues = Continues { gives_ids: true, takes_ids: true, chat: Some(ChatContinuation::Prefill) };
 
 /// What all legs of a stream share.
 pub(super) struct Shared {
@@ -69,7 +72,7 @@ pub(super) struct Leg {
 /// A worker's part of it.
 struct Running {
     /// The first chunk, which told that the worker takes it.
-    first: Option<dynamo_engine_api::Chunk>,
+    first: Option<Chunk>,
     chunks: ChunkStream,
     account: Account,
     vigil: Vigil,
@@ -158,7 +161,9 @@ impl Leg {
                             running.account.fail();
                             return Err(course.patience.exceeded());
                         }
-                        if let Some(lost) = running.vigil.between_tokens(running.last, now) {
+                        if let Some(lost) = running.vigil.between_tokens(running.last, now)
+                            && (!matches!(lost, Lost::Stalled { .. }) || course.has_other(running.account.worker_id()))
+                        {
                             break Err((lost.label(), lost.error(running.account.worker(), course.patience.idle)));
                         }
                     }
@@ -178,7 +183,7 @@ impl Leg {
         }
     }
 
-    fn pass(&mut self, chunk: &dynamo_engine_api::Chunk) -> Option<Piece> {
+    fn pass(&mut self, chunk: &Chunk) -> Option<Piece> {
         let running = self.running.as_mut()?;
         let now = Instant::now();
         running.account.chunk(chunk, now);
@@ -204,7 +209,7 @@ impl Leg {
     }
 
     /// Learns from what the engine counted how long the client's own prompt is.
-    fn hear_usage(&self, chunk: &dynamo_engine_api::Chunk) {
+    fn hear_usage(&self, chunk: &Chunk) {
         if let (Some(usage), Some(running)) = (chunk.summary.usage, &self.running)
             && usage.prompt_tokens > running.before
         {
@@ -259,9 +264,8 @@ impl Leg {
         let shared = Arc::clone(&self.shared);
         let (course, splice) = (&shared.course, &shared.splice);
         splice.tally.output(self.index, self.choice.tokens);
-        // Whether any engine could go on.
-        let any = Continues { gives_ids: true, takes_ids: true, chat: Some(dynamo_engine_api::ChatContinuation::Prefill) };
-        if let Next::Full = self.next_ask(any, None)? {
+        let kind = self.some_engine();
+        if let Next::Full = self.next_ask(kind, course.lane.roster.snapshot().max_model_len(&self.facts))? {
             return Ok(Some(splice.full(self.index, &mut self.choice).into()));
         }
         self.prepare_facts();
@@ -339,7 +343,9 @@ impl Leg {
             ..course.ask.clone()
         };
         let mut vigil = Vigil::new(&worker.load, placing.snapshot.given_up(worker.id), course.patience.idle, true);
-        let opening = open(&**placing.snapshot.engine(worker.id), request, worker, &course.patience, &mut vigil);
+        let id = worker.id;
+        let may_leave = || course.has_other(id);
+        let opening = open(&**placing.snapshot.engine(id), request, worker, &course.patience, &mut vigil, &may_leave);
         let error = match timeout_at(course.patience.deadline.into(), opening).await {
             Ok(Ok(Opened::Stream(first, chunks))) => {
                 if is_by_ids || matches!(form, "chat" | "text") {
@@ -391,6 +397,25 @@ impl Leg {
         self.failed.push((worker.id, Instant::now()));
         self.failure = error;
         Ok(false)
+    }
+
+    /// What an engine can do that could go on with it: without any, nothing is worth waiting for.
+    fn some_engine(&self) -> Continues {
+        let snapshot = self.shared.course.lane.roster.snapshot();
+        let facts = RequestFacts { failed_workers: Vec::new(), ..self.facts.clone() };
+        let mut kinds: Vec<Continues> = Vec::new();
+        if let Ok(candidates) = snapshot.candidates(&facts) {
+            for row in 0..candidates.count() {
+                let kind = snapshot.engine(candidates.worker(row).id).continues();
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
+                }
+            }
+        }
+        // Nobody is there: whoever comes may do anything.
+        let Some(&first) = kinds.first() else { return EVERYTHING };
+        let max_model_len = snapshot.max_model_len(&facts);
+        kinds.into_iter().find(|&kind| self.next_ask(kind, max_model_len).is_ok()).unwrap_or(first)
     }
 
     fn next_ask(&self, engine: Continues, max_model_len: Option<u32>) -> Result<Next, RequestError> {

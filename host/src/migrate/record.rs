@@ -106,6 +106,11 @@ impl Record {
         Self { most, ..Self::default() }
     }
 
+    /// One that keeps nothing.
+    pub(crate) fn none() -> Self {
+        Self { is_over: true, ..Self::default() }
+    }
+
     /// Keeps whole frames that the client gets.
     pub(crate) fn keep(&mut self, frames: &[u8]) {
         if self.is_over {
@@ -119,6 +124,12 @@ impl Record {
             *self = Self { is_over: true, ..Self::default() };
             metrics::counter!("dynamo_host_migration_untracked_total").increment(1);
         }
+    }
+
+    /// Whether a choice has begun that has not told its finish.
+    pub(crate) fn has_unfinished(&mut self) -> bool {
+        self.fold();
+        self.said.choices.values().any(|choice| !choice.is_finished)
     }
 
     /// Reads what was kept.

@@ -32,6 +32,8 @@ const ALIVE_MULTIPLE: u32 = 10;
 const TTFT_MULTIPLE: f32 = 4.0;
 const FIRST_MULTIPLE: f32 = 20.0;
 const FIRST_FLOOR: Duration = Duration::from_secs(5);
+/// Without any observation of the worker: engines take long for their first request.
+const FIRST_UNKNOWN: Duration = Duration::from_secs(30);
 /// Prompt tokens a second that the slowest of engines computes.
 const SLOWEST_PREFILL: f32 = 200.0;
 
@@ -73,7 +75,7 @@ impl Vigil {
     /// those before it.
     pub(crate) fn before_first(&mut self, asked: Instant, now: Instant) -> Option<Lost> {
         let uncached = self.slot.get(Load::ActiveUncachedTokens) as f32 / SLOWEST_PREFILL;
-        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or_default();
+        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or(FIRST_UNKNOWN);
         let bound = FIRST_FLOOR.max(Duration::from_secs_f32(uncached)).max(usual);
         match self.look(asked, now, bound) {
             // It may wait in the queue of an engine that moves, for as long as any stream may be silent.

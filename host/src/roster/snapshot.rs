@@ -77,6 +77,12 @@ impl Snapshot {
         self.seats.get(place)?.member.config.max_running
     }
 
+    /// Whether a worker that may be of another snapshot takes requests.
+    pub(crate) fn is_eligible(&self, worker: WorkerId) -> bool {
+        let place = self.fleet.workers().binary_search_by_key(&worker, |worker| worker.id);
+        place.is_ok_and(|place| self.fleet.workers()[place].state.is_eligible())
+    }
+
     /// Longest context that engines state for what a request asks for: the least of them.
     pub(crate) fn max_model_len(&self, request: &RequestFacts) -> Option<u32> {
         self.listings.max_model_len(request.adapter.as_ref().unwrap_or(&request.model))
