@@ -277,6 +277,8 @@ impl Queue {
             }
         }
         state.act(now_ms);
+        let State { rooms, .. } = &mut *state;
+        rooms.retain(|_, room| *room != Room::default());
         self.generation.store(snapshot.fleet().generation(), Relaxed);
     }
 
