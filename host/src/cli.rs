@@ -131,6 +131,9 @@ enum PolicyCommand {
     New {
         /// Its name, such as my-policy
         name: String,
+        /// What it decides
+        #[arg(long, value_name = "WORLD", default_value = "router")]
+        world: policy::World,
         /// The folder to make [default: the name, in this folder]
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
@@ -345,7 +348,7 @@ pub fn main() -> ExitCode {
                 exit(1, run(false, admin::on_error(&slot, mode, &admin, output.output)))
             }
             PolicyCommand::List { admin, output } => exit(1, run(false, admin::list(&admin, output.output))),
-            PolicyCommand::New { name, dir, sdk } => exit(1, policy::create(&name, dir.as_deref(), sdk.as_deref())),
+            PolicyCommand::New { name, world, dir, sdk } => exit(1, policy::create(&name, world, dir.as_deref(), sdk.as_deref())),
             PolicyCommand::Build { directory, out, output, more } => {
                 exit(1, policy::build(&directory, out.as_deref(), &more, output.output))
             }

@@ -8,8 +8,19 @@ use wit_component::ComponentEncoder;
 use crate::{paths, wasm::Toolchain};
 
 /// Crates under `policies/`.
-pub(crate) const POLICIES: &[&str] =
-    &["adaptive", "composed", "kv-aware", "least-loaded", "power-of-two", "round-robin", "session-affinity", "two-tier"];
+pub(crate) const POLICIES: &[&str] = &[
+    "adaptive",
+    "composed",
+    "fair-share",
+    "kv-aware",
+    "least-loaded",
+    "power-of-two",
+    "round-robin",
+    "session-affinity",
+    "slo-shed",
+    "token-bucket",
+    "two-tier",
+];
 /// Crates under `tests/guests/`.
 pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness", "witness-admission"];
 

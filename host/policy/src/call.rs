@@ -207,6 +207,11 @@ impl Guest {
         }
     }
 
+    /// Name of the slot that it decides in, for metrics.
+    pub(crate) fn slot(&self) -> String {
+        self.state.slot().to_string()
+    }
+
     /// A message as it may be logged, cut to its bound and on one line.
     pub(crate) fn printable(&self, message: &str) -> String {
         let cut = &message[..message.floor_char_boundary(self.limits.log_line_bytes)];
@@ -216,7 +221,7 @@ impl Guest {
     /// An error for the client as a policy wants it; when to try again is cut to its bound, and counted.
     pub(crate) fn rejection(&self, status: u16, retry_after_ms: Option<u32>, reason: &str) -> Rejection {
         if retry_after_ms.is_some_and(|ms| ms > admission::MAX_RETRY_AFTER_MS) && !self.is_muted {
-            let labels = [("slot", self.state.slot().to_string()), ("policy", self.label.to_string())];
+            let labels = [("slot", self.slot()), ("policy", self.label.to_string())];
             metrics::counter!("dynamo_host_policy_retry_after_cut_total", &labels).increment(1);
         }
         let retry_after_ms = retry_after_ms.map(|ms| ms.min(admission::MAX_RETRY_AFTER_MS));

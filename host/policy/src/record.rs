@@ -101,7 +101,8 @@ impl FaultRecord {
 
     /// Takes note of a fault while it learnt; `true` if it is the first of its cause.
     pub(crate) fn note_observe(&self, fault: &PolicyFault) -> bool {
-        let labels = [("policy", self.policy.to_string()), ("cause", fault.cause.as_str().to_owned())];
+        let labels =
+            [("slot", self.slot.to_string()), ("policy", self.policy.to_string()), ("cause", fault.cause.as_str().to_owned())];
         metrics::counter!("dynamo_host_policy_observe_failures_total", &labels).increment(1);
         let mut seen = self.lock();
         seen.last = Some(fault.clone());

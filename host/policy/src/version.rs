@@ -76,11 +76,11 @@ impl Undecided {
 
 impl PolicyVersion {
     pub(crate) fn new(blueprint: Blueprint) -> Arc<Self> {
-        let policy = || blueprint.label.to_string();
+        let labels = [("slot", blueprint.slot().to_string()), ("policy", blueprint.label.to_string())];
         let meters = Meters {
-            calls: metrics::counter!("dynamo_host_policy_calls_total", "policy" => policy()),
-            seconds: metrics::histogram!("dynamo_host_policy_call_seconds", "policy" => policy()),
-            fuel: metrics::histogram!("dynamo_host_policy_call_fuel", "policy" => policy()),
+            calls: metrics::counter!("dynamo_host_policy_calls_total", &labels),
+            seconds: metrics::histogram!("dynamo_host_policy_call_seconds", &labels),
+            fuel: metrics::histogram!("dynamo_host_policy_call_fuel", &labels),
         };
         Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),

@@ -17,19 +17,22 @@ use dynamo_host_policy::{
 use serde_json::{Value, json};
 
 use self::check::{Level, Memory, Report};
-pub(super) use self::replay::{ReplayFlags, replay};
+pub(super) use self::{
+    new::World,
+    replay::{ReplayFlags, replay},
+};
 use super::Output;
 use crate::{config::read_settings, text::plain};
 
 /// Writes the crate of a new policy.
-pub(super) fn create(name: &str, directory: Option<&Path>, sdk: Option<&Path>) -> Result<(), String> {
+pub(super) fn create(name: &str, world: World, directory: Option<&Path>, sdk: Option<&Path>) -> Result<(), String> {
     let directory = directory.unwrap_or(Path::new(name));
-    new::write(name, directory, sdk)?;
+    new::write(name, world, directory, sdk)?;
     println!("{}: a policy that can be changed. Next:\n", directory.display());
     println!("  cd {}", directory.display());
     println!("  cargo test                                    # natively");
     println!("  dynamo-host policy build                      # {name}.wasm, checked");
-    println!("  dynamo-host policy activate routing {name}.wasm");
+    println!("  dynamo-host policy activate {} {name}.wasm", world.slot());
     Ok(())
 }
 

@@ -43,6 +43,7 @@ extern crate self as dynamo_policy_sdk;
 mod admission;
 mod candidate;
 mod candidates;
+pub mod classes;
 mod codes;
 pub mod compose;
 mod decision;

@@ -20,22 +20,33 @@ pub enum Verdict {
 /// it, or else as it is stated here.
 #[must_use]
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Admit {
-    class: Option<String>,
-    tier: Option<u32>,
-    class_weight: Option<f32>,
-    tenant_weight: Option<f32>,
-    priority: Option<f32>,
-    deadline: Option<Duration>,
+    /// See [`class`](Self::class()).
+    pub class: Option<String>,
+    /// See [`tier`](Self::tier()).
+    pub tier: Option<u32>,
+    /// See [`class_weight`](Self::class_weight()).
+    pub class_weight: Option<f32>,
+    /// See [`tenant_weight`](Self::tenant_weight()).
+    pub tenant_weight: Option<f32>,
+    /// See [`priority`](Self::priority()).
+    pub priority: Option<f32>,
+    /// See [`deadline`](Self::deadline()).
+    pub deadline: Option<Duration>,
 }
 
 /// An error for the client.
 #[must_use]
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Shed {
-    status: u16,
-    reason: String,
-    retry_after: Option<Duration>,
+    /// 400 to 599.
+    pub status: u16,
+    /// For the client.
+    pub reason: String,
+    /// When the client should try again.
+    pub retry_after: Option<Duration>,
 }
 
 impl Verdict {

@@ -73,7 +73,7 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
     define_void(interface, "counter-add", |guest: &mut Guest, (name, by): (String, u64)| {
         let Some(metric) = exported(guest, &name) else { return dropped(guest, "counter", name.len()) };
         if !guest.is_muted {
-            metrics::counter!("dynamo_host_policy_counter_total", "policy" => guest.label.to_string(), "name" => metric)
+            metrics::counter!("dynamo_host_policy_counter_total", "slot" => guest.slot(), "policy" => guest.label.to_string(), "name" => metric)
                 .increment(by);
         }
         Ok(name.len())
@@ -83,7 +83,7 @@ pub(super) fn link_telemetry(interface: &mut Interface<'_>) -> wasmtime::Result<
         let metric = if value.is_finite() { exported(guest, &name) } else { None };
         let Some(metric) = metric else { return dropped(guest, "gauge", name.len()) };
         if !guest.is_muted {
-            metrics::gauge!("dynamo_host_policy_gauge", "policy" => guest.label.to_string(), "name" => metric).set(value);
+            metrics::gauge!("dynamo_host_policy_gauge", "slot" => guest.slot(), "policy" => guest.label.to_string(), "name" => metric).set(value);
         }
         Ok(name.len())
     })
@@ -97,7 +97,7 @@ fn exported(guest: &mut Guest, name: &str) -> Option<String> {
 /// Counts what was over a quota.
 fn dropped(guest: &Guest, what: &'static str, bytes: Bytes) -> wasmtime::Result<Bytes> {
     if !guest.is_muted {
-        metrics::counter!("dynamo_host_policy_telemetry_dropped_total", "policy" => guest.label.to_string(), "what" => what)
+        metrics::counter!("dynamo_host_policy_telemetry_dropped_total", "slot" => guest.slot(), "policy" => guest.label.to_string(), "what" => what)
             .increment(1);
     }
     Ok(bytes)

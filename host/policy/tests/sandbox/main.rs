@@ -3,6 +3,7 @@
 //! The components are what `cargo xtask policies` builds.
 
 mod admission;
+mod admission_policies;
 mod decisions;
 mod hostile;
 mod loading;

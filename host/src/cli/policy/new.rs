@@ -92,6 +92,7 @@ const SDK: &[(&str, &str)] = sources![
     "src/bindings.rs",
     "src/candidate.rs",
     "src/candidates.rs",
+    "src/classes.rs",
     "src/codes.rs",
     "src/compose.rs",
     "src/compose/picker.rs",
@@ -125,7 +126,34 @@ const CONTRACT: &[(&str, &str)] = sources![
 const CONTRACT_PATH: (&str, &str) = ("../../wit/current", "wit");
 
 /// The crate.
-const TEMPLATE: &[(&str, &str)] = sources!["sdk/template/": "Cargo.toml.in", "src/lib.rs.in", "README.md.in", "gitignore.in"];
+const TEMPLATE: &[(&str, &str)] = sources!["sdk/template/": "Cargo.toml.in", "README.md.in", "gitignore.in"];
+
+/// The world that a policy is for.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub(in crate::cli) enum World {
+    /// Chooses the workers for a request
+    #[default]
+    Router,
+    /// Lets requests in, orders them, or sheds them
+    Admission,
+}
+
+impl World {
+    /// Name of the slot, the policy's text, and settings that it takes.
+    fn parts(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Router => ("routing", include_str!("../../../../sdk/template/src/lib.rs.in"), r#"{"max_error_rate": 0.2}"#),
+            Self::Admission => {
+                ("admission", include_str!("../../../../sdk/template/src/admission.rs.in"), r#"{"max_queued": 20}"#)
+            }
+        }
+    }
+
+    /// Name of the slot.
+    pub(super) fn slot(self) -> &'static str {
+        self.parts().0
+    }
+}
 
 const SDK_MANIFEST: &str = include_str!("../../../../sdk/rust/Cargo.toml");
 const WORKSPACE_MANIFEST: &str = include_str!("../../../../Cargo.toml");
@@ -135,7 +163,7 @@ const WORKSPACE_MANIFEST: &str = include_str!("../../../../Cargo.toml");
 ///
 /// # Errors
 /// Which of them cannot be, and what to do.
-pub(super) fn write(name: &str, directory: &Path, sdk: Option<&Path>) -> Result<(), String> {
+pub(super) fn write(name: &str, world: World, directory: &Path, sdk: Option<&Path>) -> Result<(), String> {
     validate(name)?;
     let sdk_path = match sdk {
         Some(path) => existing_sdk(path)?,
@@ -144,7 +172,12 @@ pub(super) fn write(name: &str, directory: &Path, sdk: Option<&Path>) -> Result<
     if directory.exists() {
         return Err(format!("{} exists already; name another folder with --dir", directory.display()));
     }
-    let fill = |text: &str| text.replace("{{name}}", name).replace("{{type}}", &type_name(name)).replace("{{sdk}}", &sdk_path);
+    let (slot, source, settings) = world.parts();
+    let fill = |text: &str| {
+        let text = text.replace("{{name}}", name).replace("{{type}}", &type_name(name)).replace("{{sdk}}", &sdk_path);
+        text.replace("{{slot}}", slot).replace("{{settings}}", settings)
+    };
+    put(&directory.join("src/lib.rs"), &fill(source))?;
     for (path, text) in TEMPLATE {
         let path = path.trim_end_matches(".in").replace("gitignore", ".gitignore");
         put(&directory.join(path), &fill(text))?;

@@ -121,3 +121,8 @@ fn services() -> Vec<f64> {
 }
 
 dynamo_policy_sdk::register!(Witness as Admission);
+
+/// What the guide shows compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../../docs/admission.md")]
+struct Documents;

@@ -1,0 +1,176 @@
+//! SLO shed: lets in only what can still meet its target for the time to first token.
+//!
+//! What a request has to expect is the wait that the host predicts, and the time to first token that others had lately once
+//! they were sent. By that over its target, its *pressure*, a class is shed: from `shed_at` on, until it is below
+//! `resume_at`, so that it does not flap. Classes lower in the list are shed at a lower pressure, by `headroom` each, and
+//! always where a more important one is: the lowest goes first and comes back last. Which classes are shed is kept in the host's
+//! `state`, so that all instances, and the next version, go on from there.
+//!
+//! A request without a target, or of a pool of which nothing is known yet, is let in.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use dynamo_policy_sdk::{
+    Admission, Pools, Request, Verdict,
+    classes::{Class, Classes, MAX_CLASSES},
+    schemars::{self, JsonSchema},
+    serde::{self, Deserialize},
+    state, telemetry,
+};
+
+/// The longest target: an hour.
+const MAX_TARGET_MS: f32 = 3_600_000.0;
+/// The least pressure at which a class is shed, however low it is.
+const LEAST_PRESSURE: f32 = 0.1;
+/// How long it is remembered that a class is shed when nobody asks.
+const REMEMBERED: Duration = Duration::from_secs(30);
+/// When a client is told to come back.
+const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// What an operator can set.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(crate = "serde", default, deny_unknown_fields)]
+#[schemars(crate = "schemars")]
+pub struct Settings {
+    /// Target for the time to first token, in milliseconds, of requests that have none; without it they are let in.
+    pub ttft_ms: Option<f32>,
+    /// Targets by class, in milliseconds, instead of the requests' own.
+    pub class_ttft_ms: BTreeMap<String, f32>,
+    /// Percentile of recent times to first token that a request has to expect once it is sent, 0 to 100.
+    pub percentile: f32,
+    /// Share of the target that is expected to pass from which on the most important class is shed.
+    pub shed_at: f32,
+    /// Share of `shed_at` below which a class that is shed is let in again.
+    pub resume_at: f32,
+    /// By how much earlier each further class of the list is shed.
+    pub headroom: f32,
+    /// Classes, the most important first.
+    pub classes: Vec<Class>,
+    /// Attribute by which requests name their class, such as an allowed header.
+    pub class_attribute: Option<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            ttft_ms: None,
+            class_ttft_ms: BTreeMap::new(),
+            percentile: 50.0,
+            shed_at: 1.0,
+            resume_at: 0.7,
+            headroom: 0.1,
+            classes: Vec::new(),
+            class_attribute: None,
+        }
+    }
+}
+
+/// The policy.
+pub struct SloShed {
+    settings: Settings,
+    classes: Classes,
+}
+
+impl Admission for SloShed {
+    type Settings = Settings;
+
+    fn new(settings: Settings) -> Result<Self, String> {
+        let check = |key: &str, value: f32, least: f32, most: f32| {
+            if (least..=most).contains(&value) { Ok(()) } else { Err(format!("{key} is {value}; use {least} to {most}")) }
+        };
+        check("percentile", settings.percentile, 0.0, 100.0)?;
+        check("shed_at", settings.shed_at, LEAST_PRESSURE, 100.0)?;
+        check("resume_at", settings.resume_at, 0.0, 1.0)?;
+        check("headroom", settings.headroom, 0.0, 1.0)?;
+        if let Some(target) = settings.ttft_ms {
+            check("ttft_ms", target, 1.0, MAX_TARGET_MS)?;
+        }
+        for (class, &target) in &settings.class_ttft_ms {
+            check(&format!("class_ttft_ms.{class}"), target, 1.0, MAX_TARGET_MS)?;
+            if settings.classes.iter().all(|known| known.name != *class) {
+                return Err(format!("class_ttft_ms.{class} is of no class; name it in classes"));
+            }
+        }
+        let classes = Classes::new(settings.classes.clone(), settings.class_attribute.clone())?;
+        Ok(Self { settings, classes })
+    }
+
+    fn admit(&self, request: &Request, pools: &Pools) -> Verdict {
+        let class = self.classes.of(request);
+        let admitted = || match class {
+            Some(class) => self.classes.list()[class].admit(Verdict::admit()).into(),
+            None => Verdict::admit().into(),
+        };
+        let Some(expected_ms) = self.expected_ms(pools) else { return admitted() };
+        // Of no class is after all classes.
+        let rank = class.unwrap_or(self.classes.list().len());
+        let shed = self.shed(pools.pool_key()[0], request, rank, expected_ms);
+        if shed & up_to(rank) == 0 {
+            return admitted();
+        }
+        let target_ms = self.target_ms(request, rank, rank).unwrap_or(expected_ms);
+        let until_ms = (expected_ms - target_ms * self.threshold(rank) * self.settings.resume_at).max(0.0);
+        let retry_after = Duration::from_secs_f32(until_ms / 1000.0).clamp(RETRY_AFTER.0, RETRY_AFTER.1);
+        telemetry::counter_add(class.map_or("shed", |class| &self.classes.list()[class].name), 1);
+        Verdict::shed(503, "the first token cannot be expected within its target now").retry_after(retry_after).into()
+    }
+}
+
+/// Bits of a class and of all that are more important.
+fn up_to(rank: usize) -> u64 {
+    (2 << rank) - 1
+}
+
+impl SloShed {
+    /// Time to first token that a request has to expect; `None` if it is not known, or nobody could be waited for.
+    fn expected_ms(&self, pools: &Pools) -> Option<f32> {
+        let wait_ms = Some(pools.predicted_wait_ms()[0]).filter(|ms| ms.is_finite())?;
+        if pools.ready_workers()[0] == 0 {
+            return None;
+        }
+        let served_ms = pools.recent_ttft_ms(self.settings.percentile)[0];
+        Some(wait_ms + if served_ms.is_finite() { served_ms } else { 0.0 })
+    }
+
+    /// The target of a class; `own` is that of the request, whose own target counts where its class has none.
+    fn target_ms(&self, request: &Request, rank: usize, own: usize) -> Option<f32> {
+        let of_class = self.classes.list().get(rank).and_then(|class| self.settings.class_ttft_ms.get(&class.name));
+        let of_request = || Some(request.slo_ttft_ms()).filter(|ms| rank == own && *ms > 0.0);
+        of_class.copied().or_else(of_request).or(self.settings.ttft_ms)
+    }
+
+    /// The pressure from which on a class is shed.
+    fn threshold(&self, rank: usize) -> f32 {
+        (self.settings.shed_at * (1.0 - self.settings.headroom * rank as f32)).max(LEAST_PRESSURE)
+    }
+
+    /// Which classes are shed now, a bit for each, the most important lowest.
+    fn shed(&self, pool: u64, request: &Request, own: usize, expected_ms: f32) -> u64 {
+        let key = format!("shed.{pool:016x}");
+        let before = state::get(&key).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))).unwrap_or(0);
+        let mut now = before;
+        for rank in 0..=self.classes.list().len() {
+            // Of those without a target, each request may have one of its own: it is looked at when it comes.
+            let Some(target_ms) = self.target_ms(request, rank, own) else { continue };
+            let (pressure, threshold) = (expected_ms / target_ms, self.threshold(rank));
+            let bit = 1 << rank;
+            if pressure > threshold {
+                now |= bit;
+            } else if pressure < threshold * self.settings.resume_at {
+                now &= !bit;
+            }
+        }
+        if now != before || now != 0 {
+            // Where it cannot be kept it is found anew each time, and may flap.
+            let _ = state::set(&key, &now.to_le_bytes(), REMEMBERED);
+        }
+        now
+    }
+}
+
+const _: () = assert!(MAX_CLASSES < 63, "a bit for each class, and for none");
+
+dynamo_policy_sdk::register!(SloShed as Admission);
+
+#[cfg(test)]
+mod tests;
