@@ -195,9 +195,9 @@ struct File {
     kv: KvConfig,
     health: HealthConfig,
     limits: Limits,
-    migration: Migration,
     queue: QueueConfig,
     slo: SloConfig,
+    migration: Migration,
     worker: Vec<WrittenWorker>,
 }
 
@@ -273,9 +273,9 @@ pub(crate) struct Config {
     pub(crate) kv: KvConfig,
     pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
-    pub(crate) migration: Migration,
     pub(crate) queue: QueueConfig,
     pub(crate) slo: SloConfig,
+    pub(crate) migration: Migration,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -368,10 +368,17 @@ impl Config {
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
-        file.migration.check()?;
-        file.health.check().map_err(ConfigError::Health)?;
         file.queue.check(&limits)?;
         file.slo.check()?;
+        file.migration.check()?;
+        file.health.check().map_err(ConfigError::Health)?;
+        let (hold, most) = (file.health.hold_s, limits.request_timeout_s);
+        // What was not said is no mistake: it is cut.
+        if hold > most && hold != HealthConfig::default().hold_s {
+            return Err(ConfigError::Health(format!(
+                "health.hold_s is {hold}; use 0 to {most}, which is limits.request_timeout_s"
+            )));
+        }
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -392,9 +399,9 @@ impl Config {
             kv: file.kv,
             health: file.health,
             limits,
-            migration: file.migration,
             queue: file.queue,
             slo: file.slo,
+            migration: file.migration,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -474,8 +481,8 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
-        assert_eq!(file.migration, Migration::default());
         assert_eq!((file.queue, file.slo), (QueueConfig::default(), SloConfig::default()));
+        assert_eq!(file.migration, Migration::default());
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();

@@ -20,7 +20,7 @@ use http::StatusCode;
 
 use crate::{
     account::Account,
-    admit::Permit,
+    admit::{Heard, Permit},
     config::Migration,
     error::RequestError,
     migrate::{Course, LOOK_EVERY, Lost, Vigil},
@@ -144,7 +144,8 @@ impl<'a> Dispatch<'a> {
             let engine = placing.snapshot.engine(worker.id);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
             let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
-            account.admission = self.permit.as_ref().and_then(Permit::heard);
+            let heard = self.permit.as_ref().and_then(Permit::heard);
+            account.admission.clone_from(&heard);
             let patience = self.patience;
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
@@ -170,7 +171,7 @@ impl<'a> Dispatch<'a> {
                 Ok(Ok(Opened::Stream(first, chunks))) => {
                     self.taken_up(placing, worker, facts);
                     let begun = Begun { account, permit: self.permit.take(), first, chunks, vigil, patience };
-                    let course = self.migration.enabled.then(|| self.course(facts, patience));
+                    let course = self.migration.enabled.then(|| self.course(facts, patience, heard));
                     return Ok(Some(relay::stream(begun, head, course, Arc::clone(engine), self.lane.audience())));
                 }
                 Ok(Err(error)) => error,
@@ -193,8 +194,8 @@ impl<'a> Dispatch<'a> {
     }
 
     /// What it takes to go on elsewhere, should the worker be lost that has it now.
-    fn course(&self, facts: &RequestFacts, patience: Patience) -> Box<Course> {
-        let Asked { ask, pinned, prompt, recorder, returns_ids } = &self.asked;
+    fn course(&self, facts: &RequestFacts, patience: Patience, heard: Option<Arc<Heard>>) -> Box<Course> {
+        let Asked { ask, pinned, prompt, recorder, returns_ids, .. } = &self.asked;
         Box::new(Course {
             lane: Arc::clone(self.lane),
             migration: Arc::clone(&self.migration),
@@ -206,6 +207,7 @@ impl<'a> Dispatch<'a> {
             recorder: recorder.clone(),
             patience,
             accepted: self.accepted,
+            heard,
             returns_ids: *returns_ids,
         })
     }

@@ -139,8 +139,8 @@ impl Reload {
             }
             self.roster.set_health(now.health.clone());
             self.lane.limits.store(Arc::new(now.limits.with_fixed_of(&self.start.limits)));
-            self.lane.migration.store(Arc::new(now.migration.clone()));
             self.lane.queue.configure(&now);
+            self.lane.migration.store(Arc::new(now.migration.clone()));
             if let Err(reason) = self.log_level.set(&now.log_level) {
                 tracing::warn!("{reason}; the log level stays as it was");
             }

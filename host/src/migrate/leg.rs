@@ -311,6 +311,7 @@ impl Leg {
         self.in_vain += 1;
         let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
         let mut account = Account::open(&course.lane, &self.facts, worker, cached, placing, course.accepted);
+        account.admission.clone_from(&course.heard);
         account.be_part(true);
         metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let Ask { endpoint, body, seam, is_by_ids, form } = ask;

@@ -50,6 +50,7 @@ struct Wishes {
     kind: Option<crate::config::Kind>,
     ranks: Option<u32>,
     block_size: Option<u32>,
+    max_running: Option<u32>,
     forward_priority: bool,
     labels: BTreeMap<String, String>,
 }
@@ -138,13 +139,15 @@ impl Wishes {
                 "kind" => wishes.kind = Some(value.parse().map_err(|error: UnknownKind| wrong(error.to_string()))?),
                 "ranks" => wishes.ranks = Some(number()?),
                 "block-size" => wishes.block_size = Some(number()?),
+                "max-running" => wishes.max_running = Some(number()?),
                 "forward-priority" => {
                     wishes.forward_priority = value.parse().map_err(|_| wrong("use true or false".to_owned()))?;
                 }
                 _ => match wish.strip_prefix("label.") {
                     Some(label) if !label.is_empty() => drop(wishes.labels.insert(label.to_owned(), value.clone())),
                     _ => {
-                        let known = "port, scheme, model, role, kind, ranks, block-size, forward-priority and label.NAME";
+                        let known =
+                            "port, scheme, model, role, kind, ranks, block-size, max-running, forward-priority and label.NAME";
                         return Err(format!("{key} is not known; after {PREFIX} there are {known}"));
                     }
                 },
@@ -188,6 +191,7 @@ impl Wishes {
             kind: self.kind,
             ranks: self.ranks,
             block_size: self.block_size,
+            max_running: self.max_running,
             forward_priority: self.forward_priority,
             labels,
             ..WrittenWorker::default()
