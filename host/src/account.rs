@@ -5,11 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_engine_api::{Chunk, Endpoint, Usage};
+use dynamo_engine_api::{Chunk, Endpoint, EngineError, Usage};
 use dynamo_host_core::{
     RequestFacts, Worker, WorkerId, WorkerSpec,
     load::{InFlight, Recent},
 };
+use dynamo_host_flow::{Ended, Failure};
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
@@ -20,6 +21,7 @@ use crate::{
     observe::Observer,
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
+    roster::{Attempt, Outcome, failure},
     stop::{Phase, Stopping},
 };
 
@@ -57,6 +59,9 @@ pub(crate) struct Account {
     pub(crate) admission: Option<Arc<Heard>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
+    /// The same request, for the worker's breaker.
+    attempt: Attempt,
+    blamed: Option<EngineError>,
     worker: WorkerId,
     spec: Arc<WorkerSpec>,
     decision_id: u64,
@@ -77,7 +82,59 @@ pub(crate) struct Account {
     status: StatusCode,
     /// Cancelled, until something else is known: a client that leaves just drops the account.
     end: End,
-    is_abandoned: bool,
+    /// It is one of several of an answer, whose request is counted elsewhere: a migrated stream's worker, or one that failed it.
+    is_part: bool,
+    /// What it made, the client has.
+    is_answer: bool,
+}
+
+/// What is counted of a request whose answer several workers made; dropped at its end.
+pub(crate) struct Books {
+    meters: RequestMeters,
+    pub(crate) span: tracing::Span,
+    endpoint: Endpoint,
+    model: String,
+    accepted: Instant,
+    prompt_tokens: u32,
+    output_tokens: u32,
+}
+
+impl Books {
+    /// Takes over from the account of a worker that was lost within an answer.
+    pub(crate) fn take_over(account: &mut Account) -> Self {
+        account.end = End::Failed;
+        account.be_part(false);
+        Self {
+            meters: account.meters.clone(),
+            span: account.span.clone(),
+            endpoint: account.endpoint,
+            model: account.spec.model.clone(),
+            accepted: account.accepted,
+            prompt_tokens: account.usage.map_or(account.prompt_tokens, |usage| usage.prompt_tokens),
+            output_tokens: account.output_tokens,
+        }
+    }
+
+    /// Tokens came.
+    pub(crate) fn tokens(&mut self, count: u32) {
+        self.output_tokens = self.output_tokens.saturating_add(count);
+    }
+
+    /// What the whole answer had.
+    pub(crate) fn usage(&mut self, prompt_tokens: u32, output_tokens: u32) {
+        (self.prompt_tokens, self.output_tokens) = (prompt_tokens, output_tokens);
+    }
+}
+
+impl Drop for Books {
+    fn drop(&mut self) {
+        self.meters.prompt_tokens.increment(u64::from(self.prompt_tokens));
+        self.meters.output_tokens.increment(u64::from(self.output_tokens));
+        self.meters.seconds.record(self.accepted.elapsed());
+        // Its stream had begun.
+        count_request(self.endpoint.label(), &self.model, StatusCode::OK);
+        tracing::debug!(parent: &self.span, status = 200, tokens = self.output_tokens, "request ended");
+    }
 }
 
 /// nginx's status for a client that left before its answer; it is only ever a metric label.
@@ -106,6 +163,8 @@ impl Account {
             admission: None,
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
+            attempt: lane.roster.attempt(&placing.snapshot, worker.id),
+            blamed: None,
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
             decision_id: facts.decision_id,
@@ -121,14 +180,37 @@ impl Account {
             usage: None,
             status: StatusCode::from_u16(CLIENT_LEFT).expect("499 is a status"),
             end: End::Cancelled,
-            is_abandoned: false,
+            is_part: false,
+            is_answer: true,
         }
     }
 
     /// The worker failed it, and what the client gets comes from elsewhere: only the worker's part is settled.
     pub(crate) fn abandon(mut self) {
         self.end = End::Failed;
-        self.is_abandoned = true;
+        (self.is_part, self.is_answer) = (true, false);
+    }
+
+    /// The client's request is counted elsewhere. `is_answer`: it goes on with one that has begun, and is the answer if it ends well.
+    pub(crate) fn be_part(&mut self, is_answer: bool) {
+        (self.is_part, self.is_answer) = (true, is_answer);
+    }
+
+    /// It ended as the host wanted it, before the engine said so.
+    pub(crate) fn stop(&mut self) {
+        self.end = End::Done;
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end == End::Done
+    }
+
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    pub(crate) fn worker_id(&self) -> WorkerId {
+        self.worker
     }
 
     /// What the client's answer is, and how it ended if that is known by now.
@@ -137,16 +219,17 @@ impl Account {
         self.end = end.unwrap_or(self.end);
     }
 
+    /// What its worker failed it with: said before it is abandoned or fails.
+    pub(crate) fn blame(&mut self, error: &EngineError) {
+        self.blamed = Some(error.clone());
+    }
+
     pub(crate) fn fail(&mut self) {
         self.end = End::Failed;
     }
 
     pub(crate) fn worker(&self) -> &str {
         &self.spec.name
-    }
-
-    pub(crate) fn endpoint(&self) -> Endpoint {
-        self.endpoint
     }
 
     /// All that a whole answer says of its tokens.
@@ -170,7 +253,11 @@ impl Account {
             match self.last_token {
                 None => {
                     self.first_token = Some(now);
-                    self.meters.ttft.record(now - self.accepted);
+                    self.attempt.progress();
+                    // A continuation's first token is the client's next one.
+                    if !self.is_part {
+                        self.meters.ttft.record(now - self.accepted);
+                    }
                 }
                 Some(last) => self.meters.itl.record((now - last) / summary.tokens),
             }
@@ -195,7 +282,7 @@ impl Drop for Account {
     fn drop(&mut self) {
         // An answer that the host's end came before is one of ours, and is counted with it.
         let never_began = self.status.as_u16() == CLIENT_LEFT && self.stopping.has_reached(Phase::Over);
-        self.is_abandoned |= never_began;
+        self.is_part |= never_began;
         self.meters.in_flight.decrement(1.0);
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.
@@ -209,6 +296,16 @@ impl Drop for Account {
             End::Failed => 1.0,
             End::Cancelled => f32::NAN,
         };
+        let uncached_tokens = self.prompt_tokens.saturating_sub(self.cached_tokens);
+        let failure = self.blamed.as_ref().map(|error| failure(error, self.first_token.is_some()));
+        let failure = failure.or_else(|| self.status.is_server_error().then_some(Failure::Unhealthy));
+        let ended = match (self.end, failure) {
+            (End::Done | End::Rejected, _) => Ended::Well,
+            (End::Failed, Some(failure)) => Ended::Failed(failure),
+            // Its client left, or its time was over.
+            (End::Cancelled, _) | (End::Failed, None) => Ended::Untold,
+        };
+        self.attempt.end(Outcome { ended, ttft_ms, itl_ms, uncached_tokens });
         let load = self.in_flight.slot();
         for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, error)] {
             if !value.is_nan() {
@@ -225,7 +322,7 @@ impl Drop for Account {
         if self.relayed > Duration::ZERO {
             self.meters.relay.record(self.relayed);
         }
-        if !self.is_abandoned {
+        if !self.is_part {
             self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
             self.meters.seconds.record(self.accepted.elapsed());
@@ -244,7 +341,7 @@ impl Drop for Account {
                 worker: Hex(self.worker.0),
                 name: self.spec.name.clone(),
                 end: self.end.label().to_owned(),
-                status: (!self.is_abandoned).then_some(self.status.as_u16()),
+                status: self.is_answer.then_some(self.status.as_u16()),
                 ttft_ms: ms(ttft_ms),
                 itl_ms: ms(itl_ms),
                 prompt_tokens: usage.prompt_tokens,
@@ -268,7 +365,7 @@ impl Drop for Account {
         if let Some(version) = self.version.take() {
             self.observer.tell(version, row);
         }
-        if !self.is_abandoned {
+        if !self.is_part {
             let (status, tokens) = (self.status.as_u16(), usage.completion_tokens);
             tracing::debug!(parent: &self.span, status, tokens, ttft_ms, itl_ms, "request ended");
         }

@@ -62,6 +62,7 @@ impl Caller {
             return Err(RequestError::ModelNotAllowed { model: facts.model.clone() });
         }
         facts.priority = self.key.as_ref().map_or(0, |key| key.priority);
+        facts.class = self.key.as_ref().and_then(|key| key.class.clone());
         facts.tenant = self.tenant;
         Ok(())
     }

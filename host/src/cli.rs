@@ -88,7 +88,7 @@ enum Command {
 enum PolicyCommand {
     /// Make a component decide in a slot of a running host, from the next request on
     Activate {
-        /// Where it decides: routing
+        /// Where it decides: routing or admission
         slot: String,
         /// The component, or `native` for the built-in fallback
         file: String,
@@ -102,7 +102,7 @@ enum PolicyCommand {
     },
     /// Go back to what decided before
     Rollback {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
         #[command(flatten)]
         admin: AdminFlags,
@@ -111,7 +111,7 @@ enum PolicyCommand {
     },
     /// The kill switch: the native fallback decides, from the next decision on, whatever is active
     Bypass {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
         /// Let the policy decide again
         #[arg(long)]
@@ -123,9 +123,9 @@ enum PolicyCommand {
     },
     /// What happens to requests that the policy fails to decide
     OnError {
-        /// Where: routing
+        /// Where: routing or admission
         slot: String,
-        /// fallback: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
+        /// fallback, or open: the native fallback decides; last-good: the newest earlier version that is sound; closed: refused, with 503
         mode: OnError,
         #[command(flatten)]
         admin: AdminFlags,
@@ -215,6 +215,9 @@ struct NewKeyFlags {
     /// Priority of its requests: higher is sooner
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     priority: Option<i32>,
+    /// Class of its requests in the queue
+    #[arg(long, value_name = "NAME")]
+    class: Option<String>,
     /// A model that it may use, or its name's beginning and a *; may be repeated; without any, all
     #[arg(long = "model", value_name = "NAME")]
     models: Vec<String>,
@@ -239,6 +242,9 @@ enum WorkerCommand {
         /// Wait until it has finished them, at most so many seconds
         #[arg(long, value_name = "SECONDS")]
         wait: Option<u64>,
+        /// After so many seconds, what it still has is continued by others [default: health.drain_grace_s]
+        #[arg(long, value_name = "SECONDS")]
+        grace: Option<u64>,
         #[command(flatten)]
         admin: AdminFlags,
         #[command(flatten)]
@@ -311,6 +317,9 @@ struct MockFlags {
     /// A property of the engine, such as speedup=10 or kv_blocks=4096; may be repeated
     #[arg(long = "profile", value_name = "KEY=VALUE")]
     profile: Vec<String>,
+    /// What it does wrong, such as die=20 or refuse=busy; may be repeated. While it runs: POST /mock/faults
+    #[arg(long = "fault", value_name = "KEY=VALUE")]
+    fault: Vec<String>,
 }
 
 /// Runs what the command line says.
@@ -333,8 +342,8 @@ pub fn main() -> ExitCode {
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Worker(command) => match command {
             WorkerCommand::List { admin, output } => exit(1, run(false, worker::list(&admin, output.output))),
-            WorkerCommand::Drain { name, wait, admin, output } => {
-                exit(1, run(false, worker::drain(&name, wait, &admin, output.output)))
+            WorkerCommand::Drain { name, wait, grace, admin, output } => {
+                exit(1, run(false, worker::drain(&name, wait, grace, &admin, output.output)))
             }
             WorkerCommand::Resume { name, admin, output } => exit(1, run(false, worker::resume(&name, &admin, output.output))),
         },

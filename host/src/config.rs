@@ -4,7 +4,9 @@
 //! running host is everything that [`Config::needs_restart`] does not name.
 
 mod door;
+mod health;
 mod limits;
+mod migration;
 mod profile;
 mod queue;
 mod worker;
@@ -26,7 +28,9 @@ use self::door::DoorSections;
 pub(crate) use self::worker::Kind;
 pub(crate) use self::{
     door::{Cors, DoorConfig},
+    health::{Canary, HealthConfig},
     limits::Limits,
+    migration::Migration,
     queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
@@ -34,7 +38,7 @@ use crate::{
     discovery::Discovery,
     kv::KvConfig,
     models::{ModelNames, NameConfig, NamesError, TokenizerSource},
-    policies::Seed,
+    policies::{Seed, Wishes},
     receipts::ReceiptsConfig,
     telemetry::LogFormat,
     tls::TlsFiles,
@@ -66,9 +70,9 @@ pub(crate) enum ConfigError {
     )]
     Model { text: String, reason: &'static str },
     #[error("{origin}: the settings are not JSON: {reason}; write an object such as {{\"key\": 1}}, or @FILE")]
-    Settings { origin: &'static str, reason: String },
-    #[error("routing settings are given, but no policy; name one with --routing FILE.wasm")]
-    SettingsAlone,
+    Settings { origin: String, reason: String },
+    #[error("{slot} settings are given, but no policy; name one with --{slot} FILE.wasm")]
+    SettingsAlone { slot: &'static str },
     #[error(
         "admin address {address} can be reached from other machines, and no token is set; set --admin-token, or use 127.0.0.1"
     )]
@@ -83,8 +87,12 @@ pub(crate) enum ConfigError {
     Otlp(#[from] crate::trace::OtlpError),
     #[error("{0}")]
     Receipts(String),
+    #[error("{0}")]
+    Health(String),
     #[error("receipts are on, and there is nowhere to write them; set --state-dir, or use --receipts off")]
     ReceiptsNowhere,
+    #[error("migration.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
+    Migration { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("{0}")]
@@ -124,6 +132,15 @@ pub(crate) struct ServeFlags {
     /// What happens to requests that the routing policy fails to decide: fallback, last-good or closed [default: fallback]
     #[arg(long, value_name = "MODE")]
     routing_on_error: Option<OnError>,
+    /// Admission policy to begin with: a component, or `native`, which admits all. As with --routing
+    #[arg(long, value_name = "FILE.wasm|native")]
+    admission: Option<String>,
+    /// Its settings: JSON, or @FILE
+    #[arg(long, value_name = "JSON|@FILE")]
+    admission_settings: Option<String>,
+    /// What happens to requests that the admission policy fails to decide: open, last-good or closed [default: open]
+    #[arg(long, value_name = "MODE")]
+    admission_on_error: Option<OnError>,
     /// Directory that keeps active policies over restarts; without it nothing is kept
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -166,7 +183,8 @@ struct File {
     log: Option<LogFormat>,
     log_level: Option<String>,
     discovery: Vec<String>,
-    routing: Routing,
+    routing: SlotSection,
+    admission: SlotSection,
     receipts: ReceiptsConfig,
     auth: door::Auth,
     cors: Option<Cors>,
@@ -175,18 +193,62 @@ struct File {
     otlp: Option<Otlp>,
     models: BTreeMap<String, NameConfig>,
     kv: KvConfig,
+    health: HealthConfig,
     limits: Limits,
     queue: QueueConfig,
     slo: SloConfig,
+    migration: Migration,
     worker: Vec<WrittenWorker>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Routing {
+struct SlotSection {
     policy: Option<String>,
     settings: Option<toml::Table>,
     on_error: Option<OnError>,
+}
+
+/// What a slot begins with, if anything is said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct SlotConfig {
+    pub(crate) seed: Option<Seed>,
+    pub(crate) on_error: Option<OnError>,
+}
+
+impl SlotSection {
+    /// What flags say wins. `slot` is their beginning, and the section's name.
+    fn resolve(
+        self,
+        slot: &'static str,
+        policy: Option<String>,
+        settings: Option<String>,
+        on_error: Option<OnError>,
+    ) -> Result<SlotConfig, ConfigError> {
+        let settings = match (settings, self.settings) {
+            (Some(text), _) => Some(read_settings(&format!("--{slot}-settings"), &text)?),
+            (None, Some(table)) => Some(
+                serde_json::to_string(&table)
+                    .map_err(|error| ConfigError::Settings { origin: format!("{slot}.settings"), reason: error.to_string() })?,
+            ),
+            (None, None) => None,
+        };
+        let seed = match (policy.or(self.policy), settings) {
+            (Some(name), None) if name == "native" => Some(Seed::Native),
+            (Some(path), settings) if path != "native" => {
+                Some(Seed::File { path: path.into(), settings: settings.unwrap_or_else(|| "{}".to_owned()) })
+            }
+            (_, Some(_)) => return Err(ConfigError::SettingsAlone { slot }),
+            (_, None) => None,
+        };
+        Ok(SlotConfig { seed, on_error: on_error.or(self.on_error) })
+    }
+}
+
+impl SlotConfig {
+    pub(crate) fn wishes(&self) -> Wishes<'_> {
+        Wishes { seed: self.seed.as_ref(), on_error: self.on_error }
+    }
 }
 
 /// What is run.
@@ -202,17 +264,18 @@ pub(crate) struct Config {
     pub(crate) models: ModelNames,
     /// Where the tokens of prompts come from, by model.
     pub(crate) tokenizers: BTreeMap<String, TokenizerSource>,
-    pub(crate) routing: Option<Seed>,
-    /// Wanted of the slot that routes, if anything is said.
-    pub(crate) routing_on_error: Option<OnError>,
+    pub(crate) routing: SlotConfig,
+    pub(crate) admission: SlotConfig,
     pub(crate) state_dir: Option<PathBuf>,
     pub(crate) expose_worker: bool,
     pub(crate) log: LogFormat,
     pub(crate) log_level: String,
     pub(crate) kv: KvConfig,
+    pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
     pub(crate) queue: QueueConfig,
     pub(crate) slo: SloConfig,
+    pub(crate) migration: Migration,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -254,7 +317,8 @@ impl Config {
             ("log", self.log != running.log),
             ("discovery", self.discovery != running.discovery),
             ("models.*.tokenizer", self.tokenizers != running.tokenizers),
-            ("routing", self.routing != running.routing || self.routing_on_error != running.routing_on_error),
+            ("routing", self.routing != running.routing),
+            ("admission", self.admission != running.admission),
             ("kv", self.kv != running.kv),
             ("auth", self.door.keys_file != running.door.keys_file || self.door.tenant_header != running.door.tenant_header),
             ("cors", self.door.cors != running.door.cors),
@@ -298,27 +362,23 @@ impl Config {
         let models = ModelNames::new(&file.models)?;
         let named = file.models.into_iter().filter_map(|(name, config)| Some((name, config.tokenizer?)));
         let tokenizers: BTreeMap<String, TokenizerSource> = named.collect();
-        let settings = match (flags.routing_settings, file.routing.settings) {
-            (Some(text), _) => Some(read_settings("--routing-settings", &text)?),
-            (None, Some(table)) => Some(
-                serde_json::to_string(&table)
-                    .map_err(|error| ConfigError::Settings { origin: "routing.settings", reason: error.to_string() })?,
-            ),
-            (None, None) => None,
-        };
-        let routing = match (flags.routing.or(file.routing.policy), settings) {
-            (Some(name), None) if name == "native" => Some(Seed::Native),
-            (Some(path), settings) if path != "native" => {
-                Some(Seed::File { path: path.into(), settings: settings.unwrap_or_else(|| "{}".to_owned()) })
-            }
-            (_, Some(_)) => return Err(ConfigError::SettingsAlone),
-            (_, None) => None,
-        };
+        let routing = file.routing.resolve("routing", flags.routing, flags.routing_settings, flags.routing_on_error)?;
+        let admission =
+            file.admission.resolve("admission", flags.admission, flags.admission_settings, flags.admission_on_error)?;
         let mut limits = file.limits;
         limits.max_body_bytes = flags.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.check()?;
         file.queue.check(&limits)?;
         file.slo.check()?;
+        file.migration.check()?;
+        file.health.check().map_err(ConfigError::Health)?;
+        let (hold, most) = (file.health.hold_s, limits.request_timeout_s);
+        // What was not said is no mistake: it is cut.
+        if hold > most && hold != HealthConfig::default().hold_s {
+            return Err(ConfigError::Health(format!(
+                "health.hold_s is {hold}; use 0 to {most}, which is limits.request_timeout_s"
+            )));
+        }
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -331,15 +391,17 @@ impl Config {
             models,
             tokenizers,
             routing,
-            routing_on_error: flags.routing_on_error.or(file.routing.on_error),
+            admission,
             state_dir,
             expose_worker: flags.expose_worker || file.expose_worker,
             log: flags.log.or(file.log).unwrap_or_default(),
             log_level: flags.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
             kv: file.kv,
+            health: file.health,
             limits,
             queue: file.queue,
             slo: file.slo,
+            migration: file.migration,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,
@@ -379,14 +441,16 @@ pub(crate) fn written(text: &str) -> Result<(), String> {
 }
 
 /// Settings given as JSON or as @FILE, as a JSON text.
-pub(crate) fn read_settings(origin: &'static str, text: &str) -> Result<String, ConfigError> {
+pub(crate) fn read_settings(origin: &str, text: &str) -> Result<String, ConfigError> {
     let text = match text.strip_prefix('@') {
-        Some(path) => fs::read_to_string(path)
-            .map_err(|error| ConfigError::Settings { origin, reason: format!("{path} cannot be read: {error}") })?,
+        Some(path) => fs::read_to_string(path).map_err(|error| ConfigError::Settings {
+            origin: origin.to_owned(),
+            reason: format!("{path} cannot be read: {error}"),
+        })?,
         None => text.to_owned(),
     };
-    let value: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_str(&text).map_err(|error| ConfigError::Settings { origin, reason: error.to_string() })?;
+    let value: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
+        .map_err(|error| ConfigError::Settings { origin: origin.to_owned(), reason: error.to_string() })?;
     Ok(serde_json::Value::Object(value).to_string())
 }
 
@@ -417,12 +481,17 @@ mod tests {
         let example = document.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let file: File = toml::from_str(example).unwrap();
         assert_eq!((file.limits, file.receipts, file.kv), (Limits::default(), ReceiptsConfig::default(), KvConfig::default()));
+        assert_eq!((file.queue, file.slo), (QueueConfig::default(), SloConfig::default()));
+        assert_eq!(file.migration, Migration::default());
         // What is shown as an alternative is one too.
         let all = example.lines().map(|line| line.strip_prefix("# ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
         let file: File = toml::from_str(&all).unwrap();
         assert!(file.admin_token.is_some() && file.state_dir.is_some() && file.routing.settings.is_some());
         assert!(file.cors.is_some() && file.tls.is_some() && file.admin_tls.is_some() && file.otlp.is_some());
         assert!(file.discovery.len() == 2 && file.models.len() == 3);
+        file.queue.check(&file.limits).unwrap();
+        file.slo.check().unwrap();
+        assert!(file.queue.classes.len() == 1 && file.queue.tenants.len() == 1 && file.slo != SloConfig::default());
         let worker = &file.worker[0];
         assert!(worker.name.is_some() && worker.labels.len() == 2 && worker.kind.is_some() && worker.ranks.is_some());
         assert!(
@@ -440,12 +509,12 @@ mod tests {
         let with = |more: ServeFlags| Config::resolve(ServeFlags { config: Some(path.clone()), ..more });
         let config = with(ServeFlags { http: "127.0.0.1:3".parse().ok(), ..flags(&["http://h:2"]) }).unwrap();
         assert_eq!((config.http.port(), config.admin.port(), config.workers.len()), (3, 2, 2));
-        assert_eq!(config.routing, Some(Seed::File { path: "x.wasm".into(), settings: "{\"a\":1}".to_owned() }));
-        assert_eq!(config.routing_on_error, None);
+        assert_eq!(config.routing.seed, Some(Seed::File { path: "x.wasm".into(), settings: "{\"a\":1}".to_owned() }));
+        assert_eq!(config.routing.on_error, None);
         fs::write(&path, "[routing]\non_error = 'closed'\n[[worker]]\nurl='http://h:1'\n").unwrap();
-        assert_eq!(with(flags(&[])).unwrap().routing_on_error, Some(OnError::Closed));
+        assert_eq!(with(flags(&[])).unwrap().routing.on_error, Some(OnError::Closed));
         let flagged = ServeFlags { routing_on_error: Some(OnError::LastGood), ..flags(&[]) };
-        assert_eq!(with(flagged).unwrap().routing_on_error, Some(OnError::LastGood));
+        assert_eq!(with(flagged).unwrap().routing.on_error, Some(OnError::LastGood));
         fs::write(&path, "[limits]\nmax_body = 3\n").unwrap();
         let error = with(flags(&[])).unwrap_err().to_string();
         assert!(error.contains("max_body") && error.contains("max_body_bytes") && error.contains("line 2"), "{error}");

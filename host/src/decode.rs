@@ -28,6 +28,8 @@ pub(crate) struct Decoded {
     pub(crate) body: Bytes,
     /// Whether the client wants a stream.
     pub(crate) stream: bool,
+    /// Whether it wants the ids of tokens.
+    pub(crate) returns_ids: bool,
 }
 
 /// Bounds on what clients may ask for.
@@ -85,7 +87,8 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
     facts.choices = choices;
     facts.flags = fields.flags(stream);
     let body = fields.without_hosts()?.map_or_else(|| body.clone(), Bytes::from);
-    Ok(Decoded { facts, body, stream })
+    let returns_ids = fields.get("return_token_ids").is_some_and(|value| value.get() == "true");
+    Ok(Decoded { facts, body, stream, returns_ids })
 }
 
 /// The fields that limit the output, the one that wins first.

@@ -1,8 +1,9 @@
 //! Carries rankings out: gives a request to worker after worker until one takes it.
 //!
-//! Invariants: a worker that failed the request is never asked again; a request is given to few workers altogether,
-//! since it may be what breaks them; what an engine answered, if only an error, is the answer, unless it was that another
-//! worker would be a better choice and there is one.
+//! Invariants: a worker that failed the request is asked again only where there is no other, and after a rest; a request is
+//! given to few workers altogether, since it may be what breaks them; what an engine answered, if only an error, is the answer,
+//! unless it was that another worker would be a better choice and there is one. A whole answer is asked for again from the
+//! start, as long as nothing of it was sent: the client has none of it, so that nothing can be lost or doubled.
 
 use std::{
     sync::Arc,
@@ -13,55 +14,88 @@ use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
 use dynamo_host_core::{Held, RequestFacts, Worker};
 use dynamo_host_index::Prompt;
+use dynamo_host_policy::Pinned;
 use futures_util::StreamExt;
 use http::StatusCode;
 
 use crate::{
     account::Account,
-    admit::Permit,
+    admit::{Heard, Permit},
+    config::Migration,
     error::RequestError,
-    relay::{self, Head, Patience},
+    migrate::{Course, LOOK_EVERY, Vigil},
+    receipts::Recorder,
+    relay::{self, Begun, Head, Patience},
     request::{Lane, Placing},
     text::plain,
 };
 
-/// Workers that one request is given to, over all its placings.
-const MAX_ATTEMPTS: u32 = 4;
+/// How long a worker that failed a request is left alone, even if there is no other.
+const REST: Duration = Duration::from_secs(1);
+
+/// What a request asks for, and by whom it is decided.
+pub(crate) struct Asked {
+    pub(crate) ask: GenerateRequest,
+    pub(crate) pinned: Pinned,
+    pub(crate) prompt: Arc<Prompt>,
+    pub(crate) recorder: Option<Recorder>,
+    /// Whether the client itself wants token ids.
+    pub(crate) returns_ids: bool,
+    /// How long the client gives it.
+    pub(crate) timeout: Option<Duration>,
+}
 
 /// One request on its way to a worker.
 pub(crate) struct Dispatch<'a> {
     lane: &'a Arc<Lane>,
-    ask: GenerateRequest,
+    asked: Asked,
+    migration: Arc<Migration>,
     /// Until the answer has it.
     permit: Option<Permit>,
     accepted: Instant,
-    /// How long its client gives it.
-    timeout: Option<Duration>,
     attempts_left: u32,
     /// What the last worker failed it with.
     failure: Option<EngineError>,
+    /// Until when it waits for workers that are well again.
+    outlasts_until: Option<Instant>,
 }
 
-/// The beginning of an engine's answer: from here on, there is no other worker.
-enum Opened {
+/// The beginning of an engine's answer.
+pub(crate) enum Opened {
     Whole(WholeReply),
     Stream(Chunk, ChunkStream),
 }
 
 impl<'a> Dispatch<'a> {
-    pub(crate) fn new(
-        lane: &'a Arc<Lane>,
-        ask: GenerateRequest,
-        permit: Permit,
-        accepted: Instant,
-        timeout: Option<Duration>,
-    ) -> Self {
-        Self { lane, ask, permit: Some(permit), accepted, timeout, attempts_left: MAX_ATTEMPTS, failure: None }
+    pub(crate) fn new(lane: &'a Arc<Lane>, asked: Asked, permit: Permit, accepted: Instant, migration: Arc<Migration>) -> Self {
+        lane.roster.note_request();
+        let attempts_left = migration.max_attempts;
+        Self { lane, asked, migration, permit: Some(permit), accepted, attempts_left, failure: None, outlasts_until: None }
+    }
+
+    pub(crate) fn asked(&self) -> &Asked {
+        &self.asked
     }
 
     /// What the last worker failed it with, if one did.
     pub(crate) fn into_failure(self) -> Option<EngineError> {
         self.failure
+    }
+
+    /// Waits, now that all workers have failed it, until those may be well again. `false`: it is not worth it. One that could not
+    /// even be reached has cost nothing, and whoever waits here does so for work that was lost.
+    pub(crate) async fn outlasts(&mut self, facts: &mut RequestFacts) -> bool {
+        let is_worth_it = self.migration.enabled
+            && self.attempts_left > 0
+            && self.failure.as_ref().is_some_and(|failure| !matches!(failure, EngineError::Connect { .. }));
+        let now = Instant::now();
+        let until = *self.outlasts_until.get_or_insert(now + self.lane.roster.health().hold());
+        if !is_worth_it || now >= until {
+            return false;
+        }
+        tokio::time::sleep(REST.min(until - now)).await;
+        facts.failed_workers.clear();
+        true
     }
 
     /// Gives the request to the first worker of the ranking that takes it. `None`: all of them failed it, and it may be
@@ -73,7 +107,6 @@ impl<'a> Dispatch<'a> {
         &mut self,
         placing: &Placing,
         facts: &mut RequestFacts,
-        prompt: &Prompt,
     ) -> Result<Option<Response>, RequestError> {
         for (nth, &row) in placing.rows.iter().enumerate() {
             // What has come, gone or been drained since may concern the rest of the ranking.
@@ -85,31 +118,36 @@ impl<'a> Dispatch<'a> {
             }
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
+            let engine = placing.snapshot.engine(worker.id);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
             let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
-            account.admission = self.permit.as_ref().and_then(Permit::heard);
-            let patience = Patience::since(self.accepted, &self.lane.limits(), self.timeout);
+            let heard = self.permit.as_ref().and_then(Permit::heard);
+            account.admission.clone_from(&heard);
+            let patience = Patience::since(self.accepted, &self.lane.limits(), self.asked.timeout);
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
             tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
-            let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.ask.clone() };
-            let opening = open(&**placing.snapshot.engine(worker.id), ask, worker, &patience);
+            let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.asked.ask.clone() };
+            let given_up = placing.snapshot.given_up(worker.id);
+            let mut vigil = Vigil::new(&worker.load, given_up, patience.idle, self.migration.enabled);
+            let opening = open(&**engine, ask, worker, &patience, &mut vigil);
             let opened = tokio::time::timeout_at(patience.deadline.into(), opening).await;
             facts.failed_workers.push(worker.id);
             let error = match opened {
-                Ok(Ok(Opened::Whole(reply))) if is_busy(reply.status) && self.has_alternative(facts) => {
+                Ok(Ok(Opened::Whole(reply))) if is_busy(&reply) && self.has_alternative(facts) => {
                     EngineError::Unhealthy { engine: worker.spec.name.clone(), reason: format!("it answered {}", reply.status) }
                 }
                 Ok(Ok(Opened::Whole(reply))) => {
                     if reply.status.is_success() {
-                        self.taken_up(placing, worker, facts, prompt);
+                        self.taken_up(placing, worker, facts);
                     }
                     return Ok(Some(relay::whole(account, self.permit.take(), head, reply)));
                 }
                 Ok(Ok(Opened::Stream(first, chunks))) => {
-                    self.taken_up(placing, worker, facts, prompt);
-                    let permit = self.permit.take();
-                    return Ok(Some(relay::stream(account, permit, head, first, chunks, patience, self.lane.audience())));
+                    self.taken_up(placing, worker, facts);
+                    let begun = Begun { account, permit: self.permit.take(), first, chunks, vigil, patience };
+                    let course = self.migration.enabled.then(|| self.course(facts, patience, heard));
+                    return Ok(Some(relay::stream(begun, head, course, Arc::clone(engine), self.lane.audience())));
                 }
                 Ok(Err(error)) => error,
                 Err(_) => {
@@ -117,13 +155,12 @@ impl<'a> Dispatch<'a> {
                     return Err(patience.exceeded());
                 }
             };
+            account.blame(&error);
             account.abandon();
             let reason = plain(&error.to_string());
             tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {reason}");
-            if matches!(error, EngineError::Connect { .. }) {
-                self.lane.roster.report_unreachable(worker.id, placing.snapshot.engine(worker.id), &error);
-            }
-            if self.attempts_left == 0 || !is_worth_another(&error) {
+            self.lane.roster.report_failed(worker.id, engine, &error);
+            if self.attempts_left == 0 || !is_worth_another(&error) || !self.lane.roster.take_retry() {
                 return Err(error.into());
             }
             self.failure = Some(error);
@@ -131,17 +168,36 @@ impl<'a> Dispatch<'a> {
         Ok(None)
     }
 
+    /// What it takes to go on elsewhere, should the worker be lost that has it now.
+    fn course(&self, facts: &RequestFacts, patience: Patience, heard: Option<Arc<Heard>>) -> Box<Course> {
+        let Asked { ask, pinned, prompt, recorder, returns_ids, .. } = &self.asked;
+        Box::new(Course {
+            lane: Arc::clone(self.lane),
+            migration: Arc::clone(&self.migration),
+            pinned: pinned.clone(),
+            facts: facts.clone(),
+            attempts: self.migration.max_attempts - self.attempts_left,
+            prompt: Arc::clone(prompt),
+            ask: ask.clone(),
+            recorder: recorder.clone(),
+            patience,
+            accepted: self.accepted,
+            heard,
+            returns_ids: *returns_ids,
+        })
+    }
+
     /// The worker has computed the prompt.
-    fn taken_up(&self, placing: &Placing, worker: &Worker, facts: &RequestFacts, prompt: &Prompt) {
+    fn taken_up(&self, placing: &Placing, worker: &Worker, facts: &RequestFacts) {
         let feed = placing.snapshot.feed(worker.id);
-        self.lane.prefixes.taken_up(facts.endpoint, feed, prompt, worker.spec.block_size);
+        self.lane.prefixes.taken_up(facts.endpoint, feed, &self.asked.prompt, worker.spec.block_size);
     }
 
     fn head(&self, placing: &Placing, worker: &Worker) -> Head {
         Head {
             policy: placing.policy.clone(),
             worker: self.lane.expose_worker.then(|| worker.spec.name.clone()),
-            request_id: Arc::clone(&self.ask.request_id),
+            request_id: Arc::clone(&self.asked.ask.request_id),
         }
     }
 
@@ -151,17 +207,36 @@ impl<'a> Dispatch<'a> {
     }
 }
 
-/// Asks an engine and waits for the beginning of its answer; for that of a stream until its first chunk.
-async fn open(engine: &dyn Engine, ask: GenerateRequest, worker: &Worker, patience: &Patience) -> Result<Opened, EngineError> {
-    let mut chunks = match engine.generate(ask).await? {
-        Reply::Whole(reply) => return Ok(Opened::Whole(reply)),
-        Reply::Stream(chunks) => chunks,
+/// Asks an engine and waits for the beginning of its answer; for that of a stream until its first chunk. A whole answer tells
+/// nothing of its progress: it is waited for until its worker is given up.
+pub(crate) async fn open(
+    engine: &dyn Engine,
+    ask: GenerateRequest,
+    worker: &Worker,
+    patience: &Patience,
+    vigil: &mut Vigil,
+) -> Result<Opened, EngineError> {
+    let is_stream = ask.stream;
+    let asked = Instant::now();
+    let opening = async {
+        let mut chunks = match engine.generate(ask).await? {
+            Reply::Whole(reply) => return Ok(Opened::Whole(reply)),
+            Reply::Stream(chunks) => chunks,
+        };
+        match chunks.next().await {
+            Some(first) => Ok(Opened::Stream(first?, chunks)),
+            None => Err(EngineError::Incomplete { engine: format!("worker {}", worker.spec.name) }),
+        }
     };
-    let engine = || format!("worker {}", worker.spec.name);
-    match tokio::time::timeout(patience.idle, chunks.next()).await {
-        Ok(Some(first)) => Ok(Opened::Stream(first?, chunks)),
-        Ok(None) => Err(EngineError::Incomplete { engine: engine() }),
-        Err(_) => Err(EngineError::Timeout { engine: engine(), after: patience.idle }),
+    tokio::pin!(opening);
+    loop {
+        if let Ok(opened) = tokio::time::timeout(LOOK_EVERY, &mut opening).await {
+            return opened;
+        }
+        let lost = if is_stream { vigil.before_first(asked, Instant::now()) } else { vigil.given_up() };
+        if let Some(lost) = lost {
+            return Err(lost.error(&worker.spec.name, patience.idle));
+        }
     }
 }
 
@@ -172,12 +247,19 @@ fn is_worth_another(error: &EngineError) -> bool {
         EngineError::Connect { .. }
         | EngineError::Broken { .. }
         | EngineError::Incomplete { .. }
+        | EngineError::InStream { refused: false, .. }
         | EngineError::Unhealthy { .. } => true,
         EngineError::Timeout { .. } | EngineError::InStream { .. } | EngineError::Protocol { .. } => false,
     }
 }
 
-/// Whether an engine says that another one would be a better choice.
-fn is_busy(status: StatusCode) -> bool {
-    matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
+/// Whether an engine says that another one would be a better choice. A vLLM that is stopping, or whose core is dead, says so
+/// with a plain 500.
+fn is_busy(reply: &WholeReply) -> bool {
+    const DYING: [&[u8]; 3] = [b"cannot schedule new futures", b"EngineCore", b"EngineDead"];
+    match reply.status {
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY => true,
+        StatusCode::INTERNAL_SERVER_ERROR => DYING.iter().any(|words| memchr::memmem::find(&reply.body, words).is_some()),
+        _ => false,
+    }
 }

@@ -89,6 +89,8 @@ pub(crate) enum RequestError {
     /// The slot's `on-error` is `closed`.
     #[error("{}", .0.reason)]
     PolicyFailed(Rejection),
+    #[error("the stream broke off ({failure}), and no other worker can go on with it: {reason}")]
+    MigrationUnsound { failure: EngineError, reason: &'static str },
     #[error(transparent)]
     Engine(#[from] EngineError),
 }
@@ -180,6 +182,7 @@ impl RequestError {
                 };
                 row(status, kind, code)
             }
+            Self::MigrationUnsound { .. } => row(StatusCode::BAD_GATEWAY, SERVER, "migration_unsound"),
             Self::PolicyFailed(_) => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "policy_failed"),
             Self::Engine(error @ EngineError::Timeout { .. }) => row(StatusCode::GATEWAY_TIMEOUT, SERVER, error.label()),
             Self::Engine(error) => row(StatusCode::BAD_GATEWAY, SERVER, error.label()),
@@ -262,7 +265,10 @@ impl RequestError {
     fn text(&self, to: Audience) -> String {
         match (self, to) {
             (Self::Engine(error), Audience::Client) => plain(&unnamed(error).to_string()),
-            (Self::Engine(_) | Self::Rejected(_) | Self::Shed(_), _) => plain(&self.to_string()),
+            (Self::MigrationUnsound { failure, reason }, Audience::Client) => {
+                plain(&Self::MigrationUnsound { failure: unnamed(failure), reason }.to_string())
+            }
+            (Self::Engine(_) | Self::MigrationUnsound { .. } | Self::Rejected(_) | Self::Shed(_), _) => plain(&self.to_string()),
             _ => self.to_string(),
         }
     }

@@ -24,6 +24,7 @@ pub mod fuzzing;
 mod kv;
 mod listener;
 mod meters;
+mod migrate;
 mod models;
 mod observe;
 mod policies;

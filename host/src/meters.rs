@@ -67,6 +67,21 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         "How long requests waited for room, by class; most not at all",
     ),
     ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
+    (
+        "dynamo_host_migrations_total",
+        Kind::Counter,
+        "Choices of streams whose worker was lost, by cause and by result: continued, failed, or unsound to go on with",
+    ),
+    (
+        "dynamo_host_migration_pause_seconds",
+        Kind::Histogram(ENGINE_SECONDS),
+        "From the last frame of a lost worker to the first of the one that goes on",
+    ),
+    (
+        "dynamo_host_migration_untracked_total",
+        Kind::Counter,
+        "Streams that grew past migration.max_kept_bytes, so that no other worker could go on with them",
+    ),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
     ("dynamo_host_connections_refused_total", Kind::Counter, "Connections that were one client's too many"),
     (
@@ -82,6 +97,24 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         "Spans of traces that were not exported: queue full, or export failed",
     ),
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
+    ("dynamo_host_worker_breaker", Kind::Gauge, "Breakers of workers that ever opened: 0 closed, 1 half-open, 2 open"),
+    ("dynamo_host_breaker_opens_total", Kind::Counter, "Times that a worker's breaker opened, by the last failure's kind"),
+    (
+        "dynamo_host_worker_ejections_total",
+        Kind::Counter,
+        "Times that a worker was left out as much slower than its pool, by what: ttft or itl",
+    ),
+    ("dynamo_host_canaries_total", Kind::Counter, "Tokens asked of idle workers, by result: token or none"),
+    (
+        "dynamo_host_given_up_total",
+        Kind::Counter,
+        "Workers whose requests were given to others, by cause: unresponsive, or drained past the grace",
+    ),
+    (
+        "dynamo_host_retries_denied_total",
+        Kind::Counter,
+        "Retries before the first byte that the budget of all requests did not allow",
+    ),
     ("dynamo_host_discovery_problems", Kind::Gauge, "What a source of workers says that cannot be understood or taken in"),
     ("dynamo_host_load_failures_total", Kind::Counter, "Readings of an engine's load that failed, by cause"),
     ("dynamo_host_kv_events_total", Kind::Counter, "KV events of engines, by kind and by what became of them"),

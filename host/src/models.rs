@@ -179,6 +179,11 @@ pub(crate) struct Listing {
 pub(crate) struct Listings(HashMap<String, Listing>);
 
 impl Listings {
+    /// Longest context that is stated for a model or an adapter.
+    pub(crate) fn max_model_len(&self, name: &str) -> Option<u32> {
+        self.0.get(name)?.max_model_len
+    }
+
     /// Takes down a model, or an adapter of `parent`. Of several engines' bounds the least holds for all.
     pub(crate) fn add(&mut self, name: &str, parent: Option<&str>, max_model_len: Option<u32>) {
         if !self.0.contains_key(name) {

@@ -14,13 +14,13 @@ use std::{
 use arc_swap::ArcSwapOption;
 use dynamo_host_core::{OnError, SlotKind, SlotName};
 use dynamo_host_policy::{
-    AdmissionSlot, LoadError, NoHistory, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport,
+    AdmissionSlot, Lifecycle, LoadError, NoHistory, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport,
 };
 use dynamo_host_store::StoreError;
 use serde::Serialize;
 use tokio::sync::Mutex;
 
-use self::keeper::Keeper;
+use self::keeper::{Keeper, Keeping};
 
 /// What the configuration wants a slot to begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(crate) enum Seed {
 }
 
 /// What the configuration says of a slot, where it says anything.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wishes<'a> {
     pub(crate) seed: Option<&'a Seed>,
     pub(crate) on_error: Option<OnError>,
@@ -41,7 +41,7 @@ pub(crate) struct Wishes<'a> {
 /// Why a slot's policy was not changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChangeError {
-    #[error("this host runs no slot {slot}; it runs: routing")]
+    #[error("this host runs no slot {slot}; it runs: routing, admission")]
     NoSlot { slot: SlotName },
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -98,9 +98,46 @@ pub(crate) struct Policies {
     runtime: Arc<PolicyRuntime>,
     routing: Arc<RoutingSlot>,
     admission: Arc<AdmissionSlot>,
-    trouble: Arc<ArcSwapOption<String>>,
-    /// Serializes changes, and owns the record of them.
-    keeper: Arc<Mutex<Keeper>>,
+    /// Why a slot does not hold what it should.
+    troubles: BySlot<Arc<ArcSwapOption<String>>>,
+    /// Serializes changes of all slots, and owns the records of them.
+    keepers: Arc<Mutex<BySlot<Keeper>>>,
+}
+
+/// Something of each slot.
+struct BySlot<T> {
+    routing: T,
+    admission: T,
+}
+
+impl<T> BySlot<T> {
+    fn map<U>(&self, map: impl Fn(&T) -> U) -> BySlot<U> {
+        BySlot { routing: map(&self.routing), admission: map(&self.admission) }
+    }
+
+    /// That of a slot which this host runs.
+    fn of(&self, slot: &SlotName) -> Result<&T, ChangeError> {
+        match slot {
+            SlotName { kind: SlotKind::Routing, model: None } => Ok(&self.routing),
+            SlotName { kind: SlotKind::Admission, model: None } => Ok(&self.admission),
+            _ => Err(ChangeError::NoSlot { slot: slot.clone() }),
+        }
+    }
+
+    fn of_mut(&mut self, slot: &SlotName) -> Result<&mut T, ChangeError> {
+        match slot {
+            SlotName { kind: SlotKind::Routing, model: None } => Ok(&mut self.routing),
+            SlotName { kind: SlotKind::Admission, model: None } => Ok(&mut self.admission),
+            _ => Err(ChangeError::NoSlot { slot: slot.clone() }),
+        }
+    }
+}
+
+/// What the configuration says of each slot.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AllWishes<'a> {
+    pub(crate) routing: Wishes<'a>,
+    pub(crate) admission: Wishes<'a>,
 }
 
 impl Policies {
@@ -108,12 +145,16 @@ impl Policies {
     ///
     /// # Errors
     /// If another process has the state directory. Whatever else is wrong is said, and the native fallback serves.
-    pub(crate) fn open(runtime: Arc<PolicyRuntime>, state_dir: Option<&Path>, wishes: Wishes<'_>) -> Result<Self, StoreError> {
+    pub(crate) fn open(runtime: Arc<PolicyRuntime>, state_dir: Option<&Path>, wishes: AllWishes<'_>) -> Result<Self, StoreError> {
         let routing = Arc::new(RoutingSlot::new(SlotName::ROUTING));
-        let keeper = Keeper::open(&runtime, &routing, state_dir, wishes)?;
-        let trouble = Arc::new(ArcSwapOption::from_pointee(keeper.troubles()));
         let admission = Arc::new(AdmissionSlot::new(SlotName::ADMISSION));
-        Ok(Self { runtime, routing, admission, trouble, keeper: Arc::new(Mutex::new(keeper)) })
+        let keeping = Arc::new(Keeping::open(state_dir)?);
+        let keepers = BySlot {
+            routing: Keeper::open(&runtime, routing.lifecycle(), &keeping, wishes.routing),
+            admission: Keeper::open(&runtime, admission.lifecycle(), &keeping, wishes.admission),
+        };
+        let troubles = keepers.map(|keeper| Arc::new(ArcSwapOption::from_pointee(keeper.troubles())));
+        Ok(Self { runtime, routing, admission, troubles, keepers: Arc::new(Mutex::new(keepers)) })
     }
 
     /// The slot that routes.
@@ -121,7 +162,7 @@ impl Policies {
         &self.routing
     }
 
-    /// The slot that lets requests in.
+    /// The slot that admits.
     pub(crate) fn admission(&self) -> &Arc<AdmissionSlot> {
         &self.admission
     }
@@ -133,8 +174,11 @@ impl Policies {
 
     /// What is in the slots.
     pub(crate) fn reports(&self) -> Vec<SlotStatus> {
-        let trouble = self.trouble.load().as_deref().cloned();
-        vec![SlotStatus { report: self.routing.report(), trouble }]
+        let status = |slot: &Lifecycle, trouble: &ArcSwapOption<String>| SlotStatus {
+            report: slot.report(),
+            trouble: trouble.load().as_deref().cloned(),
+        };
+        vec![status(&self.routing, &self.troubles.routing), status(&self.admission, &self.troubles.admission)]
     }
 
     /// Activates a component with settings, or the native fallback if `None`.
@@ -142,19 +186,19 @@ impl Policies {
     /// # Cancel safety
     /// A change that has begun is made, whoever waits for it.
     pub(crate) async fn activate(&self, slot: &SlotName, policy: Option<(Vec<u8>, String)>) -> Result<Change, ChangeError> {
-        let (routing, runtime, slot) = (Arc::clone(self.slot(slot)?), Arc::clone(&self.runtime), slot.clone());
-        let trouble = Arc::clone(&self.trouble);
-        self.change(move |keeper| {
+        let (lifecycle, runtime) = (Arc::clone(self.slot(slot)?), Arc::clone(&self.runtime));
+        let trouble = Arc::clone(self.troubles.of(slot)?);
+        self.change(slot, move |slot, keeper| {
             let begun = Instant::now();
             let (version, bytes) = match policy {
                 None => (None, Vec::new()),
-                Some((bytes, settings)) => (Some(runtime.load(&bytes, &settings, Arc::clone(routing.state()))?), bytes),
+                Some((bytes, settings)) => (Some(runtime.load(&bytes, &settings, Arc::clone(lifecycle.state()))?), bytes),
             };
             let loaded = begun.elapsed();
             let stored = keeper.keep_next(version.as_ref(), &bytes)?;
-            let swapped = timed_swap(|| routing.activate(version.clone()));
+            let swapped = timed_swap(|| lifecycle.activate(version.clone()));
             trouble.store(None);
-            Ok(change(&slot, version.as_ref(), [loaded, stored, swapped]))
+            Ok(change(slot, version.as_ref(), [loaded, stored, swapped]))
         })
         .await
     }
@@ -164,14 +208,14 @@ impl Policies {
     /// # Cancel safety
     /// A change that has begun is made, whoever waits for it.
     pub(crate) async fn rollback(&self, slot: &SlotName) -> Result<Change, ChangeError> {
-        let (routing, slot) = (Arc::clone(self.slot(slot)?), slot.clone());
-        let trouble = Arc::clone(&self.trouble);
-        self.change(move |keeper| {
-            let last = routing.prepare_rollback()?;
+        let lifecycle = Arc::clone(self.slot(slot)?);
+        let trouble = Arc::clone(self.troubles.of(slot)?);
+        self.change(slot, move |slot, keeper| {
+            let last = lifecycle.prepare_rollback()?;
             let stored = keeper.keep_previous()?;
-            let swapped = timed_swap(|| drop(routing.rollback()));
+            let swapped = timed_swap(|| drop(lifecycle.rollback()));
             trouble.store(None);
-            Ok(change(&slot, last.0.as_ref(), [Duration::ZERO, stored, swapped]))
+            Ok(change(slot, last.0.as_ref(), [Duration::ZERO, stored, swapped]))
         })
         .await
     }
@@ -181,10 +225,10 @@ impl Policies {
     /// # Cancel safety
     /// A change that has begun is made, whoever waits for it.
     pub(crate) async fn set_on_error(&self, slot: &SlotName, mode: OnError) -> Result<OnErrorChange, ChangeError> {
-        let (routing, slot) = (Arc::clone(self.slot(slot)?), slot.clone());
-        self.change(move |keeper| {
+        let lifecycle = Arc::clone(self.slot(slot)?);
+        self.change(slot, move |slot, keeper| {
             keeper.keep_on_error(mode)?;
-            routing.set_on_error(mode);
+            lifecycle.set_on_error(mode);
             tracing::info!(%slot, on_error = %mode, "what happens on errors has changed");
             Ok(OnErrorChange { slot: slot.to_string(), on_error: mode })
         })
@@ -197,14 +241,17 @@ impl Policies {
     /// # Cancel safety
     /// It is turned, and kept if that can be, whoever waits for it.
     pub(crate) async fn set_bypass(&self, slot: &SlotName, is_on: bool) -> Result<Bypass, ChangeError> {
-        let routing = Arc::clone(self.slot(slot)?);
-        routing.set_bypass(is_on);
+        let (lifecycle, name) = (Arc::clone(self.slot(slot)?), slot.clone());
+        lifecycle.set_bypass(is_on);
         let slot = slot.to_string();
         tracing::warn!(slot, "{}", if is_on { "bypassed: the native fallback decides" } else { "not bypassed any more" });
-        let keeper = Arc::clone(&self.keeper);
-        // What is kept is what holds by then: switches may overtake one another.
-        let kept = tokio::task::spawn_blocking(move || keeper.blocking_lock().keep_bypass(routing.is_bypassed()));
-        let not_kept = kept.await.map_err(|error| ChangeError::Panicked(error.to_string()))?.err();
+        let keepers = Arc::clone(&self.keepers);
+        let kept = tokio::task::spawn_blocking(move || {
+            let mut keepers = keepers.blocking_lock();
+            // What is kept is what holds by then: switches may overtake one another.
+            keepers.of_mut(&name).map(|keeper| keeper.keep_bypass(lifecycle.is_bypassed()))
+        });
+        let not_kept = kept.await.map_err(|error| ChangeError::Panicked(error.to_string()))??.err();
         if let Some(reason) = &not_kept {
             tracing::warn!(slot, "the kill switch is not kept over a restart: {reason}");
         }
@@ -214,18 +261,17 @@ impl Policies {
     /// Makes one change after the other, on a thread that may block: they compile, and wait for the disk.
     async fn change<T: Send + 'static>(
         &self,
-        make: impl FnOnce(&mut Keeper) -> Result<T, ChangeError> + Send + 'static,
+        slot: &SlotName,
+        make: impl FnOnce(&SlotName, &mut Keeper) -> Result<T, ChangeError> + Send + 'static,
     ) -> Result<T, ChangeError> {
-        let mut keeper = Arc::clone(&self.keeper).lock_owned().await;
-        let made = tokio::task::spawn_blocking(move || make(&mut keeper));
+        let slot = slot.clone();
+        let mut keepers = Arc::clone(&self.keepers).lock_owned().await;
+        let made = tokio::task::spawn_blocking(move || make(&slot, keepers.of_mut(&slot)?));
         made.await.map_err(|error| ChangeError::Panicked(error.to_string()))?
     }
 
-    fn slot(&self, slot: &SlotName) -> Result<&Arc<RoutingSlot>, ChangeError> {
-        match slot {
-            SlotName { kind: SlotKind::Routing, model: None } => Ok(&self.routing),
-            _ => Err(ChangeError::NoSlot { slot: slot.clone() }),
-        }
+    fn slot(&self, slot: &SlotName) -> Result<&Arc<Lifecycle>, ChangeError> {
+        BySlot { routing: self.routing.lifecycle(), admission: self.admission.lifecycle() }.of(slot).copied()
     }
 }
 
@@ -262,9 +308,9 @@ mod tests {
     async fn the_kill_switch_takes_hold_while_a_change_is_under_way_and_what_holds_last_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
-        let wishes = Wishes { seed: None, on_error: None };
+        let wishes = AllWishes::default();
         let policies = Policies::open(runtime, Some(directory.path()), wishes).unwrap();
-        let change = Arc::clone(&policies.keeper).lock_owned().await;
+        let change = Arc::clone(&policies.keepers).lock_owned().await;
         for is_on in [true, false] {
             let mut switch = std::pin::pin!(policies.set_bypass(&SlotName::ROUTING, is_on));
             let is_pending = std::future::poll_fn(|context| Poll::Ready(switch.as_mut().poll(context).is_pending())).await;
@@ -280,7 +326,7 @@ mod tests {
         let (off, ()) = tokio::join!(off, overtaken);
         assert_eq!(off.unwrap().not_kept, None);
         // Those who left have work under way that still holds the state directory.
-        while Arc::strong_count(&policies.keeper) > 1 {
+        while Arc::strong_count(&policies.keepers) > 1 {
             tokio::task::yield_now().await;
         }
         drop(policies);

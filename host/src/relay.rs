@@ -1,20 +1,20 @@
 //! Relays an engine's answer to the client.
 //!
 //! Contract: chunks go out as they came in, none is held back for another; a client that leaves drops the stream, and
-//! with it the engine's work. A stream that fails after it began says so in an error event in OpenAI's shape and ends
-//! without `[DONE]`: what is cut short must not look complete.
+//! with it the engine's work. A stream whose worker is lost goes on with another ([`migrate`]). Where that cannot be, it says so
+//! in an error event in OpenAI's shape and ends without `[DONE]`: what is cut short must not look complete.
 
 use std::{
     convert::Infallible,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
-use dynamo_engine_api::{Chunk, ChunkStream, EngineError, Usage, WholeReply};
+use dynamo_engine_api::{Chunk, ChunkStream, Endpoint, Engine, EngineError, Usage, WholeReply};
 use futures_core::Stream;
 use futures_util::StreamExt;
 use http::{HeaderName, HeaderValue, StatusCode, header};
@@ -22,11 +22,13 @@ use serde::Deserialize;
 use tokio::time::Sleep;
 
 use crate::{
-    account::{Account, End},
+    account::{Account, Books, End},
     admit::Permit,
     config::Limits,
     error::{Audience, RequestError},
+    migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, without_ids},
     retry_after,
+    text::plain,
 };
 
 /// The header under which clients find their request in the log.
@@ -61,6 +63,7 @@ impl Head {
 }
 
 /// How long an answer may go on.
+#[derive(Clone, Copy)]
 pub(crate) struct Patience {
     /// How long it may be silent.
     pub(crate) idle: Duration,
@@ -110,21 +113,47 @@ pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head
     response
 }
 
-/// A streamed answer that has begun.
+/// The beginning of a streamed answer.
+pub(crate) struct Begun {
+    pub(crate) account: Account,
+    pub(crate) permit: Option<Permit>,
+    pub(crate) first: Chunk,
+    pub(crate) chunks: ChunkStream,
+    pub(crate) vigil: Vigil,
+    pub(crate) patience: Patience,
+}
+
+/// A streamed answer that has begun. `course`: how it goes on if its worker is lost.
 pub(crate) fn stream(
-    mut account: Account,
-    permit: Option<Permit>,
+    begun: Begun,
     head: Head,
-    first: Chunk,
-    chunks: ChunkStream,
-    patience: Patience,
+    course: Option<Box<Course>>,
+    engine: Arc<dyn Engine>,
     audience: Audience,
 ) -> Response {
+    let Begun { mut account, permit, first, chunks, vigil, patience } = begun;
     account.answer(StatusCode::OK, None);
     let last = Instant::now();
-    let alarm = tokio::time::sleep_until((last + patience.idle).min(patience.deadline).into());
-    let relay =
-        Relay { first: Some(first), chunks: Some(chunks), account, permit, patience, audience, last, alarm: Box::pin(alarm) };
+    let alarm = tokio::time::sleep_until((last + LOOK_EVERY).min(patience.deadline).into());
+    let endpoint = account.endpoint();
+    let movable = course.map(|course| Movable {
+        record: Record::new(course.migration.max_kept_bytes),
+        strips_ids: !course.returns_ids,
+        unfinished: course.facts.choices,
+        course,
+        engine,
+    });
+    let relay = Relay {
+        source: Source::Worker { first: Some(first), chunks, account },
+        movable,
+        endpoint,
+        permit,
+        patience,
+        audience,
+        vigil,
+        last,
+        alarm: Box::pin(alarm),
+    };
     let mut response = Response::new(Body::from_stream(relay));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -134,56 +163,199 @@ pub(crate) fn stream(
 
 /// The body of a streamed answer.
 struct Relay {
-    first: Option<Chunk>,
-    /// `None` when the stream has ended.
-    chunks: Option<ChunkStream>,
-    account: Account,
+    source: Source,
+    /// What it takes to go on elsewhere, until that is done.
+    movable: Option<Movable>,
+    endpoint: Endpoint,
     permit: Option<Permit>,
     patience: Patience,
     audience: Audience,
+    vigil: Vigil,
     last: Instant,
-    /// Looks whether the stream is idle or late; set again only when it fires, not at every chunk.
+    /// Looks whether the worker is lost or the request late; set again only when it fires, not at every chunk.
     alarm: Pin<Box<Sleep>>,
 }
 
+/// Where the frames come from.
+enum Source {
+    /// The worker that began, whose frames pass as they are.
+    Worker {
+        first: Option<Chunk>,
+        chunks: ChunkStream,
+        account: Account,
+    },
+    /// Others, since that was lost.
+    Others {
+        rest: RestStream,
+        books: Books,
+    },
+    Ended,
+}
+
+/// What it takes to go on elsewhere.
+struct Movable {
+    course: Box<Course>,
+    engine: Arc<dyn Engine>,
+    record: Record,
+    strips_ids: bool,
+    /// Choices that have not told their finish.
+    unfinished: u32,
+}
+
+impl Movable {
+    /// Keeps what the client gets, and takes out of it what it did not ask for.
+    fn pass(&mut self, bytes: Bytes) -> Bytes {
+        self.record.keep(&bytes);
+        if self.strips_ids { without_ids(bytes) } else { bytes }
+    }
+}
+
 impl Relay {
-    fn pass(&mut self, chunk: Chunk) -> Bytes {
+    /// What the client gets of a chunk; `None`: it said that the worker is lost.
+    fn pass(&mut self, chunk: Chunk) -> Option<Bytes> {
+        let Source::Worker { account, .. } = &mut self.source else { return None };
         let begun = Instant::now();
         if begun >= self.patience.deadline {
-            return self.fail(&self.patience.exceeded());
+            return Some(self.fail(&self.patience.exceeded()));
+        }
+        let mut chunk = chunk;
+        let mut lacks_choices = false;
+        if let Some(movable) = &mut self.movable {
+            movable.unfinished = movable.unfinished.saturating_sub(chunk.summary.finishes);
+            if chunk.summary.done && movable.unfinished > 0 && has_choices(self.endpoint) {
+                // It says that it is done with what it is not: that does not pass.
+                lacks_choices = true;
+                let before = chunk.ending().map_or(0, |ending| ending.at.start);
+                chunk = chunk.until(before).unwrap_or_else(|| Chunk::new(Bytes::new()));
+            }
         }
         self.last = begun;
-        self.account.chunk(&chunk, begun);
+        account.chunk(&chunk, begun);
         if let Some(permit) = &mut self.permit {
             permit.output(chunk.summary.tokens);
         }
-        self.account.relayed += begun.elapsed();
-        chunk.bytes
+        let bytes = match &mut self.movable {
+            Some(movable) => movable.pass(chunk.bytes),
+            None => chunk.bytes,
+        };
+        account.relayed += begun.elapsed();
+        if lacks_choices {
+            let error = EngineError::Incomplete { engine: format!("worker {}", account.worker()) };
+            let failed = self.lost(error.label(), error);
+            return match (bytes.is_empty(), failed) {
+                (false, None) => Some(bytes),
+                (true, failed) => failed,
+                (false, Some(failed)) => Some([bytes, failed].concat().into()),
+            };
+        }
+        Some(bytes)
+    }
+
+    /// The worker is lost: others go on, or the client is told why not.
+    fn lost(&mut self, cause: &'static str, failure: EngineError) -> Option<Bytes> {
+        let Source::Worker { account, .. } = &mut self.source else { return None };
+        let is_refusal = matches!(failure, EngineError::InStream { refused: true, .. });
+        let Some(Movable { course, engine, record, .. }) = self.movable.take().filter(|_| !is_refusal) else {
+            return Some(self.fail(&failure.into()));
+        };
+        let span = account.span.clone();
+        span.in_scope(|| tracing::warn!(worker = account.worker(), "stream lost: {}", plain(&failure.to_string())));
+        course.lane.roster.report_failed(account.worker_id(), &engine, &failure);
+        account.blame(&failure);
+        let loss = Loss { worker: account.worker_id(), failure, cause, silent_since: self.last };
+        match migrate::carry_on(*course, record, loss, span) {
+            Ok(rest) => {
+                let books = Books::take_over(account);
+                // The lost worker's account and connection are closed with this.
+                self.source = Source::Others { rest, books };
+                None
+            }
+            Err(error) => Some(self.fail(&error)),
+        }
     }
 
     fn fail(&mut self, error: &RequestError) -> Bytes {
-        self.chunks = None;
-        self.account.fail();
-        self.account.span.in_scope(|| error.record());
-        error.event(self.account.endpoint(), self.audience)
+        match std::mem::replace(&mut self.source, Source::Ended) {
+            Source::Worker { mut account, .. } => {
+                if let RequestError::Engine(error) = error {
+                    account.blame(error);
+                }
+                account.fail();
+                account.span.in_scope(|| error.record());
+            }
+            Source::Others { books, .. } => books.span.in_scope(|| error.record()),
+            Source::Ended => {}
+        }
+        error.event(self.endpoint, self.audience)
     }
 
-    /// Ready when the stream has been silent for too long, or its time is over.
-    fn poll_late(&mut self, context: &mut Context<'_>) -> Poll<RequestError> {
+    /// Ready when the worker is lost, or the stream's time is over.
+    fn poll_late(&mut self, context: &mut Context<'_>) -> Poll<Result<Lost, RequestError>> {
         while self.alarm.as_mut().poll(context).is_ready() {
             let now = Instant::now();
-            let idle_until = self.last + self.patience.idle;
             if now >= self.patience.deadline {
-                return Poll::Ready(self.patience.exceeded());
+                return Poll::Ready(Err(self.patience.exceeded()));
             }
-            if now >= idle_until {
-                let engine = format!("worker {}", self.account.worker());
-                return Poll::Ready(EngineError::Timeout { engine, after: self.patience.idle }.into());
+            if let Some(lost) = self.vigil.between_tokens(self.last, now) {
+                return Poll::Ready(Ok(lost));
             }
-            self.alarm.as_mut().reset(idle_until.min(self.patience.deadline).into());
+            self.alarm.as_mut().reset((now + LOOK_EVERY).min(self.patience.deadline).into());
         }
         Poll::Pending
     }
+
+    /// The next frames of the worker that began. `Ready(None)`: it is that worker's no more.
+    fn poll_worker(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let Source::Worker { first, chunks, account } = &mut self.source else { return Poll::Ready(None) };
+        if let Some(chunk) = first.take() {
+            return Poll::Ready(self.pass(chunk));
+        }
+        let failure = match chunks.poll_next_unpin(context) {
+            Poll::Ready(Some(Ok(chunk))) => return Poll::Ready(self.pass(chunk)),
+            Poll::Ready(Some(Err(failure))) => failure,
+            Poll::Ready(None) => {
+                self.source = Source::Ended;
+                return Poll::Ready(None);
+            }
+            Poll::Pending => {
+                let worker = account.worker().to_owned();
+                return match ready!(self.poll_late(context)) {
+                    Ok(lost) => Poll::Ready(self.lost(lost.label(), lost.error(&worker, self.patience.idle))),
+                    Err(error) => Poll::Ready(Some(self.fail(&error))),
+                };
+            }
+        };
+        Poll::Ready(self.lost(failure.label(), failure))
+    }
+
+    /// The next frames of those who went on.
+    fn poll_others(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let Source::Others { rest, books } = &mut self.source else { return Poll::Ready(None) };
+        match ready!(rest.poll_next_unpin(context)) {
+            Some(Ok(Rest::Frames(frames, tokens))) => {
+                books.tokens(tokens);
+                if let Some(permit) = &mut self.permit {
+                    permit.output(tokens);
+                }
+                Poll::Ready(Some(frames))
+            }
+            Some(Ok(Rest::End(frames, prompt, output))) => {
+                books.usage(prompt, output);
+                self.source = Source::Ended;
+                Poll::Ready(Some(frames))
+            }
+            Some(Err(error)) => Poll::Ready(Some(self.fail(&error))),
+            None => {
+                self.source = Source::Ended;
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+/// Whether an endpoint's streams have choices, each with a finish of its own.
+fn has_choices(endpoint: Endpoint) -> bool {
+    matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
 }
 
 impl Stream for Relay {
@@ -191,18 +363,15 @@ impl Stream for Relay {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let relay = &mut *self;
-        if let Some(chunk) = relay.first.take() {
-            return Poll::Ready(Some(Ok(relay.pass(chunk))));
-        }
-        let Some(chunks) = &mut relay.chunks else { return Poll::Ready(None) };
-        match chunks.poll_next_unpin(context) {
-            Poll::Ready(Some(Ok(chunk))) => Poll::Ready(Some(Ok(relay.pass(chunk)))),
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Ok(relay.fail(&error.into())))),
-            Poll::Ready(None) => {
-                relay.chunks = None;
-                Poll::Ready(None)
+        loop {
+            let frames = match &relay.source {
+                Source::Worker { .. } => ready!(relay.poll_worker(context)),
+                Source::Others { .. } => ready!(relay.poll_others(context)),
+                Source::Ended => return Poll::Ready(None),
+            };
+            if let Some(frames) = frames.filter(|frames| !frames.is_empty()) {
+                return Poll::Ready(Some(Ok(frames)));
             }
-            Poll::Pending => relay.poll_late(context).map(|error| Some(Ok(relay.fail(&error)))),
         }
     }
 }

@@ -137,8 +137,10 @@ impl Reload {
                 self.refuse(&error.to_string());
                 return self;
             }
+            self.roster.set_health(now.health.clone());
             self.lane.limits.store(Arc::new(now.limits.with_fixed_of(&self.start.limits)));
             self.lane.queue.configure(&now);
+            self.lane.migration.store(Arc::new(now.migration.clone()));
             if let Err(reason) = self.log_level.set(&now.log_level) {
                 tracing::warn!("{reason}; the log level stays as it was");
             }

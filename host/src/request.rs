@@ -30,9 +30,9 @@ use crate::{
     auth::Caller,
     body,
     clock::{Clock, unix_ms},
-    config::Limits,
+    config::{Limits, Migration},
     decode::{Bounds, Decoded, decode, rename},
-    dispatch::Dispatch,
+    dispatch::{Asked, Dispatch},
     error::{Audience, RequestError},
     meters::RequestMeters,
     models::Resolved,
@@ -58,6 +58,8 @@ pub(crate) struct Lane {
     pub(crate) clock: Clock,
     /// Changed when the configuration is.
     pub(crate) limits: ArcSwap<Limits>,
+    /// The same.
+    pub(crate) migration: ArcSwap<Migration>,
     pub(crate) meters: RequestMeters,
     pub(crate) observer: Observer,
     pub(crate) receipts: Receipts,
@@ -72,6 +74,11 @@ impl Lane {
     /// The limits of a request that begins now.
     pub(crate) fn limits(&self) -> Arc<Limits> {
         self.limits.load_full()
+    }
+
+    /// Numbers a decision.
+    pub(crate) fn next_decision(&self) -> u64 {
+        self.decisions.fetch_add(1, Relaxed)
     }
 
     /// Who is told of errors, in answers.
@@ -114,7 +121,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
 
     let begun = Instant::now();
     let bounds = Bounds { max_output_tokens: limits.max_output_tokens, max_choices: limits.max_choices };
-    let Decoded { mut facts, mut body, stream } = decode(endpoint, id, body, bounds)?;
+    let Decoded { mut facts, mut body, stream, returns_ids } = decode(endpoint, id, body, bounds)?;
     caller.vouch(&mut facts)?;
     let patience = Patience::since(at, &limits, timeout);
     facts.accepted_ms = lane.clock.at_ms(at);
@@ -124,6 +131,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     lane.meters.decode.record(begun.elapsed());
     trace::stage("decode", begun);
 
+    lane.roster.hold(&facts.model).await;
     let (renamed, prompt) = {
         let snapshot = lane.roster.snapshot();
         let renamed = resolve(&snapshot, &mut facts, &mut body)?;
@@ -134,7 +142,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
         let prompt = lane.prefixes.read(&mut facts, &body, &snapshot).await;
         lane.meters.tokenize.record(begun.elapsed());
         trace::stage("tokenize", begun);
-        (renamed, prompt)
+        (renamed, Arc::new(prompt))
     };
     let entering = Instant::now();
     let entered = admit::enter(lane, &mut facts).await;
@@ -143,14 +151,19 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     let permit = entered?;
     let pinned = lane.routing.pin();
     let priority = facts.priority;
-    let ask = GenerateRequest { headers, priority, ..GenerateRequest::new(endpoint, body, stream, request_id) };
+    let migration = lane.migration.load_full();
+    let wants_token_ids = migration.enabled && stream;
+    let ask = GenerateRequest { headers, priority, wants_token_ids, ..GenerateRequest::new(endpoint, body, stream, request_id) };
     let recorder = lane.receipts.sample();
-    let mut dispatch = Dispatch::new(lane, ask, permit, at, timeout);
+    let asked = Asked { ask, pinned, prompt, recorder, returns_ids, timeout };
+    let mut dispatch = Dispatch::new(lane, asked, permit, at, migration);
     loop {
-        facts.decision_id = lane.decisions.fetch_add(1, Relaxed);
-        let placing = match place(lane, &pinned, &mut facts, &prompt, &patience, recorder.as_ref(), notes).await {
+        facts.decision_id = lane.next_decision();
+        let Asked { pinned, prompt, recorder, .. } = dispatch.asked();
+        let placing = match place(lane, pinned, &mut facts, prompt, &patience, recorder.as_ref(), notes).await {
             Ok(placing) => placing,
             // Every worker has failed it: what the last one failed with says more.
+            Err(RequestError::NoWorker { .. }) if dispatch.outlasts(&mut facts).await => continue,
             Err(error @ RequestError::NoWorker { .. }) => return Err(dispatch.into_failure().map_or(error, RequestError::from)),
             Err(error) => return Err(error),
         };
@@ -158,7 +171,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
             lane.meters.dispatch.record(begun.elapsed().saturating_sub(queued + placing.held));
         }
         let dispatched = Instant::now();
-        let answered = dispatch.carry_out(&placing, &mut facts, &prompt).await;
+        let answered = dispatch.carry_out(&placing, &mut facts).await;
         trace::stage("dispatch", dispatched);
         if let Some(mut response) = answered? {
             // A name that cannot be a header value came from the operator's own or an engine's: leave it out.
@@ -208,7 +221,7 @@ impl Placing {
 }
 
 /// Asks the policy where the request shall go, again and again while it holds it.
-async fn place(
+pub(crate) async fn place(
     lane: &Lane,
     pinned: &Pinned,
     facts: &mut RequestFacts,

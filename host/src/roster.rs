@@ -9,14 +9,19 @@
 //! last request has ended. What a source says and cannot be taken over yet is tried again. Locks are taken in the order said,
 //! drained or publishing, members, one member's standing; none is held over an await, and the last two not over a file.
 
+mod canary;
 mod connect;
 mod drained;
+mod hold;
+mod judge;
 mod listen;
 mod member;
+mod pulse;
 mod report;
 mod snapshot;
 mod sources;
 mod tend;
+mod vitals;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -31,15 +36,18 @@ use std::{
 use arc_swap::ArcSwap;
 use dynamo_engine_api::{Engine, EngineError};
 use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerId, WorkerState};
+use dynamo_host_flow::RetryBudget;
 use dynamo_host_index::PrefixIndexes;
 use tokio::sync::{Notify, Semaphore, watch};
 
 pub(crate) use self::{
     connect::{check, engine},
     drained::DrainedError,
+    member::GivenUp,
     report::WorkerReport,
     snapshot::Snapshot,
     sources::check_all,
+    vitals::{Attempt, Outcome, failure},
 };
 use self::{
     drained::Drained,
@@ -49,8 +57,8 @@ use self::{
 };
 use crate::{
     clock::Clock,
+    config::HealthConfig,
     discovery::{Origin, Problem},
-    kv::KvFeed,
     models::{Listings, ModelNames},
     tasks,
 };
@@ -85,6 +93,10 @@ pub(crate) struct Roster {
     probed: watch::Sender<usize>,
     probes: Semaphore,
     readings: Semaphore,
+    canaries: Semaphore,
+    health: ArcSwap<HealthConfig>,
+    retries: Mutex<RetryBudget>,
+    is_stopping: AtomicBool,
 }
 
 /// Engines that cannot be a roster.
@@ -122,6 +134,11 @@ impl Roster {
             names: Arc::default(),
             listings: Listings::default(),
             has_unknown_models: true,
+            awaits_models: true,
+            has_starting: false,
+            trials: Vec::new(),
+            rules: HealthConfig::default().breaker_rules(),
+            clock,
         };
         Arc::new(Self {
             namespace: "default".to_owned(),
@@ -144,12 +161,17 @@ impl Roster {
             probed: watch::Sender::new(0),
             probes: Semaphore::new(tend::PROBES),
             readings: Semaphore::new(tend::READINGS),
+            canaries: Semaphore::new(canary::CANARIES),
+            health: ArcSwap::default(),
+            retries: Mutex::default(),
+            is_stopping: AtomicBool::new(false),
         })
     }
 
     /// Starts to look after the engines, and waits until each was probed once or `patience` is over.
     pub(crate) async fn start(self: &Arc<Self>, patience: Duration) {
         tasks::spawn("publish", tend::keep_publishing(Arc::clone(self)));
+        tasks::spawn("judge", judge::keep_judging(Arc::clone(self)));
         tasks::spawn("apply", sources::keep_applying(Arc::clone(self)));
         let mut probed = self.probed.subscribe();
         let count = {
@@ -173,11 +195,17 @@ impl Roster {
         let _ = member.task.set(task);
     }
 
-    /// Drains a worker, or ends that: a drained one gets no new request and finishes what it has. Blocks on the disk.
+    /// Drains a worker, or ends that: a drained one gets no new request and finishes what it has, until others continue it
+    /// after `grace`, or after the configured one. Blocks on the disk.
     ///
     /// # Errors
     /// If there is no such worker, or it cannot be kept. Nothing is changed then.
-    pub(crate) fn set_drained(&self, name: &str, drained: bool) -> Result<Vec<WorkerReport>, DrainError> {
+    pub(crate) fn set_drained(
+        &self,
+        name: &str,
+        drained: bool,
+        grace: Option<Duration>,
+    ) -> Result<Vec<WorkerReport>, DrainError> {
         {
             let mut kept = lock(&self.drained);
             let member = self.members().get(name).cloned();
@@ -194,7 +222,12 @@ impl Roster {
                 if std::mem::replace(&mut standing.is_drained, drained) != drained {
                     tracing::info!(worker = name, "{}", if drained { "worker is drained" } else { "worker is resumed" });
                 }
+                standing.drains(drained, grace, self.clock.now_ms());
                 standing.show();
+                drop(standing);
+                if !drained {
+                    member.is_wanted_again();
+                }
             }
         }
         self.is_stale.store(true, Relaxed);
@@ -209,11 +242,32 @@ impl Roster {
 
     /// A request could not reach a worker's engine: it is out of service until its probe says otherwise. Nothing happens to
     /// another engine that has its place by now. Waits for nobody who changes the roster.
-    pub(crate) fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
+    fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
         let snapshot = self.snapshot.load();
         let Some(seat) = snapshot.find(worker).filter(|seat| Arc::ptr_eq(&seat.member.engine, engine)) else { return };
+        seat.member.standing().is_fresh = true;
         self.settle(&seat.member, Err(error.to_string()), false);
         seat.member.probe_now.notify_one();
+    }
+
+    /// A request failed on a worker's engine: it is looked at soon, and out of service at once if it could not be reached.
+    pub(crate) fn report_failed(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
+        if matches!(error, EngineError::Connect { .. }) {
+            return self.report_unreachable(worker, engine, error);
+        }
+        if let Some(seat) = self.snapshot.load().find(worker) {
+            seat.member.probe_now.notify_one();
+        }
+    }
+
+    /// The host is about to stop: it is not ready for anything new.
+    pub(crate) fn stop(&self) {
+        self.is_stopping.store(true, Relaxed);
+    }
+
+    /// Whether it is.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.is_stopping.load(Relaxed)
     }
 
     fn publish_soon(&self) {
@@ -230,12 +284,15 @@ impl Roster {
         let members: Vec<Arc<Member>> = self.members().values().cloned().collect();
         let mut seated: Vec<(Worker, Seat)> = Vec::with_capacity(members.len());
         let mut listings = Listings::default();
-        let mut has_unknown_models = !lock(&self.awaited).is_empty();
+        let now_ms = self.clock.now_ms();
+        let mut awaits_models = !lock(&self.awaited).is_empty();
+        let mut has_unknown_models = awaits_models;
         for member in &members {
             let standing = member.standing();
-            has_unknown_models |= member.config.model.is_none() && !standing.has_listed();
+            let is_unknown = member.config.model.is_none() && !standing.has_listed();
+            has_unknown_models |= is_unknown;
+            awaits_models |= is_unknown && standing.state() == WorkerState::Starting;
             let has_ranks = standing.has_ranks;
-            let seat = |feed: &Arc<KvFeed>| Seat { member: Arc::clone(member), has_ranks, feed: Arc::clone(feed) };
             for worker in &standing.workers {
                 let model = &worker.spec.model;
                 listings.add(model, None, standing.max_model_len(model));
@@ -243,25 +300,49 @@ impl Roster {
                     listings.add(adapter, Some(model), standing.max_model_len(adapter));
                 }
             }
-            seated.extend(standing.workers.iter().zip(&standing.feeds).map(|(worker, feed)| (worker.clone(), seat(feed))));
+            for ((worker, feed), vitals) in standing.workers.iter().zip(&standing.feeds).zip(&standing.vitals) {
+                let state = vitals.refine(worker.state, now_ms);
+                let (member, feed, vitals) = (Arc::clone(member), Arc::clone(feed), Arc::clone(vitals));
+                seated.push((Worker { state, ..worker.clone() }, Seat { member, has_ranks, feed, vitals }));
+            }
         }
-        for state in [WorkerState::Starting, WorkerState::Healthy, WorkerState::Unreachable, WorkerState::Draining] {
+        for state in WorkerState::ALL {
             let count = seated.iter().filter(|(worker, _)| worker.state == state).count();
             let label = format!("{state:?}").to_lowercase();
             metrics::gauge!("dynamo_host_workers", "state" => label).set(count as f64);
         }
+        let has_starting = seated.iter().any(|(worker, _)| worker.state == WorkerState::Starting);
+        let trials = judge::try_all_where_nobody_is_healthy(&mut seated);
         seated.sort_unstable_by_key(|(worker, _)| worker.id);
         let (workers, seats): (Vec<Worker>, Vec<Seat>) = seated.into_iter().unzip();
         let generation = self.snapshot.load().fleet.generation() + 1;
         let fleet = Fleet::new(generation, workers).expect("members have different names, and one worker per model and rank");
         let names = self.names.load_full();
-        self.snapshot.store(Arc::new(Snapshot { fleet, seats, names, listings, has_unknown_models }));
+        let (rules, clock) = (self.health().breaker_rules(), self.clock);
+        self.snapshot.store(Arc::new(Snapshot {
+            fleet,
+            seats,
+            names,
+            listings,
+            has_unknown_models,
+            awaits_models,
+            has_starting,
+            trials,
+            rules,
+            clock,
+        }));
         self.changed.send_replace(generation);
     }
 
     /// All workers now.
     pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
+    }
+
+    /// All workers as they are at this very moment, for whoever asks how they stand.
+    pub(crate) fn latest(&self) -> Arc<Snapshot> {
+        self.publish();
+        self.snapshot()
     }
 
     /// Workers that tell of their KV and are not heard now.

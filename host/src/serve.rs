@@ -28,7 +28,7 @@ use crate::{
     listener::{self, Server},
     meters::{self, RequestMeters},
     observe::Observer,
-    policies::{Policies, Wishes},
+    policies::{AllWishes, Policies},
     prefixes::Prefixes,
     receipts::Receipts,
     reload::Reload,
@@ -94,6 +94,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
     let admin_listener = listen("admin API", config.admin, "--admin").await?;
     let indexes = PrefixIndexes::with_limits(IndexLimits { max_blocks: config.kv.max_blocks });
     let roster = Roster::new(clock, config.limits.max_workers, Arc::clone(&indexes), config.state_dir.as_deref());
+    roster.set_health(config.health.clone());
     roster.configure(&config.workers, config.models.clone())?;
     let cache = config.state_dir.as_ref().map(|state| state.join("compiled"));
     let tell_time = Arc::new(move || Now { monotonic_ms: clock.now_ms(), unix_ms: unix_ms() });
@@ -106,8 +107,11 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         other => other?,
     };
     let policies = {
-        let (state_dir, seed, on_error) = (config.state_dir.clone(), config.routing.clone(), config.routing_on_error);
-        let open = move || Policies::open(Arc::new(runtime), state_dir.as_deref(), Wishes { seed: seed.as_ref(), on_error });
+        let (state_dir, routing, admission) = (config.state_dir.clone(), config.routing.clone(), config.admission.clone());
+        let open = move || {
+            let wishes = AllWishes { routing: routing.wishes(), admission: admission.wishes() };
+            Policies::open(Arc::new(runtime), state_dir.as_deref(), wishes)
+        };
         let opened = tokio::task::spawn_blocking(open).await;
         Arc::new(opened.map_err(|error| ServeError::Failed { what: "policy start-up", reason: error.to_string() })??)
     };
@@ -135,6 +139,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
         limits: ArcSwap::from_pointee(config.limits.clone()),
+        migration: ArcSwap::from_pointee(config.migration.clone()),
         meters: RequestMeters::new(),
         observer: Observer::start(),
         receipts: receipts.clone(),
@@ -153,6 +158,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
     });
     let audit = Audit::open(config.state_dir.as_deref());
     let reload = Reload::new(config.clone(), Arc::clone(&roster), Arc::clone(&lane), audit.clone(), log_level);
+    let still_there = Arc::clone(&roster);
     let admin = Admin {
         policies: Arc::clone(&policies),
         roster,
@@ -191,6 +197,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         _ = &mut servers => unreachable!("listeners end only when they are told to"),
         signal = signals.next() => signal,
     };
+    still_there.stop();
     let (delay, grace) = (Duration::from_secs(limits.stop_delay_s), Duration::from_secs(limits.drain_s));
     tracing::info!("stopping on {}: no new requests in {delay:?}, running ones have {grace:?} then", signal.name());
     let entry = Entry { to: json!(signal.name()), ..Entry::new("stop", Who::System("signal"), None) };

@@ -16,6 +16,7 @@ mod discovery;
 mod endpoints;
 mod failures;
 mod harness;
+mod health;
 mod hostile_load;
 mod keys;
 #[cfg(feature = "kubernetes")]
@@ -23,6 +24,7 @@ mod kubernetes;
 mod kv;
 mod limits;
 mod metrics;
+mod migration;
 mod models;
 mod on_error;
 mod openai_client;

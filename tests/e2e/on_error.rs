@@ -63,16 +63,16 @@ async fn requests_are_refused_where_the_slot_is_closed() {
 
 #[tokio::test]
 async fn what_is_wrong_about_on_error_is_said() {
-    run(&serve(&["--routing-on-error", "open"])).await.failed(2, &["open", "fallback, last-good or closed"]);
+    run(&serve(&["--routing-on-error", "ajar"])).await.failed(2, &["ajar", "last-good or closed"]);
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("host.toml");
-    std::fs::write(&file, "[routing]\non_error = \"open\"\n").unwrap();
-    run(&serve(&["--config", file.to_str().unwrap()])).await.failed(2, &["open", "last-good", "line 2"]);
+    std::fs::write(&file, "[routing]\non_error = \"ajar\"\n").unwrap();
+    run(&serve(&["--config", file.to_str().unwrap()])).await.failed(2, &["ajar", "last-good", "line 2"]);
     let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
-    host.cli(&["policy", "on-error", "routing", "open"]).await.failed(2, &["fallback, last-good or closed"]);
+    host.cli(&["policy", "on-error", "routing", "ajar"]).await.failed(2, &["last-good or closed"]);
     host.cli(&["policy", "on-error", "rooting", "closed"]).await.failed(1, &["rooting", "routing"]);
     for (path, status) in
-        [("routing/on-error?mode=open", 400), ("routing/on-error", 400), ("admission/on-error?mode=closed", 404)]
+        [("routing/on-error?mode=ajar", 400), ("routing/on-error", 400), ("autoscaling/on-error?mode=closed", 404)]
     {
         let reply = host.admin.send(hyper::Method::PUT, &format!("/v1/slots/{path}"), &[], "").await;
         assert_eq!(reply.status.as_u16(), status, "{path}: {}", reply.text());

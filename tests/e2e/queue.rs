@@ -222,7 +222,7 @@ async fn a_lower_tier_is_served_first_whoever_came_before() {
 async fn who_waits_for_a_worker_that_does_not_come_back_is_told_within_the_hold() {
     let engine = MockProcess::start(&["decode_ms_base=5"]).await;
     let worker = format!("{},model=m,max_running=1,name=a", engine.url());
-    let host = Host::configured("[queue]\nhold_s = 0.5", &["--worker", &worker]).await;
+    let host = Host::configured("[health]\nhold_s = 1", &["--worker", &worker]).await;
     let _first = occupy(&host.http).await;
     let mut second = JoinSet::new();
     second.spawn(ask(host.http.clone(), vec![]));

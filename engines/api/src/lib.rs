@@ -39,6 +39,11 @@ pub trait Engine: Send + Sync + 'static {
         None
     }
 
+    /// How it goes on with an answer that another engine began, as far as is known.
+    fn continues(&self) -> Continues {
+        Continues::default()
+    }
+
     /// Token ids of a request's prompt as the engine would compute them; `None` if it cannot say.
     fn tokenize(&self, _endpoint: Endpoint, _body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {
         Box::pin(async { Ok(None) })
@@ -49,6 +54,26 @@ pub trait Engine: Send + Sync + 'static {
     /// # Cancel safety
     /// Dropping the future, or the reply that it returned, ends the engine's work on the request.
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>>;
+}
+
+/// How an engine goes on with an answer that another one began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Continues {
+    /// It gives the ids of a stream's prompt and output where it is asked ([`GenerateRequest::wants_token_ids`]).
+    pub gives_ids: bool,
+    /// It takes a prompt of token ids at `/v1/completions`.
+    pub takes_ids: bool,
+    /// How it takes a chat whose last message is the beginning of its answer.
+    pub chat: Option<ChatContinuation>,
+}
+
+/// How an engine is told to go on with a chat's last message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChatContinuation {
+    /// By `continue_final_message` (vLLM). Its chat template may cut white space at the end of the message.
+    FinalMessage,
+    /// By an assistant's message at the end alone (llama.cpp), which is taken as it is.
+    Prefill,
 }
 
 /// What an engine tells of its KV, in order. It does not end by itself: the adapter connects again for as long as it is
@@ -171,13 +196,15 @@ pub struct GenerateRequest {
     pub rank: Option<u32>,
     /// How soon the engine shall take it up: higher is sooner, 0 is normal. Adapters turn it into their engine's sense.
     pub priority: i32,
+    /// Whether the ids of tokens are wanted, from an engine that can give them. What the body says of it wins.
+    pub wants_token_ids: bool,
 }
 
 impl GenerateRequest {
-    /// A plain request: no headers, any rank, normal priority.
+    /// A plain request: no headers, any rank, normal priority, no token ids.
     #[must_use]
     pub fn new(endpoint: Endpoint, body: Bytes, stream: bool, request_id: Arc<str>) -> Self {
-        Self { endpoint, body, stream, request_id, headers: HeaderMap::new(), rank: None, priority: 0 }
+        Self { endpoint, body, stream, request_id, headers: HeaderMap::new(), rank: None, priority: 0, wants_token_ids: false }
     }
 }
 
@@ -244,6 +271,8 @@ pub enum EngineError {
         engine: String,
         /// The engine's words.
         message: String,
+        /// Whether it said that the request is at fault (a code from 400 to 499).
+        refused: bool,
     },
     /// The engine answered, but not that it can serve (vLLM: 503 with a dead core; llama.cpp: 503 while it loads).
     #[error("{engine} is not healthy: {reason}")]

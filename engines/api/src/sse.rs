@@ -105,6 +105,8 @@ pub struct Summary {
     pub usage: Option<Usage>,
     /// An error object's message, if one came.
     pub error: Option<String>,
+    /// Whether that error is the request's fault, by its code (400 to 499).
+    pub refused: bool,
 }
 
 impl Summary {
@@ -115,6 +117,7 @@ impl Summary {
         self.done |= later.done;
         self.usage = later.usage.or(self.usage);
         self.error = later.error.or(self.error.take());
+        self.refused |= later.refused;
     }
 }
 
@@ -312,6 +315,7 @@ impl Event<'_> {
         summary.usage = self.usage.or(summary.usage);
         if is_something(self.error) {
             summary.error = self.error.map(|error| error_message(error.get()));
+            summary.refused |= self.error.is_some_and(|error| is_refusal(error.get()));
         }
     }
 }
@@ -335,6 +339,15 @@ impl Choice<'_> {
 
 fn is_something(value: Option<&RawValue>) -> bool {
     value.is_some_and(|value| !matches!(value.get(), "null" | "\"\"" | "[]"))
+}
+
+/// Whether an error object says that the request is at fault.
+fn is_refusal(json: &str) -> bool {
+    #[derive(Deserialize)]
+    struct WithCode {
+        code: u16,
+    }
+    serde_json::from_str::<WithCode>(json).is_ok_and(|error| (400..500).contains(&error.code))
 }
 
 /// The message within an OpenAI error object, or the whole of what came instead.

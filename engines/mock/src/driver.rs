@@ -17,12 +17,13 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
     time::{Instant, sleep_until},
 };
 
 use crate::{
+    faults::Pace,
     model::{EngineModel, Event, FinishReason, Sequence, SequenceId, Snapshot},
     tape::{Batch, Tape},
 };
@@ -77,11 +78,11 @@ impl Driver {
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub(crate) fn start(model: EngineModel) -> Self {
+    pub(crate) fn start(model: EngineModel, pace: watch::Receiver<Pace>) -> Self {
         let (commands, inbox) = mpsc::channel(COMMANDS);
         let cancellations = Arc::new(Cancellations::default());
         let mut task = JoinSet::new();
-        task.spawn(Loop::new(model, inbox, Arc::clone(&cancellations)).run());
+        task.spawn(Loop::new(model, inbox, Arc::clone(&cancellations), pace).run());
         Self { commands, cancellations, next_ticket: 0.into(), _task: task }
     }
 
@@ -151,11 +152,6 @@ impl Outputs {
     ///
     /// # Errors
     /// If the task ended before them.
-    pub(crate) async fn next(&mut self) -> Result<Option<Output>, Stopped> {
-        std::future::poll_fn(|cx| self.poll_next(cx)).await
-    }
-
-    /// As [`next`](Self::next).
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Output>, Stopped>> {
         if self.open == 0 {
             return Poll::Ready(Ok(None));
@@ -200,6 +196,7 @@ struct Loop {
     model: EngineModel,
     inbox: mpsc::Receiver<Command>,
     cancellations: Arc<Cancellations>,
+    pace: watch::Receiver<Pace>,
     start: Instant,
     /// Which of which request's sequences it is.
     places: HashMap<SequenceId, (Ticket, u32)>,
@@ -216,12 +213,17 @@ struct Request {
 }
 
 impl Loop {
-    fn new(model: EngineModel, inbox: mpsc::Receiver<Command>, cancellations: Arc<Cancellations>) -> Self {
+    fn new(
+        model: EngineModel,
+        inbox: mpsc::Receiver<Command>,
+        cancellations: Arc<Cancellations>,
+        pace: watch::Receiver<Pace>,
+    ) -> Self {
         let (places, requests) = (HashMap::new(), HashMap::new());
-        Self { model, inbox, cancellations, start: Instant::now(), places, requests, events: Vec::new(), tape: None }
+        Self { model, inbox, cancellations, pace, start: Instant::now(), places, requests, events: Vec::new(), tape: None }
     }
 
-    /// Runs until the driver is gone.
+    /// Runs until the driver is gone, or the engine dies.
     async fn run(mut self) {
         let mut last_end = Duration::ZERO;
         loop {
@@ -229,11 +231,25 @@ impl Loop {
                 self.carry_out(command);
             }
             self.apply_cancellations();
+            let pace = *self.pace.borrow_and_update();
+            if pace.is_dead {
+                return;
+            }
+            self.model.slow_down(pace.slow);
+            if pace.is_paused {
+                if !self.listen().await {
+                    return;
+                }
+                continue;
+            }
             let now = self.start.elapsed();
             let begin = if self.model.is_idle() || now.saturating_sub(last_end) > MAX_LAG { now } else { last_end };
             match self.model.begin_step(begin) {
                 Some(end) => {
                     self.listen_until(self.start + end).await;
+                    if !self.resumed().await {
+                        return;
+                    }
                     self.model.end_step(&mut self.events);
                     self.record();
                     self.deliver();
@@ -257,15 +273,33 @@ impl Loop {
             tokio::select! {
                 biased;
                 () = &mut sleep => return,
+                Ok(()) = self.pace.changed() => if self.pace.borrow().is_dead { return },
                 () = self.cancellations.wake.notified() => self.apply_cancellations(),
                 Some(command) = self.inbox.recv() => self.carry_out(command),
             }
         }
     }
 
-    /// Waits, with nothing to do, for a command or a cancellation. `false` if the driver is gone.
+    /// Waits while the engine is paused in the middle of a step. `false` if the driver is gone, or the engine dies.
+    async fn resumed(&mut self) -> bool {
+        loop {
+            let pace = *self.pace.borrow_and_update();
+            if pace.is_dead {
+                return false;
+            }
+            if !pace.is_paused {
+                return true;
+            }
+            if !self.listen().await {
+                return false;
+            }
+        }
+    }
+
+    /// Waits, with nothing to do, for a command, a cancellation or another pace. `false` if the driver is gone.
     async fn listen(&mut self) -> bool {
         tokio::select! {
+            changed = self.pace.changed() => return changed.is_ok(),
             () = self.cancellations.wake.notified() => {}
             command = self.inbox.recv() => match command {
                 Some(command) => self.carry_out(command),

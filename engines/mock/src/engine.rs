@@ -12,10 +12,11 @@ use std::{
 
 use bytes::Bytes;
 use dynamo_engine_api::{
-    Chunk, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply, WholeReply,
+    ChatContinuation, Chunk, Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply,
+    WholeReply,
 };
 use futures_core::{Stream, future::BoxFuture, ready};
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -23,7 +24,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 pub use crate::driver::Stopped;
 use crate::{
-    driver::{Driver, Outputs},
+    driver::Driver,
+    faults::{self, DEAD_CORE, Step, Steps, Switches, Tear},
     model::{EngineModel, Snapshot},
     options::{MockOptions, OptionsError},
     publishing::Once,
@@ -37,6 +39,7 @@ use crate::{
 #[derive(Debug)]
 pub struct MockEngine {
     options: MockOptions,
+    switches: Arc<Switches>,
     driver: Driver,
     /// Seconds since 1970.
     started: u64,
@@ -64,14 +67,21 @@ impl MockEngine {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn start(options: MockOptions) -> Result<Self, OptionsError> {
-        let driver = Driver::start(EngineModel::new(options.profile.clone())?);
-        Ok(Self { options, driver, started: now_seconds(), ids: RequestIds::new(), publishing: Once::new() })
+        let switches = Arc::new(Switches::new(options.faults.clone()));
+        let driver = Driver::start(EngineModel::new(options.profile.clone())?, switches.pace());
+        Ok(Self { options, switches, driver, started: now_seconds(), ids: RequestIds::new(), publishing: Once::new() })
     }
 
     /// What it was started with.
     #[must_use]
     pub fn options(&self) -> &MockOptions {
         &self.options
+    }
+
+    /// What it does wrong.
+    #[must_use]
+    pub fn switches(&self) -> &Arc<Switches> {
+        &self.switches
     }
 
     /// When it was started, in seconds since 1970.
@@ -110,21 +120,36 @@ impl MockEngine {
         self.ids.next().into()
     }
 
-    async fn serve(&self, request: GenerateRequest) -> Result<Reply, EngineError> {
+    /// Serves a request, faults and all.
+    pub(crate) async fn serve(&self, request: GenerateRequest) -> Result<Served, Stopped> {
         let endpoint = request.endpoint;
         if endpoint == Endpoint::CountTokens {
-            return Ok(Reply::Whole(self.count_tokens(&request.body)));
+            return Ok(Served::Whole(self.count_tokens(&request.body), None));
         }
-        let order = match service::decode(request.endpoint, &request.body, &self.options) {
+        let strike = self.switches.strike();
+        if let Some(faults) = strike.faults() {
+            if faults.endless_headers {
+                return Ok(Served::EndlessHeaders);
+            }
+            if let Some(content_type) = &faults.content_type {
+                return Ok(Served::Whole(page(content_type), None));
+            }
+            if let Some(refusal) = faults.refuse {
+                return Ok(Served::Whole(error_reply_at(&refusal.error(), endpoint), None));
+            }
+        }
+        let mut order = match service::decode(request.endpoint, &request.body, &self.options) {
             Ok(order) => order,
-            Err(error) => return Ok(Reply::Whole(json_reply(error.status, error.body_at(endpoint).into()))),
+            Err(error) => return Ok(Served::Whole(error_reply_at(&error, endpoint), None)),
         };
-        let outputs = self.driver.submit(order.sequences()).await.map_err(|stopped| broken(&self.options.name, stopped))?;
+        order.return_token_ids |= request.wants_token_ids && order.stream;
+        let outputs = self.driver.submit(order.sequences()).await?;
+        let steps = Steps::new(outputs, strike, Arc::clone(&self.switches));
         if order.stream {
             let rendering = self.rendering(order, &request.request_id);
-            return Ok(Reply::Stream(Box::pin(Chunks { outputs, rendering, engine: self.options.name.clone(), ended: false })));
+            return Ok(Served::Stream(Pieces { steps, rendering, is_over: false }));
         }
-        self.collect(outputs, Whole::new(self.rendering(order, &request.request_id))).await
+        self.collect(endpoint, steps, Whole::new(self.rendering(order, &request.request_id))).await
     }
 
     fn count_tokens(&self, body: &[u8]) -> WholeReply {
@@ -133,15 +158,30 @@ impl MockEngine {
                 let counted = json!({ "input_tokens": count, "context_management": { "original_input_tokens": count } });
                 json_reply(StatusCode::OK, counted.to_string().into())
             }
-            Err(error) => json_reply(error.status, error.body_at(Endpoint::CountTokens).into()),
+            Err(error) => error_reply_at(&error, Endpoint::CountTokens),
         }
     }
 
-    async fn collect(&self, mut outputs: Outputs, mut whole: Whole) -> Result<Reply, EngineError> {
-        while let Some(output) = outputs.next().await.map_err(|stopped| broken(&self.options.name, stopped))? {
-            whole.token(output);
-        }
-        Ok(Reply::Whole(json_reply(StatusCode::OK, whole.body())))
+    async fn collect(&self, endpoint: Endpoint, mut steps: Steps, mut whole: Whole) -> Result<Served, Stopped> {
+        let tear = loop {
+            match steps.next().await {
+                Step::Token(output, None) => whole.token(output),
+                Step::Token(output, tear) => {
+                    whole.token(output);
+                    break tear;
+                }
+                Step::Done(tear) => break tear,
+                // There is no end without a word where a length was announced.
+                Step::End => break Some(Tear::Middle),
+                Step::ErrorEvent => return Ok(Served::Whole(error_reply_at(&faults::dead_core(), endpoint), None)),
+                Step::Stopped => return Err(Stopped),
+            }
+        };
+        Ok(Served::Whole(json_reply(StatusCode::OK, whole.body()), tear))
+    }
+
+    fn broken(&self, reason: &str) -> EngineError {
+        EngineError::Broken { engine: self.options.name.clone(), reason: reason.to_owned() }
     }
 
     fn rendering(&self, order: Order, request_id: &str) -> Rendering {
@@ -157,16 +197,27 @@ impl Engine for MockEngine {
     fn models(&self) -> BoxFuture<'_, Result<Vec<ModelCard>, EngineError>> {
         let max_model_len = Some(self.options.profile.max_model_len);
         let card = ModelCard { id: self.options.model.clone(), max_model_len, parent: None };
-        Box::pin(async { Ok(vec![card]) })
+        Box::pin(async {
+            self.switches.awake().await;
+            Ok(vec![card])
+        })
     }
 
     fn probe(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(async { self.snapshot().await.map(drop).map_err(|stopped| broken(&self.options.name, stopped)) })
+        Box::pin(async {
+            self.switches.awake().await;
+            if self.switches.faults().unhealthy {
+                let reason = "it was told to be".to_owned();
+                return Err(EngineError::Unhealthy { engine: self.options.name.clone(), reason });
+            }
+            self.snapshot().await.map(drop).map_err(|stopped| self.broken(&stopped.to_string()))
+        })
     }
 
     fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
         Box::pin(async {
-            let now = self.snapshot().await.map_err(|stopped| broken(&self.options.name, stopped))?;
+            self.switches.awake().await;
+            let now = self.snapshot().await.map_err(|stopped| self.broken(&stopped.to_string()))?;
             let profile = &self.options.profile;
             let tokens = |blocks: u32| Some(blocks.saturating_mul(profile.block_size));
             Ok(vec![RankLoad {
@@ -189,6 +240,11 @@ impl Engine for MockEngine {
         Some(Box::pin(stream::unfold(reading, async |mut reading| reading.next().await.map(|update| (update, reading)))))
     }
 
+    /// As vLLM does.
+    fn continues(&self) -> Continues {
+        Continues { gives_ids: true, takes_ids: true, chat: Some(ChatContinuation::FinalMessage) }
+    }
+
     /// Of a batch, the first prompt.
     fn tokenize(&self, endpoint: Endpoint, body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {
         let order = service::decode(endpoint, &body, &self.options).ok();
@@ -196,36 +252,83 @@ impl Engine for MockEngine {
         Box::pin(async { Ok(prompt) })
     }
 
+    /// Faults of the wire become the errors that an adapter makes of them.
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
-        Box::pin(self.serve(request))
+        Box::pin(async {
+            self.switches.awake().await;
+            let engine = self.options.name.clone();
+            match self.serve(request).await.map_err(|stopped| self.broken(&stopped.to_string()))? {
+                Served::Whole(reply, None) => Ok(Reply::Whole(reply)),
+                Served::Whole(_, Some(_)) => Err(self.broken(CUT)),
+                Served::EndlessHeaders => Err(EngineError::Protocol { engine, reason: "its head does not end".to_owned() }),
+                Served::Stream(pieces) => Ok(Reply::Stream(Box::pin(pieces.map(move |piece| piece.told(&engine))))),
+            }
+        })
     }
 }
 
-/// A streamed reply: one chunk per token, then one with the usage, if asked for, and `[DONE]`.
-struct Chunks {
-    outputs: Outputs,
-    rendering: Rendering,
-    engine: String,
-    ended: bool,
+/// What a cut connection says.
+const CUT: &str = "the connection was cut";
+
+/// A request's answer, with what is done to its connection.
+pub(crate) enum Served {
+    Whole(WholeReply, Option<Tear>),
+    EndlessHeaders,
+    Stream(Pieces),
 }
 
-impl Stream for Chunks {
-    type Item = Result<Chunk, EngineError>;
+/// A piece of a stream.
+pub(crate) enum Piece {
+    Chunk(Chunk),
+    /// Of this one only a part comes.
+    Torn(Chunk, Tear),
+    ErrorEvent,
+    /// The end, without a finish reason.
+    End,
+    Stopped,
+}
+
+impl Piece {
+    /// As an adapter tells it.
+    fn told(self, engine: &str) -> Result<Chunk, EngineError> {
+        let engine = engine.to_owned();
+        match self {
+            Self::Chunk(chunk) => Ok(chunk),
+            Self::Torn(..) => Err(EngineError::Broken { engine, reason: CUT.to_owned() }),
+            Self::ErrorEvent => Err(EngineError::InStream { engine, message: DEAD_CORE.to_owned(), refused: false }),
+            Self::End => Err(EngineError::Incomplete { engine }),
+            Self::Stopped => Err(EngineError::Broken { engine, reason: Stopped.to_string() }),
+        }
+    }
+}
+
+/// A streamed reply: one chunk per token, then one with the usage, if asked for, and `[DONE]`; unless something is wrong.
+pub(crate) struct Pieces {
+    steps: Steps,
+    rendering: Rendering,
+    is_over: bool,
+}
+
+impl Stream for Pieces {
+    type Item = Piece;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.ended {
+        let pieces = &mut *self;
+        if pieces.is_over {
             return Poll::Ready(None);
         }
-        Poll::Ready(Some(match ready!(self.outputs.poll_next(cx)) {
-            Ok(Some(output)) => Ok(self.rendering.token(output)),
-            Ok(None) => {
-                self.ended = true;
-                Ok(self.rendering.end())
-            }
-            Err(stopped) => {
-                self.ended = true;
-                Err(broken(&self.engine, stopped))
-            }
+        let step = ready!(pieces.steps.poll_next(cx));
+        pieces.is_over = !matches!(step, Step::Token(_, None));
+        let or_torn = |chunk, tear: Option<Tear>| match tear {
+            None => Piece::Chunk(chunk),
+            Some(tear) => Piece::Torn(chunk, tear),
+        };
+        Poll::Ready(Some(match step {
+            Step::Token(output, tear) => or_torn(pieces.rendering.token(output), tear),
+            Step::Done(tear) => or_torn(pieces.rendering.end(), tear),
+            Step::ErrorEvent => Piece::ErrorEvent,
+            Step::End => Piece::End,
+            Step::Stopped => Piece::Stopped,
         }))
     }
 }
@@ -235,13 +338,20 @@ pub(crate) fn error_reply(error: &ApiError) -> WholeReply {
     json_reply(error.status, error.body().into())
 }
 
+fn error_reply_at(error: &ApiError, endpoint: Endpoint) -> WholeReply {
+    json_reply(error.status, error.body_at(endpoint).into())
+}
+
+/// What something else than an engine answers with.
+fn page(content_type: &str) -> WholeReply {
+    let content_type = HeaderValue::from_str(content_type).unwrap_or(HeaderValue::from_static("text/html"));
+    let headers = HeaderMap::from_iter([(CONTENT_TYPE, content_type)]);
+    WholeReply { status: StatusCode::OK, headers, body: "<html><body><h1>It works!</h1></body></html>\n".into() }
+}
+
 fn json_reply(status: StatusCode, body: Bytes) -> WholeReply {
     let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
     WholeReply { status, headers, body }
-}
-
-fn broken(engine: &str, stopped: Stopped) -> EngineError {
-    EngineError::Broken { engine: engine.to_owned(), reason: stopped.to_string() }
 }
 
 fn now_seconds() -> u64 {

@@ -7,12 +7,17 @@
 //! - [`tokens`] says what is generated, and turns prompts into token ids.
 //! - [`MockEngine`] runs the model in real time inside this process, as an adapter (`mock://NAME?model=…`).
 //! - its prefix cache is told as it changes, in this process or over ZeroMQ as vLLM publishes it.
+//! - it does what [`Faults`] say wrong, from its start or while it runs.
 //! - [`server`] puts it behind vLLM's HTTP surface, for tests of whatever speaks to engines over the network.
+//!
+//! Its output goes on where a prompt leaves off: one that ends in the beginning of a numbered output is continued, as a model
+//! would at temperature 0.
 //!
 //! Deliberately absent: sampling, stop tokens, log probabilities, tools. Their parameters are accepted and ignored.
 
 mod driver;
 mod engine;
+mod faults;
 pub mod model;
 mod options;
 mod publishing;
@@ -22,5 +27,6 @@ mod tape;
 pub mod tokens;
 
 pub use engine::{MockEngine, Stopped};
+pub use faults::{FaultError, Faults, Refusal, Switches};
 pub use model::{Profile, ProfileError};
 pub use options::{MockOptions, OptionsError};

@@ -40,6 +40,8 @@ pub struct EngineModel {
     waiting_count: usize,
     next_id: u64,
     step_end: Option<Duration>,
+    /// How many times as long steps take.
+    slow: f64,
     /// Free blocks when the first of the waiting found too few: until there are more, it is not tried again.
     head_blocked_at: Option<usize>,
     stats: Stats,
@@ -67,6 +69,7 @@ impl EngineModel {
             waiting_count: 0,
             next_id: 0,
             step_end: None,
+            slow: 1.0,
             head_blocked_at: None,
             stats: Stats::default(),
         })
@@ -76,6 +79,15 @@ impl EngineModel {
     #[must_use]
     pub fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    /// From the next step on, steps take `factor` times as long as the profile says.
+    ///
+    /// # Panics
+    /// If it is not a number from 1 to 1,000,000.
+    pub fn slow_down(&mut self, factor: f64) {
+        assert!((1.0..=1e6).contains(&factor), "a factor of {factor}");
+        self.slow = factor;
     }
 
     /// Queues a sequence.
@@ -121,7 +133,7 @@ impl EngineModel {
         if pass == Pass::default() {
             return None;
         }
-        let end = now.saturating_add(self.profile.step_time(pass));
+        let end = now.saturating_add(self.profile.step_time(pass).mul_f64(self.slow));
         self.step_end = Some(end);
         Some(end)
     }

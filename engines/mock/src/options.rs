@@ -3,7 +3,11 @@
 use dynamo_engine_kv_events::{Form, PublisherOptions};
 use serde_json::{Map, Number, Value};
 
-use crate::model::{Profile, ProfileError};
+use crate::{
+    faults::{FaultError, Faults},
+    model::{Profile, ProfileError},
+    tokens::Script,
+};
 
 /// What a mock engine is.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +18,12 @@ pub struct MockOptions {
     pub model: String,
     /// Output tokens of a chat whose request does not limit them; it then ends with `stop`.
     pub chat_tokens: u32,
+    /// What stands between the tokens of its outputs.
+    pub script: Script,
+    /// Whether it goes on with a chat's last message if that is the assistant's, as llama.cpp does unasked.
+    pub assistant_prefill: bool,
+    /// What it does wrong from the start.
+    pub faults: Faults,
     /// Whether it publishes KV events when it is served over HTTP.
     pub publishes_kv_events: bool,
     /// How it does that.
@@ -24,6 +34,9 @@ pub struct MockOptions {
 
 /// Parameters that say how KV events are published.
 const KV_KEYS: [&str; 6] = ["kv_events", "kv_replay", "kv_topic", "kv_form", "kv_buffer_steps", "kv_drop_every"];
+
+/// What parameters begin with that are faults.
+const FAULT: &str = "fault.";
 
 impl Default for MockOptions {
     fn default() -> Self {
@@ -38,7 +51,17 @@ impl Default for MockOptions {
             drop_every: None,
         };
         let (name, model) = ("mock".to_owned(), "mock".to_owned());
-        Self { name, model, chat_tokens: 32, publishes_kv_events: false, publisher, profile: Profile::default() }
+        Self {
+            name,
+            model,
+            chat_tokens: 32,
+            script: Script::Ascii,
+            assistant_prefill: false,
+            faults: Faults::default(),
+            publishes_kv_events: false,
+            publisher,
+            profile: Profile::default(),
+        }
     }
 }
 
@@ -70,6 +93,9 @@ pub enum OptionsError {
     /// Values that do not fit together.
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    /// A fault that it cannot have.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
 }
 
 impl MockOptions {
@@ -104,6 +130,15 @@ impl MockOptions {
             "chat_tokens" => {
                 self.chat_tokens = value.parse().ok().filter(|&n| n > 0).ok_or_else(|| wrong("a whole number of at least 1"))?;
             }
+            "script" => {
+                self.script = match value {
+                    "ascii" => Script::Ascii,
+                    "wide" => Script::Wide,
+                    _ => return Err(wrong("ascii or wide")),
+                };
+            }
+            "assistant_prefill" => self.assistant_prefill = value.parse().map_err(|_| wrong("true or false"))?,
+            _ if key.starts_with(FAULT) => self.faults.set(&key[FAULT.len()..], value)?,
             _ if KV_KEYS.contains(&key) => self.set_kv(key, value).map_err(wrong)?,
             _ => {
                 let mut fields = fields(&self.profile);
@@ -145,10 +180,12 @@ impl MockOptions {
     /// Parameters that exist.
     #[must_use]
     pub fn keys() -> Vec<String> {
-        ["model".to_owned(), "chat_tokens".to_owned()]
+        ["model", "chat_tokens", "script", "assistant_prefill"]
+            .map(str::to_owned)
             .into_iter()
             .chain(fields(&Profile::default()).into_iter().map(|(key, _)| key))
             .chain(KV_KEYS.map(str::to_owned))
+            .chain(Faults::keys().into_iter().map(|key| format!("{FAULT}{key}")))
             .collect()
     }
 }
@@ -173,10 +210,19 @@ mod tests {
         let expected = MockOptions { chat_tokens: 7, profile, ..named };
         assert_eq!(options, expected);
         let mut all = MockOptions::default();
-        for key in MockOptions::keys().iter().filter(|key| !KV_KEYS.contains(&key.as_str())) {
+        let no_number =
+            |key: &str| KV_KEYS.contains(&key) || key.starts_with(FAULT) || ["script", "assistant_prefill"].contains(&key);
+        for key in MockOptions::keys().iter().filter(|key| !no_number(key)) {
             all.set(key, "17").unwrap();
         }
         assert_eq!((all.model.as_str(), all.chat_tokens, all.profile.max_model_len, all.profile.speedup), ("17", 17, 17, 17.0));
+    }
+
+    #[test]
+    fn what_it_says_and_does_wrong_is_set_by_url() {
+        let options = MockOptions::from_url("mock://a?script=wide&assistant_prefill=true&fault.cut=3&fault.next=1").unwrap();
+        assert_eq!((options.script, options.assistant_prefill), (Script::Wide, true));
+        assert_eq!(options.faults, Faults { cut: Some(3), next: Some(1), ..Faults::default() });
     }
 
     #[test]
@@ -206,7 +252,10 @@ mod tests {
     fn what_cannot_be_says_what_can() {
         check_refused("http://a", "is not mock://NAME?KEY=VALUE");
         check_refused("mock://?model=m", "is not mock://NAME?KEY=VALUE");
-        check_refused("mock://a?blocksize=1", "\"blocksize\" is not known; use model, chat_tokens, block_size,");
+        check_refused(
+            "mock://a?blocksize=1",
+            "\"blocksize\" is not known; use model, chat_tokens, script, assistant_prefill, block_size,",
+        );
         check_refused("mock://a?block_size=1.5", "block_size=\"1.5\" is not possible; use a whole number");
         check_refused("mock://a?speedup=fast", "speedup=\"fast\" is not possible; use a number");
         check_refused("mock://a?model=", "use the name of a model");
@@ -214,6 +263,10 @@ mod tests {
         check_refused("mock://a?kv_events=5557", "use off, tcp://HOST:PORT or connect:tcp://HOST:PORT");
         check_refused("mock://a?kv_form=json", "map or positional");
         check_refused("mock://a?kv_drop_every=1", "at least 2");
+        check_refused("mock://a?script=latin", "use ascii or wide");
+        check_refused("mock://a?assistant_prefill=yes", "use true or false");
+        check_refused("mock://a?fault.fire=1", "fault \"fire\" is not known; use content_type, cut,");
+        check_refused("mock://a?fault.slow=0.5", "slow=0.5");
         check_refused("mock://a?kv_blocks=1", "raise kv_blocks or lower max_model_len");
     }
 }

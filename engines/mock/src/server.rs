@@ -3,28 +3,34 @@
 //! Contract: a client that hangs up cancels its request at once, streamed or not: its connection's task drops the
 //! reply. Every error has vLLM's JSON body. Connections are HTTP/1.1 with keep-alive and without Nagle's delay.
 //!
+//! `POST /mock/faults` sets what it does wrong from then on, `{}` nothing; `GET` tells it.
+//!
 //! Deliberately absent: TLS, API keys, stored responses, and every path of vLLM that the host does not use.
 
 mod metrics;
+mod wire;
 
 use std::{future::Future, io, sync::Arc};
 
 use axum::{
     Router,
     body::Body,
-    extract::{DefaultBodyLimit, Request, State},
+    extract::{ConnectInfo, DefaultBodyLimit, Request, State},
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
-    serve::ListenerExt,
 };
-use dynamo_engine_api::{Endpoint, Engine, EngineError, GenerateRequest, Reply, WholeReply};
-use futures_util::StreamExt;
+use bytes::Bytes;
+use dynamo_engine_api::{Endpoint, Engine, EngineError, GenerateRequest, WholeReply};
+use futures_util::{StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use self::wire::{Lever, Wires};
 use crate::{
-    engine::{self, MockEngine, Stopped},
+    engine::{self, MockEngine, Piece, Pieces, Served, Stopped},
+    faults::{self, FaultError, Faults},
     service::{self, ApiError},
 };
 
@@ -50,11 +56,14 @@ pub fn router(engine: Arc<MockEngine>) -> Router {
         .route("/v1/models", get(models))
         .route("/tokenize", post(tokenize))
         .route("/reset_prefix_cache", post(reset_prefix_cache))
+        .layer(middleware::from_fn_with_state(Arc::clone(&engine), unless_hung))
+        .route("/mock/faults", get(tell_faults).post(set_faults))
         .layer(DefaultBodyLimit::disable())
         .with_state(engine)
 }
 
-/// Serves `engine` until `shutdown` completes, and then what is still open to its end.
+/// Serves `engine` until `shutdown` completes, and then what is still open to its end; which does not come if it was told to
+/// stall then.
 ///
 /// # Errors
 /// If the listener fails.
@@ -63,9 +72,30 @@ pub async fn serve(
     engine: Arc<MockEngine>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    // Best effort: a connection that closes at once may refuse the option.
-    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
-    axum::serve(listener, router(engine)).with_graceful_shutdown(shutdown).await
+    let switches = Arc::clone(engine.switches());
+    let shutdown = async move {
+        shutdown.await;
+        switches.stopping();
+    };
+    let service = router(engine).into_make_service_with_connect_info::<Lever>();
+    axum::serve(Wires(listener), service).with_graceful_shutdown(shutdown).await
+}
+
+/// Nothing is answered while the engine hangs.
+async fn unless_hung(State(engine): State<Arc<MockEngine>>, request: Request, next: Next) -> Response {
+    engine.switches().awake().await;
+    next.run(request).await
+}
+
+async fn tell_faults(State(engine): State<Arc<MockEngine>>) -> Response {
+    let switches = engine.switches();
+    json_response(json!({ "faults": switches.faults().to_json(), "struck": switches.struck() }))
+}
+
+async fn set_faults(State(engine): State<Arc<MockEngine>>, request: Request) -> Result<Response, Failure> {
+    let body = read_body(request.into_body()).await?;
+    engine.switches().set(Faults::from_json(&body)?);
+    Ok(tell_faults(State(engine)).await)
 }
 
 /// An error on its way to the client.
@@ -89,14 +119,24 @@ impl From<EngineError> for Failure {
     }
 }
 
+impl From<FaultError> for Failure {
+    fn from(error: FaultError) -> Self {
+        Self(ApiError::bad_request(None, error.to_string()))
+    }
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         whole_response(engine::error_reply(&self.0))
     }
 }
 
-async fn health(State(engine): State<Arc<MockEngine>>) -> Result<(), Failure> {
-    engine.probe().await.map_err(Failure::from)
+async fn health(State(engine): State<Arc<MockEngine>>) -> Result<Response, Failure> {
+    if engine.switches().faults().unhealthy {
+        return Ok(StatusCode::SERVICE_UNAVAILABLE.into_response());
+    }
+    engine.probe().await.map_err(Failure::from)?;
+    Ok(StatusCode::OK.into_response())
 }
 
 async fn version() -> Response {
@@ -152,17 +192,45 @@ async fn generate(engine: &MockEngine, endpoint: Endpoint, request: Request) -> 
     let request_id = given_id.and_then(|id| id.to_str().ok()).map_or_else(|| engine.new_request_id(), Arc::from);
     // Whether a stream is wanted is read from the body, as the engine does it.
     let request = GenerateRequest::new(endpoint, body, false, request_id);
-    let mut response = match engine.generate(request).await? {
-        Reply::Whole(reply) => whole_response(reply),
-        Reply::Stream(chunks) => {
-            let frames = chunks.map(|chunk| chunk.map(|chunk| chunk.bytes));
-            ([(CONTENT_TYPE, "text/event-stream; charset=utf-8")], Body::from_stream(frames)).into_response()
+    let lever = head.extensions.get::<ConnectInfo<Lever>>().map(|ConnectInfo(lever)| lever.clone()).unwrap_or_default();
+    let mut response = match engine.serve(request).await? {
+        Served::Whole(reply, tear) => {
+            if let Some(tear) = tear {
+                lever.cut(reply.body.clone(), tear);
+            }
+            whole_response(reply)
+        }
+        Served::EndlessHeaders => {
+            lever.endless_headers();
+            StatusCode::OK.into_response()
+        }
+        Served::Stream(pieces) => {
+            ([(CONTENT_TYPE, "text/event-stream; charset=utf-8")], Body::from_stream(frames(pieces, lever))).into_response()
         }
     };
     if let Some(id) = given_id {
         response.headers_mut().insert(REQUEST_ID, id.clone());
     }
     Ok(response)
+}
+
+/// A stream's body.
+fn frames(pieces: Pieces, lever: Lever) -> impl stream::Stream<Item = Result<Bytes, Stopped>> {
+    pieces.flat_map(move |piece| {
+        let (frame, is_silent) = match piece {
+            Piece::Chunk(chunk) => (Some(Ok(chunk.bytes)), false),
+            Piece::ErrorEvent => (Some(Ok(faults::error_event().into())), false),
+            Piece::Stopped => (Some(Err(Stopped)), false),
+            Piece::End => (None, false),
+            Piece::Torn(chunk, tear) => {
+                lever.cut(chunk.bytes.clone(), tear);
+                // The connection ends within these bytes: nothing may be said after them.
+                (Some(Ok(chunk.bytes)), true)
+            }
+        };
+        let silence = if is_silent { stream::pending().left_stream() } else { stream::empty().right_stream() };
+        stream::iter(frame).chain(silence)
+    })
 }
 
 async fn read_body(body: Body) -> Result<bytes::Bytes, ApiError> {

@@ -18,6 +18,11 @@ impl Fields {
         self.raw(name, value.into());
     }
 
+    /// Adds a truth.
+    pub(crate) fn flag(&mut self, name: &'static str, value: bool) {
+        self.raw(name, value);
+    }
+
     /// Adds a text that needs no escapes.
     pub(crate) fn plain_text(&mut self, name: &'static str, text: &str) {
         debug_assert!(text.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\')), "{text} needs escapes");

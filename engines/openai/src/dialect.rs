@@ -20,7 +20,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{Endpoint, EngineError, GenerateRequest, KvUpdate, RankLoad, WholeReply};
+use dynamo_engine_api::{Continues, Endpoint, EngineError, GenerateRequest, KvUpdate, RankLoad, WholeReply};
 use futures_core::future::BoxFuture;
 use http::{HeaderName, HeaderValue, StatusCode};
 
@@ -59,6 +59,11 @@ pub(crate) trait Dialect: Debug + Send + Sync {
     /// What is said with a request. `wish.id` is asked for only where the dialect cancels by it.
     fn additions(&self, _wish: &Wish<'_>) -> Additions {
         Additions::default()
+    }
+
+    /// How such a server goes on with an answer that another one began.
+    fn continues(&self) -> Continues {
+        Continues::default()
     }
 
     /// Forgets what it learnt of a server that may have been replaced.
@@ -100,6 +105,8 @@ pub(crate) struct Dialects {
     llamacpp: llamacpp::Llamacpp,
     plain: plain::Plain,
     told: bool,
+    /// Whether the server is our mock engine, which is asked as any server and goes on with answers as vLLM does.
+    is_mock: AtomicBool,
     spoken: AtomicU8,
     /// Whether the server has to be looked at before its next probe.
     unsure: AtomicBool,
@@ -114,6 +121,7 @@ impl Dialects {
             llamacpp: llamacpp::Llamacpp::default(),
             plain: plain::Plain,
             told: told.is_some(),
+            is_mock: AtomicBool::new(false),
             spoken: AtomicU8::new(told.unwrap_or(Kind::Openai) as u8),
             unsure: AtomicBool::new(told.is_none()),
         }
@@ -134,6 +142,17 @@ impl Dialects {
             Kind::Llamacpp => &self.llamacpp,
             Kind::Openai => &self.plain,
         }
+    }
+
+    /// How the server goes on with an answer that another one began.
+    pub(crate) fn continues(&self) -> Continues {
+        let is_mock = self.is_mock.load(Ordering::Relaxed);
+        if is_mock { self.vllm.continues() } else { self.spoken().continues() }
+    }
+
+    /// Whether the server is our mock engine.
+    pub(crate) fn found_mock(&self, is_mock: bool) {
+        self.is_mock.store(is_mock, Ordering::Relaxed);
     }
 
     /// Whether the server has to be looked at.

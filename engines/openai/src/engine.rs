@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use dynamo_engine_api::{Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply};
+use dynamo_engine_api::{Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply};
 use futures_core::future::BoxFuture;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request,
@@ -27,6 +27,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
 const MODELS: &str = "/v1/models";
+/// What the mock engine calls itself.
+const MOCK: &str = "dynamo-mock";
 
 /// Why an engine cannot be set up as an operator wrote it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -94,7 +96,9 @@ impl OpenAiEngine {
     async fn recognise(&self) -> Result<(), EngineError> {
         let reply = self.control.get(MODELS).await?;
         if !reply.status.is_server_error() {
-            self.dialects.found(models::owner(&reply.body).map_or(Kind::Openai, |owner| recognise(&owner)));
+            let owner = models::owner(&reply.body);
+            self.dialects.found_mock(owner.as_deref() == Some(MOCK));
+            self.dialects.found(owner.map_or(Kind::Openai, |owner| recognise(&owner)));
         }
         Ok(())
     }
@@ -115,7 +119,11 @@ impl OpenAiEngine {
 
     async fn ask(&self, asked: GenerateRequest) -> Result<Reply, EngineError> {
         let make_id = || self.aborts.request_id();
-        let additions = self.dialects.spoken().additions(&Wish::of(&asked, self.options.forward_priority, &make_id));
+        let mut additions = self.dialects.spoken().additions(&Wish::of(&asked, self.options.forward_priority, &make_id));
+        let has_ids = matches!(asked.endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+        if asked.wants_token_ids && asked.stream && has_ids && self.dialects.continues().gives_ids {
+            additions.fields.flag("return_token_ids", true);
+        }
         let mut request = Request::new(additions.fields.into_body(asked.body));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.url.of(asked.endpoint).clone();
@@ -184,6 +192,10 @@ impl Engine for OpenAiEngine {
 
     fn kv_events(&self) -> Option<KvUpdates> {
         kv::events(&self.control, &self.dialects, &self.options)
+    }
+
+    fn continues(&self) -> Continues {
+        self.dialects.continues()
     }
 
     fn tokenize(&self, endpoint: Endpoint, body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {

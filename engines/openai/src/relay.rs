@@ -87,12 +87,13 @@ impl Relay {
         let before = chunk.clone().until(ending.at.start);
         self.finished |= before.as_ref().is_some_and(|before| before.summary.finishes > 0);
         self.finished |= ending.summary.finishes > 0;
+        let refused = ending.summary.refused;
         match (ending.summary.error, chunk.until(ending.at.end)) {
             (None, Some(to_the_end)) if self.finished => self.done(to_the_end),
             (error, _) => {
                 self.ready.extend(before.map(Ok));
                 self.fail(|engine| match error {
-                    Some(message) => EngineError::InStream { engine, message },
+                    Some(message) => EngineError::InStream { engine, message, refused },
                     None => EngineError::Incomplete { engine },
                 });
             }

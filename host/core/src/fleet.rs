@@ -244,7 +244,7 @@ impl Candidates {
         match column {
             U32Column::DpRank => self.iter().map(|worker| worker.spec.rank).collect(),
             U32Column::Role => self.iter().map(|worker| worker.spec.role.code()).collect(),
-            U32Column::State => self.iter().map(|_| 0).collect(),
+            U32Column::State => self.iter().map(|worker| worker.state.code()).collect(),
             U32Column::BlockSize => self.block_size(),
             U32Column::ActivePrefillTokens => self.board.gather(Load::ActivePrefillTokens, &self.slots),
             U32Column::ActiveUncachedTokens => self.board.gather(Load::ActiveUncachedTokens, &self.slots),

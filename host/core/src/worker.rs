@@ -63,6 +63,12 @@ pub enum WorkerState {
     Starting,
     /// Answers its probe.
     Healthy,
+    /// Failed lately, or was too slow, and is tried again: a candidate for a few requests at once, or since there is nobody else.
+    Suspect,
+    /// Answers its probe and failed too many requests: not a candidate for a while.
+    Tripped,
+    /// Much slower than the others of its pool: not a candidate for a while.
+    Ejected,
     /// Does not answer its probe: not a candidate.
     Unreachable,
     /// Finishes what it has: not a candidate.
@@ -70,10 +76,20 @@ pub enum WorkerState {
 }
 
 impl WorkerState {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Starting, Self::Healthy, Self::Suspect, Self::Tripped, Self::Ejected, Self::Unreachable, Self::Draining];
+
     /// Whether the worker may be a candidate.
     #[must_use]
     pub fn is_eligible(self) -> bool {
-        self == Self::Healthy
+        matches!(self, Self::Healthy | Self::Suspect)
+    }
+
+    /// The contract's code (`candidates.state`).
+    #[must_use]
+    pub fn code(self) -> u32 {
+        u32::from(self == Self::Suspect)
     }
 }
 

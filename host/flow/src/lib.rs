@@ -4,6 +4,12 @@
 //! be done about it is asked for with [`Flow::select`] and takes effect with [`Flow::apply`], until there is nothing left to
 //! do. So the host behind its lock, the simulator and the tests drive the very same code.
 
+mod breaker;
+mod budget;
+mod outlier;
 mod queue;
 
+pub use breaker::{Attempt, Breaker, BreakerRules, Ended, Failure, Stand};
+pub use budget::{BUDGET_SECONDS, BudgetRules, RetryBudget};
+pub use outlier::{Ejection, Latencies, Measure, OutlierRules, Place, Row, Slow, outliers};
 pub use queue::{Action, Arrival, Bounds, Demand, Flow, PoolLoad, Refusal, Room, Ticket};

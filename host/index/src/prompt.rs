@@ -89,6 +89,12 @@ impl Prompt {
         Self { salt, tokens: Arc::new([]), is_exact: true, hashes }
     }
 
+    /// The same with more tokens behind it; they are exact if its own are.
+    #[must_use]
+    pub fn followed_by(&self, tokens: &[u32]) -> Self {
+        Self::new(self.salt, self.tokens.iter().chain(tokens).copied().collect(), self.is_exact)
+    }
+
     /// Its tokens.
     #[must_use]
     pub fn tokens(&self) -> &Arc<[u32]> {

@@ -1,6 +1,6 @@
 //! A worker of the simulated fleet: a modelled engine, its place on the load board, and its part in the prefix index.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use dynamo_engine_mock::{
     Profile, ProfileError,
@@ -11,6 +11,8 @@ use dynamo_host_core::{
     load::{LoadSlot, Recent, Throughput},
 };
 use dynamo_host_index::{PrefixIndexes, WorkerKv};
+
+use crate::faults::Fault;
 
 /// The model that all simulated workers serve.
 pub(crate) const MODEL: &str = "simulated";
@@ -41,9 +43,21 @@ pub(crate) struct Engine {
     pub(crate) is_stepping: bool,
     /// Whether it is among those that are to begin a step at the present moment.
     pub(crate) is_ready: bool,
+    /// Sequences thrown out of the memory of engines that were here before.
+    pub(crate) preemptions: u64,
     /// Time spent in steps.
     pub(crate) busy: Duration,
     pub(crate) step_begun: Duration,
+    /// When the present step ends: what the queue says of another moment is no longer so.
+    pub(crate) step_ends: Duration,
+    /// Requests that it was given and that have not ended.
+    pub(crate) requests: BTreeSet<u32>,
+    pub(crate) fault: Option<Fault>,
+    /// Whether it is a candidate.
+    pub(crate) is_up: bool,
+    pub(crate) hung_until: Duration,
+    /// How many times as long its steps take.
+    pub(crate) slow: f64,
     throughput: Throughput,
 }
 
@@ -54,8 +68,45 @@ impl Engine {
         let load = board.claim().expect("the board has a slot for each worker");
         let kv = indexes.join(MODEL, load.index());
         let throughput = Throughput::new(0, 0);
-        let (busy, step_begun) = (Duration::ZERO, Duration::ZERO);
-        Ok(Self { model, load, kv, is_stepping: false, is_ready: false, busy, step_begun, throughput })
+        Ok(Self {
+            model,
+            load,
+            kv,
+            is_stepping: false,
+            is_ready: false,
+            preemptions: 0,
+            busy: Duration::ZERO,
+            step_begun: Duration::ZERO,
+            step_ends: Duration::ZERO,
+            requests: BTreeSet::new(),
+            fault: None,
+            is_up: true,
+            hung_until: Duration::ZERO,
+            slow: 1.0,
+            throughput,
+        })
+    }
+
+    /// Begins a step, if there is anything to do, and returns when it ends.
+    pub(crate) fn begin_step(&mut self, now: Duration) -> Option<Duration> {
+        let mut end = self.model.begin_step(now)?;
+        if self.slow > 1.0 {
+            end = now + (end - now).mul_f64(self.slow);
+        }
+        self.step_ends = end + self.hung_until.saturating_sub(now);
+        self.is_stepping = true;
+        self.step_begun = now;
+        Some(self.step_ends)
+    }
+
+    /// All that it had is lost.
+    pub(crate) fn die(&mut self) {
+        let mut model = EngineModel::new(self.model.profile().clone()).expect("it was made of this profile before");
+        model.record_cache_events();
+        self.preemptions += self.model.preemptions();
+        self.model = model;
+        self.kv.clear();
+        self.is_stepping = false;
     }
 
     /// The row of the fleet that it is.
@@ -72,7 +123,7 @@ impl Engine {
         Worker {
             id: spec.id("simulated"),
             spec: Arc::new(spec),
-            state: WorkerState::Healthy,
+            state: if self.is_up { WorkerState::Healthy } else { WorkerState::Unreachable },
             adapters: Arc::default(),
             joined_ms: 0,
             load: Arc::clone(&self.load),

@@ -5,14 +5,17 @@
 //! engine's model. Only time is another: it is that of an event queue, and a decision takes none of it. The same trace,
 //! options and seed give the same report, byte for byte.
 //!
-//! Deliberately absent: networks, failing engines, clients that leave, admission. `docs/simulator.md` says what is
-//! modelled and what is not.
+//! The queue in front of the engines, their faults and clients that leave are there if they are asked for. Deliberately
+//! absent: networks. `docs/simulator.md` says what is modelled and what is not.
 
 pub mod bounds;
 mod engine;
+pub mod faults;
+mod options;
 mod outcome;
 pub mod prompt;
 mod queue;
+pub mod queueing;
 pub mod report;
 mod requests;
 mod samples;
@@ -20,7 +23,9 @@ mod simulation;
 pub mod trace;
 
 pub use engine::default_profile;
+pub use faults::Faults;
+pub use queueing::{Queueing, Tenant};
 pub use report::Report;
 pub use samples::{Quantiles, Samples};
-pub use simulation::{Contender, Options, SimulationError, Tally, simulate};
+pub use simulation::{Contender, FaultTally, Options, QueueTally, SimulationError, Tally, TenantTally, simulate};
 pub use trace::{Trace, TraceError, TraceRequest};

@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use crate::faults::Fault;
+
 /// What happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Happening {
@@ -20,6 +22,16 @@ pub(crate) enum Happening {
     LoadReport { worker: u32 },
     /// A request that a policy held is to be placed again.
     AskAgain { request: u32 },
+    /// Somebody may have waited for too long.
+    Wake,
+    /// A client leaves.
+    Leave { request: u32 },
+    /// An engine fails.
+    Fault { kind: Fault },
+    /// A worker that hangs is found out.
+    Stalled { worker: u32 },
+    /// A worker is well again.
+    Recover { worker: u32 },
     /// Outcomes are brought to the policy.
     Observe,
     /// The fleet's load is written down for the report.

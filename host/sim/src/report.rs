@@ -5,9 +5,12 @@
 
 mod html;
 mod plot;
+mod service;
 mod text;
 
 use serde::Serialize;
+
+pub use self::service::{FaultRow, QueueRow, ShareRow, TenantRow};
 
 use crate::{
     bounds::Bounds,
@@ -77,6 +80,12 @@ pub struct Row {
     pub ttft_shares: Vec<Share>,
     /// The distribution of times between tokens.
     pub itl_shares: Vec<Share>,
+    /// What the queue came to, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue: Option<QueueRow>,
+    /// What faults came to, if there were to be any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub faults: Option<FaultRow>,
     #[serde(skip)]
     tally: Tally,
 }
@@ -107,6 +116,8 @@ impl Row {
             fallbacks: tally.fallbacks.clone(),
             ttft_shares: Share::all(|share| tally.ttft.quantile(share)),
             itl_shares: Share::all(|share| tally.itl.quantile(share)),
+            queue: tally.queue.as_deref().map(QueueRow::new),
+            faults: tally.faults.clone().map(|faults| FaultRow { faults, failed: tally.failed }),
             tally,
         }
     }

@@ -2,8 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use dynamo_engine_mock::model::Event;
-use dynamo_host_core::{Endpoint, RequestFacts, TokenCount, load::InFlight};
+use dynamo_engine_mock::model::{Event, SequenceId};
+use dynamo_host_core::{Endpoint, RequestFacts, TokenCount, WorkerId, load::InFlight};
 use dynamo_host_index::Prompt;
 
 use crate::{engine::MODEL, trace::TraceRequest};
@@ -16,6 +16,18 @@ pub(crate) struct Waiting {
     pub(crate) facts: RequestFacts,
     pub(crate) prompt: Prompt,
     pub(crate) holds: u32,
+    pub(crate) before: Before,
+}
+
+/// What earlier attempts came to.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Before {
+    /// Tokens of output.
+    pub(crate) tokens: u32,
+    /// When the last of them came.
+    pub(crate) last_token: Duration,
+    /// Workers that failed it, oldest first.
+    pub(crate) failed: Vec<WorkerId>,
 }
 
 /// A request on a worker.
@@ -23,6 +35,10 @@ pub(crate) struct Placed {
     pub(crate) in_flight: InFlight,
     pub(crate) decision_id: u64,
     pub(crate) worker_id: u64,
+    /// The engine, and what the request is there.
+    pub(crate) worker: u32,
+    pub(crate) sequence: SequenceId,
+    pub(crate) before: Before,
     /// When it came.
     pub(crate) at: Duration,
     /// When the worker was given it: later, if its policy held it.
@@ -32,6 +48,14 @@ pub(crate) struct Placed {
     pub(crate) tokens: u32,
     /// Whether its policy learns of it.
     pub(crate) is_observed: bool,
+}
+
+/// Where a request went.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) id: WorkerId,
+    pub(crate) worker: u32,
+    pub(crate) sequence: SequenceId,
 }
 
 /// What the host would know of a request.
@@ -49,19 +73,39 @@ pub(crate) fn facts(number: u32, request: &TraceRequest, now_ms: u64) -> Request
 
 impl Placed {
     pub(crate) fn new(
-        waiting: &Waiting,
+        waiting: Waiting,
         in_flight: InFlight,
-        worker_id: u64,
+        place: Place,
         at: Duration,
         dispatched: Duration,
         is_observed: bool,
     ) -> Self {
         let decision_id = waiting.facts.decision_id;
-        let (first_token, last_token) = (dispatched, dispatched);
-        Self { in_flight, decision_id, worker_id, at, dispatched, first_token, last_token, tokens: 0, is_observed }
+        let Place { id, worker, sequence } = place;
+        let before = waiting.before;
+        let last_token = if before.tokens > 0 { before.last_token } else { dispatched };
+        Self {
+            in_flight,
+            decision_id,
+            worker_id: id.0,
+            worker,
+            sequence,
+            before,
+            at,
+            dispatched,
+            first_token: dispatched,
+            last_token,
+            tokens: 0,
+            is_observed,
+        }
     }
 
-    /// A token came. Returns the time since the one before it, if there was one.
+    /// Tokens of output, those of earlier attempts too.
+    pub(crate) fn all_tokens(&self) -> u32 {
+        self.before.tokens + self.tokens
+    }
+
+    /// A token came. Returns the time since the one before it, of whichever attempt, if there was one.
     pub(crate) fn token(&mut self, event: &Event, now: Duration) -> Option<Duration> {
         self.in_flight.tokens(1, now.as_millis() as u64);
         self.tokens += 1;
@@ -69,9 +113,8 @@ impl Placed {
         self.last_token = now;
         if event.index == 0 {
             self.first_token = now;
-            return None;
         }
-        Some(since)
+        (self.all_tokens() > 1).then_some(since)
     }
 
     /// From its dispatch to its first token, in milliseconds: the worker's time, as the host takes it down.
@@ -97,6 +140,7 @@ pub(crate) fn shared_tokens(request: &TraceRequest) -> Arc<[u32]> {
 
 #[cfg(test)]
 mod tests {
+    use dynamo_engine_mock::model::{EngineModel, FinishReason, Sequence};
     use dynamo_host_core::LoadBoard;
     use dynamo_host_index::Salt;
 
@@ -106,10 +150,14 @@ mod tests {
     fn what_a_policy_held_a_request_for_is_not_the_workers_time() {
         let request = TraceRequest { at: Duration::ZERO, prompt: Box::default(), output_tokens: 1, session: None };
         let prompt = Prompt::new(Salt::new(MODEL, None, None), shared_tokens(&request), true);
-        let waiting = Waiting { facts: facts(0, &request, 0), prompt, holds: 1 };
+        let waiting = Waiting { facts: facts(0, &request, 0), prompt, holds: 1, before: Before::default() };
         let in_flight = InFlight::dispatch(LoadBoard::new(1).claim().unwrap(), 0, 0, 100);
         let (at, dispatched) = (Duration::ZERO, Duration::from_millis(100));
-        let mut placed = Placed::new(&waiting, in_flight, 1, at, dispatched, false);
+        let sequence =
+            Sequence { prompt: [1].into(), first_output_token: 0, output_tokens: 1, finish: FinishReason::Stop, salt: 0 };
+        let sequence = EngineModel::new(crate::default_profile()).unwrap().submit(at, sequence).unwrap();
+        let place = Place { id: WorkerId(1), worker: 0, sequence };
+        let mut placed = Placed::new(waiting, in_flight, place, at, dispatched, false);
         placed.first_token = Duration::from_millis(500);
         assert_eq!((placed.ttft_ms(), placed.at), (400.0, at));
     }

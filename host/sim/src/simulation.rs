@@ -1,5 +1,7 @@
 //! A run: one trace, one fleet, one policy, in virtual time.
 
+mod faults;
+mod service;
 mod tally;
 
 use std::{
@@ -25,17 +27,27 @@ use dynamo_host_policy::{
     RuntimeError,
 };
 
-pub use self::tally::Tally;
+use self::service::Service;
+pub use self::{
+    faults::FaultTally,
+    service::{QueueTally, TenantTally},
+    tally::Tally,
+};
 use crate::{
     engine::{Engine, MODEL},
+    faults::Faults,
     outcome::Outcomes,
     queue::{Happening, Queue},
-    requests::{Placed, Waiting, facts, ms, shared_tokens},
+    queueing::Queueing,
+    requests::{Before, Place, Placed, Waiting, facts, ms, shared_tokens},
+    samples::Random,
     trace::{Trace, TraceRequest},
 };
 
 /// Where virtual time begins by the wall clock: a whole number, long ago.
 const UNIX_START_MS: u64 = 1_700_000_000_000;
+/// Keeps the seed of faults apart from others.
+const FAULTS: u64 = 0xfa01;
 /// Points of the load over time.
 const SAMPLES: u32 = 240;
 
@@ -52,6 +64,22 @@ pub struct Options {
     pub load_interval: Duration,
     /// How long a cache event takes from the end of the engine's step to the index.
     pub kv_event_lag: Duration,
+    /// The queue in front of the engines; `None`: there is none, and requests wait inside engines.
+    pub queueing: Option<Queueing>,
+    /// How engines fail; `None`: they do not.
+    pub faults: Option<Faults>,
+    /// After how many events all books are checked in full; the sums are after each. `None`: never.
+    pub audit_every: Option<u64>,
+}
+
+impl Options {
+    /// Engines that do not fail, with no queue before them.
+    #[must_use]
+    pub fn new(workers: Vec<Profile>) -> Self {
+        let (load_interval, kv_event_lag) = (Duration::from_secs(1), Duration::from_millis(5));
+        let (speed, seed) = (1.0, 0);
+        Self { workers, speed, seed, load_interval, kv_event_lag, queueing: None, faults: None, audit_every: None }
+    }
 }
 
 /// What decides in a run.
@@ -96,9 +124,35 @@ pub enum SimulationError {
     /// No worker at all.
     #[error("there is no worker; simulate at least 1")]
     NoWorker,
+    /// The books do not agree: a mistake of the simulator or of the queue.
+    #[error("after {events} events, at {at:?}: {what}")]
+    Books {
+        /// Events so far.
+        events: u64,
+        /// Virtual time.
+        at: Duration,
+        /// What does not agree.
+        what: String,
+    },
     /// The arrivals' speed.
     #[error("speed {0} is not possible; use a number above 0")]
     Speed(f64),
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Served,
+    /// By the policy.
+    Rejected,
+    /// After its last attempt.
+    Failed,
+    /// Its client left.
+    Left,
+    /// Its wait was over its deadline.
+    Expired,
+    /// The queue was full, when it came or when one with a better claim did.
+    Refused,
 }
 
 /// Runs a trace. `progress` is told now and then how many requests have ended.
@@ -113,7 +167,7 @@ pub fn simulate(
 ) -> Result<Tally, SimulationError> {
     check(trace, options)?;
     let mut run = Run::new(trace, options, contender)?;
-    run.run(progress);
+    run.run(progress)?;
     Ok(run.finish())
 }
 
@@ -136,9 +190,11 @@ struct Run<'a> {
     /// The next request of the trace.
     next: usize,
     engines: Vec<Engine>,
-    /// The engine of each row.
+    /// The engine of each row; empty if there is no candidate.
     rows: Vec<u32>,
     candidates: Arc<Candidates>,
+    /// Of the fleet that they are of.
+    generation: u64,
     indexes: Arc<PrefixIndexes>,
     /// Cache events under way, oldest first.
     kv_events: Vec<std::collections::VecDeque<Vec<dynamo_host_core::KvEvent>>>,
@@ -147,8 +203,17 @@ struct Run<'a> {
     version: Option<Arc<PolicyVersion>>,
     waiting: std::collections::HashMap<u32, Waiting>,
     placed: Vec<Option<Box<Placed>>>,
+    /// How many of them there are.
+    on_engines: u64,
     /// Requests that have not ended, of those that have come.
     open: u64,
+    service: Option<Service<'a>>,
+    /// What faults are left to.
+    chance: Random,
+    /// Requests that wait for any worker at all.
+    stranded: Vec<u32>,
+    /// Everything that has happened.
+    events: u64,
     outcomes: Outcomes,
     /// Engines that begin a step when all that happens at this moment has happened.
     ready: Vec<u32>,
@@ -198,13 +263,19 @@ impl<'a> Run<'a> {
             engines,
             rows,
             candidates,
+            generation: 1,
             indexes,
             pinned: slot.pin(),
             slot,
             version,
             waiting: std::collections::HashMap::new(),
             placed: (0..trace.requests.len()).map(|_| None).collect(),
+            on_engines: 0,
             open: 0,
+            service: options.queueing.as_ref().map(|queueing| Service::new(queueing, options)),
+            chance: Random::new(options.seed ^ FAULTS),
+            stranded: Vec::new(),
+            events: 0,
             outcomes: Outcomes::default(),
             ready: Vec::new(),
             tokens: Vec::new(),
@@ -213,22 +284,27 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn run(&mut self, progress: &(dyn Fn(u64) + Sync)) {
+    fn run(&mut self, progress: &(dyn Fn(u64) + Sync)) -> Result<(), SimulationError> {
         self.begin();
         while let Some(at) = self.next_moment() {
             self.now = at;
             self.clock.store(self.now_ms(), Relaxed);
             while let Some(what) = self.queue.pop_until(at) {
                 self.happen(what);
+                self.serve();
+                self.check()?;
             }
             while self.next < self.trace.len() && self.arrival(self.next) <= at {
                 self.arrive(self.next as u32);
                 self.next += 1;
+                self.serve();
+                self.check()?;
                 progress(self.tally.ended());
             }
             self.begin_steps();
         }
         progress(self.tally.ended());
+        Ok(())
     }
 
     /// Queues what repeats itself.
@@ -242,6 +318,8 @@ impl<'a> Run<'a> {
             // Not all at once, as the host does not read them at once either.
             self.queue.push(self.load_interval() * (worker + 1) / count, Happening::LoadReport { worker });
         }
+        self.begin_faults();
+        self.measure_room();
     }
 
     /// When anything happens next; `None` when all requests have ended.
@@ -269,6 +347,11 @@ impl<'a> Run<'a> {
     fn happen(&mut self, what: Happening) {
         match what {
             Happening::StepEnd { worker } => self.end_step(worker),
+            Happening::Wake => self.service.iter_mut().for_each(Service::wake),
+            Happening::Leave { request } => self.leave(request),
+            Happening::Fault { kind } => self.fail(kind),
+            Happening::Stalled { worker } => self.stalled(worker),
+            Happening::Recover { worker } => self.recover(worker),
             Happening::KvEvents { worker } => {
                 let engine = &self.engines[worker as usize];
                 let events = self.kv_events[worker as usize].pop_front();
@@ -300,12 +383,15 @@ impl<'a> Run<'a> {
         let prompt = Prompt::new(Salt::new(MODEL, None, None), shared_tokens(request), true);
         self.open += 1;
         self.tally.come(request, self.arrival(number as usize));
-        self.waiting.insert(number, Waiting { facts, prompt, holds: 0 });
-        self.place(number);
+        self.waiting.insert(number, Waiting { facts, prompt, holds: 0, before: Before::default() });
+        self.enter(number);
     }
 
     /// Asks the policy where a request shall go, as `host/src/request.rs` does.
     fn place(&mut self, number: u32) {
+        if self.rows.is_empty() {
+            return self.stranded.push(number);
+        }
         let Some(mut waiting) = self.waiting.remove(&number) else { return };
         waiting.facts.holds = waiting.holds;
         let begun = Instant::now();
@@ -327,7 +413,7 @@ impl<'a> Run<'a> {
             Verdict::Place(ranking) => {
                 let row = ranking.rows()[0];
                 let cached = overlap.of(self.candidates.worker(row).load.index()).map_or(0, Held::total);
-                self.dispatch(number, &waiting, row, cached, &by);
+                self.dispatch(number, waiting, row, cached, &by);
             }
             Verdict::Hold { at_most_ms } => {
                 waiting.holds += 1;
@@ -337,29 +423,31 @@ impl<'a> Run<'a> {
             }
             Verdict::Reject(_) => {
                 self.tally.rejected += 1;
-                self.open -= 1;
+                self.gone(number, 0, End::Rejected);
             }
         }
     }
 
-    fn dispatch(&mut self, number: u32, waiting: &Waiting, row: u32, cached: u32, by: &DecidedBy) {
+    fn dispatch(&mut self, number: u32, waiting: Waiting, row: u32, cached: u32, by: &DecidedBy) {
         let (at, now_ms) = (self.arrival(number as usize), self.now_ms());
         let worker = self.rows[row as usize];
         let engine = &mut self.engines[worker as usize];
         let tokens = waiting.facts.prompt.tokens;
         let in_flight = InFlight::dispatch(Arc::clone(&engine.load), tokens, tokens.saturating_sub(cached), now_ms);
         let is_observed = by.version().is_some_and(|version| version.observes());
-        let id = self.candidates.worker(row).id.0;
-        self.placed[number as usize] = Some(Box::new(Placed::new(waiting, in_flight, id, at, self.now, is_observed)));
         let sequence = Sequence {
             prompt: Arc::clone(waiting.prompt.tokens()),
             // Its tokens then tell whose they are, and no two requests' are alike at any place.
             first_output_token: number,
-            output_tokens: self.trace[number as usize].output_tokens,
+            output_tokens: self.trace[number as usize].output_tokens - waiting.before.tokens,
             finish: FinishReason::Stop,
             salt: 0,
         };
-        engine.model.submit(self.now, sequence).expect("the longest request was checked against the profile");
+        let sequence = engine.model.submit(self.now, sequence).expect("the longest request was checked against the profile");
+        engine.requests.insert(number);
+        let place = Place { id: self.candidates.worker(row).id, worker, sequence };
+        self.placed[number as usize] = Some(Box::new(Placed::new(waiting, in_flight, place, at, self.now, is_observed)));
+        self.on_engines += 1;
         self.make_ready(worker);
     }
 
@@ -375,9 +463,7 @@ impl<'a> Run<'a> {
         for worker in std::mem::take(&mut self.ready) {
             let engine = &mut self.engines[worker as usize];
             engine.is_ready = false;
-            if let Some(end) = engine.model.begin_step(self.now) {
-                engine.is_stepping = true;
-                engine.step_begun = self.now;
+            if let Some(end) = engine.begin_step(self.now) {
                 self.queue.push(end, Happening::StepEnd { worker });
             }
         }
@@ -385,6 +471,9 @@ impl<'a> Run<'a> {
 
     fn end_step(&mut self, worker: u32) {
         let engine = &mut self.engines[worker as usize];
+        if !(engine.is_stepping && engine.step_ends == self.now) {
+            return;
+        }
         engine.is_stepping = false;
         engine.busy += self.now - engine.step_begun;
         engine.model.end_step(&mut self.tokens);
@@ -404,20 +493,32 @@ impl<'a> Run<'a> {
         let Some(placed) = &mut self.placed[number] else { return };
         match placed.token(event, self.now) {
             Some(since) => self.tally.itl.add(ms(since), 1),
-            None => self.tally.begun(ms(self.now - placed.at), event.cached_tokens),
+            None => {
+                let ttft_ms = ms(self.now - placed.at);
+                self.tally.begun(ttft_ms, event.cached_tokens);
+                self.service.iter_mut().for_each(|service| service.begun(number as u32, ttft_ms));
+            }
         }
         if event.finish.is_some()
-            && let Some(placed) = self.placed[number].take()
+            && let Some(placed) = self.take_placed(number as u32)
         {
             self.end(&placed);
         }
     }
 
+    /// Takes a request off its engine, which has nothing more to do for it.
+    fn take_placed(&mut self, number: u32) -> Option<Box<Placed>> {
+        let placed = self.placed[number as usize].take()?;
+        self.engines[placed.worker as usize].requests.remove(&number);
+        self.on_engines -= 1;
+        Some(placed)
+    }
+
     /// A request has ended: what the host takes down of it, and tells its policy.
     fn end(&mut self, placed: &Placed) {
         let (ttft_ms, itl_ms) = (placed.ttft_ms(), placed.itl_ms());
-        self.open -= 1;
-        self.tally.end(ms(self.now - placed.at), placed.tokens, self.now);
+        self.tally.end(ms(self.now - placed.at), placed.all_tokens(), self.now);
+        self.gone(placed.decision_id as u32, placed.all_tokens(), End::Served);
         let load = placed.in_flight.slot();
         for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, 0.0)] {
             if !value.is_nan() {
@@ -425,15 +526,20 @@ impl<'a> Run<'a> {
                 load.observed(self.now_ms());
             }
         }
+        self.tell(placed, ttft_ms, 0);
+    }
+
+    /// Tells the policy what came of a request on a worker.
+    fn tell(&mut self, placed: &Placed, ttft_ms: f64, end: u32) {
         if placed.is_observed {
             let row = OutcomeRow {
                 decision_id: placed.decision_id,
                 worker_id: placed.worker_id,
                 ttft_ms: ttft_ms as f32,
-                itl_ms: itl_ms as f32,
+                itl_ms: placed.itl_ms() as f32,
                 queue_ms: f32::NAN,
                 output_tokens: placed.tokens,
-                end: 0,
+                end,
             };
             if let Some(at) = self.outcomes.tell(row, self.now) {
                 self.queue.push(at, Happening::Observe);
@@ -441,7 +547,64 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// A request is no more, however it ended.
+    fn gone(&mut self, number: u32, output_tokens: u32, end: End) {
+        self.open -= 1;
+        self.tally.turned_away += u64::from(matches!(end, End::Left | End::Expired | End::Refused));
+        let work = self.trace[number as usize].prompt_tokens().saturating_add(output_tokens);
+        let now_ms = self.now_ms();
+        self.service.iter_mut().for_each(|service| service.gone(number, work, output_tokens, end, now_ms));
+    }
+
+    /// Whether everything that came is somewhere, once; and now and then, whether all books say so.
+    fn check(&mut self) -> Result<(), SimulationError> {
+        self.events += 1;
+        let Some(every) = self.options.audit_every else { return Ok(()) };
+        let wrong = |what: String| Err(SimulationError::Books { events: self.events, at: self.now, what });
+        let (came, ended) = (self.next as u64, self.tally.ended());
+        if ended + self.open != came {
+            return wrong(format!("{came} came, {ended} ended and {} are open", self.open));
+        }
+        if self.waiting.len() as u64 + self.on_engines != self.open {
+            return wrong(format!(
+                "{} wait and {} are on engines, and {} are open",
+                self.waiting.len(),
+                self.on_engines,
+                self.open
+            ));
+        }
+        if let Some(service) = &self.service
+            && let Err(what) = service.check(self.open)
+        {
+            return wrong(what);
+        }
+        if self.events.is_multiple_of(every.max(1))
+            && let Err(what) = self.audit()
+        {
+            return wrong(what);
+        }
+        Ok(())
+    }
+
+    /// Whether all books agree, looked at in full.
+    fn audit(&self) -> Result<(), String> {
+        for (number, engine) in self.engines.iter().enumerate() {
+            let has = engine.model.snapshot();
+            if engine.requests.len() as u32 != has.running + has.waiting {
+                return Err(format!(
+                    "engine {number} runs {}, has {} waiting, and was given {}",
+                    has.running,
+                    has.waiting,
+                    engine.requests.len()
+                ));
+            }
+        }
+        self.service.as_ref().map_or(Ok(()), |service| service.flow().audit())
+    }
+
     fn finish(mut self) -> Tally {
+        self.tally.events = self.events;
+        self.tally.queue = self.take_queue_tally();
         self.tally.close(&self.engines, self.begun.elapsed());
         self.tally.refused_blocks = self.indexes.stats().refused;
         self.tally

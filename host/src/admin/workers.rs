@@ -1,14 +1,15 @@
 //! Workers in the admin API: who there is, and who gets no new requests.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json, Router,
-    extract::{Path, State},
+    extract::{Path, Query, State},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use http::StatusCode;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Admin, audited::answer, refusal};
@@ -21,18 +22,26 @@ use crate::{
 pub(super) fn routes() -> Router<Admin> {
     Router::new()
         .route("/v1/workers", get(list))
-        .route("/v1/workers/{name}/drain", post(|admin, who, name| set_drained(admin, who, name, true)))
-        .route("/v1/workers/{name}/resume", post(|admin, who, name| set_drained(admin, who, name, false)))
+        .route("/v1/workers/{name}/drain", post(|admin, who, name, grace| set_drained(admin, who, name, grace, true)))
+        .route("/v1/workers/{name}/resume", post(|admin, who, name, grace| set_drained(admin, who, name, grace, false)))
 }
 
 async fn list(State(admin): State<Admin>) -> Response {
     Json(json!({ "workers": admin.roster.report(), "problems": admin.roster.problems() })).into_response()
 }
 
+/// How long a drained worker may go on with what it has.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Grace {
+    grace_s: Option<u64>,
+}
+
 async fn set_drained(
     State(admin): State<Admin>,
     Extension(who): Extension<Who>,
     Path(name): Path<String>,
+    Query(Grace { grace_s }): Query<Grace>,
     drained: bool,
 ) -> Response {
     let _turn = admin.audit.turn.lock().await;
@@ -41,7 +50,7 @@ async fn set_drained(
     let done = tokio::task::spawn_blocking(move || {
         let mut entry = Entry::new(if drained { "worker drain" } else { "worker resume" }, who, Some(name.clone()));
         entry.from = standing(&roster, &name);
-        let done = roster.set_drained(&name, drained);
+        let done = roster.set_drained(&name, drained, grace_s.map(Duration::from_secs));
         entry.to = standing(&roster, &name);
         entry.refused = done.as_ref().err().map(|error| plain(&error.to_string()));
         // Who waits for a worker to finish asks for it again and again.

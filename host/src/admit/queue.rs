@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{self, QueueConfig, SloConfig},
+    config::{Config, QueueConfig, SloConfig},
     roster::Roster,
     tasks,
 };
@@ -101,9 +101,9 @@ pub(super) enum Came {
 }
 
 impl Settings {
-    fn of(queue: &QueueConfig, slo: &SloConfig, limits: &config::Limits) -> Self {
-        let (timeout, hold) = (queue.timeout(limits), queue.hold(limits));
-        Self { queue: queue.clone(), slo: slo.clone(), timeout, hold }
+    fn of(config: &Config) -> Self {
+        let timeout = config.queue.timeout(&config.limits);
+        Self { queue: config.queue.clone(), slo: config.slo.clone(), timeout, hold: config.health.hold().min(timeout) }
     }
 
     /// How a request is let in where no policy says so.
@@ -139,15 +139,15 @@ impl Settings {
 
 impl Queue {
     /// The queue in front of a roster's workers, and the task that looks after it.
-    pub(crate) fn start(roster: &Arc<Roster>, clock: Clock, config: &config::Config) -> Arc<Self> {
+    pub(crate) fn start(roster: &Arc<Roster>, clock: Clock, config: &Config) -> Arc<Self> {
         let queue = Arc::new(Self::new(roster, clock, config));
         queue.measure();
         tasks::spawn("queue", keep_looking(Arc::clone(&queue)));
         queue
     }
 
-    fn new(roster: &Arc<Roster>, clock: Clock, config: &config::Config) -> Self {
-        let settings = Settings::of(&config.queue, &config.slo, &config.limits);
+    fn new(roster: &Arc<Roster>, clock: Clock, config: &Config) -> Self {
+        let settings = Settings::of(config);
         let flow = Flow::new(settings.bounds());
         Self {
             clock,
@@ -164,8 +164,8 @@ impl Queue {
     }
 
     /// Takes over another configuration, for those that come from now on.
-    pub(crate) fn configure(&self, config: &config::Config) {
-        let settings = Settings::of(&config.queue, &config.slo, &config.limits);
+    pub(crate) fn configure(&self, config: &Config) {
+        let settings = Settings::of(config);
         lock(&self.state).flow.set_bounds(settings.bounds());
         self.settings.store(Arc::new(settings));
         self.measure();

@@ -11,6 +11,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use dynamo_host_core::admission::{MAX_CLASS_BYTES, is_class};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use toml::value::Datetime;
@@ -42,6 +43,8 @@ pub(crate) enum KeysError {
 pub(crate) struct Key {
     pub(crate) tenant: String,
     pub(crate) priority: i32,
+    /// Of its requests, for the queue.
+    pub(crate) class: Option<Arc<str>>,
     /// Names of models, the last character of each perhaps `*`; all if there is no list.
     models: Option<Vec<String>>,
     /// In milliseconds since 1970.
@@ -113,6 +116,8 @@ struct FileKey {
     #[serde(default)]
     priority: i32,
     #[serde(default)]
+    class: Option<String>,
+    #[serde(default)]
     models: Option<Vec<String>>,
     #[serde(default)]
     expires: Option<Datetime>,
@@ -162,7 +167,7 @@ fn parse(path: &Path, text: &str) -> Result<HashMap<Hash, Arc<Key>>, KeysError> 
 }
 
 fn checked(key: FileKey) -> Result<Key, String> {
-    let FileKey { tenant, priority, models, expires, .. } = key;
+    let FileKey { tenant, priority, class, models, expires, .. } = key;
     if tenant.is_empty() || tenant.len() > MAX_TENANT_BYTES || tenant.contains(char::is_control) {
         return Err(format!("tenant is not 1 to {MAX_TENANT_BYTES} bytes of printable text"));
     }
@@ -172,7 +177,11 @@ fn checked(key: FileKey) -> Result<Key, String> {
     let expected = "write a date such as 2027-01-31, or a time with its offset such as 2027-01-31T18:00:00Z";
     let expires_ms = expires.map(|moment| unix_ms_of(moment).ok_or_else(|| format!("expires is {moment}; {expected}")));
     let expires_ms = expires_ms.transpose()?;
-    Ok(Key { tenant, priority, models, expires_ms })
+    if let Some(class) = class.as_deref().filter(|class| !is_class(class)) {
+        let class = plain(class);
+        return Err(format!("class is {class:?}; write 1 to {MAX_CLASS_BYTES} letters, digits, `.`, `_` or `-`"));
+    }
+    Ok(Key { tenant, priority, class: class.map(Arc::from), models, expires_ms })
 }
 
 fn unhex(text: &str) -> Option<Hash> {
@@ -230,11 +239,12 @@ mod tests {
     #[test]
     fn a_key_is_found_by_its_hash_and_says_whose_it_is() {
         let keys = keys(&format!(
-            "[[key]]\nsha256 = \"{HASH}\"\ntenant = \"acme\"\npriority = -3\nmodels = [\"llama-*\", \"qwen\"]\nexpires = 2000-03-01\n"
+            "[[key]]\nsha256 = \"{HASH}\"\ntenant = \"acme\"\npriority = -3\nclass = \"batch\"\nmodels = [\"llama-*\", \"qwen\"]\nexpires = 2000-03-01\n"
         ));
         let keys = keys.unwrap();
         let key = keys.find(b"key").unwrap();
         assert_eq!((key.tenant.as_str(), key.priority, key.expires_ms), ("acme", -3, Some(951_868_800_000)));
+        assert_eq!(key.class.as_deref(), Some("batch"));
         assert!(key.allows("llama-3") && key.allows("qwen") && !key.allows("qwen2") && !key.allows("llama"));
         assert!(keys.find(b"KEY").is_none() && keys.find(b"").is_none());
     }
@@ -245,7 +255,7 @@ mod tests {
         let keys = keys(&format!("[[key]]\nsha256 = \"{}\"\ntenant = \"t\"\n", one.sha256)).unwrap();
         assert_eq!(
             *keys.find(one.key.as_bytes()).unwrap(),
-            Key { tenant: "t".to_owned(), priority: 0, models: None, expires_ms: None }
+            Key { tenant: "t".to_owned(), priority: 0, class: None, models: None, expires_ms: None }
         );
         assert!(keys.find(other.key.as_bytes()).is_none() && one.key.len() == 67);
     }
@@ -257,6 +267,7 @@ mod tests {
             ("[[key]]\nkey = \"dh-secret\"\ntenant = \"a\"", "line 2: unknown field `key`"),
             (&format!("[[key]]\nsha256 = \"{HASH}\"\ntenant = \"\""), "tenant is not 1 to 128"),
             (&format!("[[key]]\nsha256 = \"{HASH}\"\ntenant = \"a\"\nmodels = [\"a*b\"]"), "models has \"a*b\""),
+            (&format!("[[key]]\nsha256 = \"{HASH}\"\ntenant = \"a\"\nclass = \"a b\""), "class is \"a b\""),
             (&format!("[[key]]\nsha256 = \"{HASH}\"\ntenant = \"a\"\nexpires = 12:00:00"), "write a date"),
             (&format!("[[key]]\nsha256 = \"{HASH}\"\ntenant = \"a\"\n").repeat(2), "key 2 (tenant \"a\"): another"),
         ] {

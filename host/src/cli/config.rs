@@ -3,7 +3,8 @@
 
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
-use dynamo_host_policy::{Limits, Now, PolicyRuntime};
+use dynamo_host_core::SlotName;
+use dynamo_host_policy::{Limits, Now, PolicyRuntime, SlotState};
 use serde_json::{Value, json};
 
 use super::Output;
@@ -100,13 +101,14 @@ fn check_files(config: &Config, verdict: &mut Verdict) {
             verdict.errors.push(format!("{section}: {error}"));
         }
     }
-    if let Some(Seed::File { path, settings }) = &config.routing {
+    for (slot, seed) in [(SlotName::ROUTING, &config.routing.seed), (SlotName::ADMISSION, &config.admission.seed)] {
+        let Some(Seed::File { path, settings }) = seed else { continue };
         let loaded = fs::read(path).map_err(|error| error.to_string()).and_then(|bytes| {
             let runtime =
                 PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).map_err(|error| error.to_string())?;
-            runtime.load(&bytes, settings, Arc::default()).map_err(|error| plain(&error.to_string()))
+            runtime.load(&bytes, settings, Arc::new(SlotState::of(&slot))).map_err(|error| plain(&error.to_string()))
         });
-        verdict.errors.extend(loaded.err().map(|reason| format!("routing.policy {path:?}: {reason}")));
+        verdict.errors.extend(loaded.err().map(|reason| format!("{slot}.policy {path:?}: {reason}")));
     }
     if let Some(state_dir) = &config.state_dir
         && fs::metadata(state_dir).is_ok_and(|metadata| !metadata.is_dir())
@@ -139,19 +141,19 @@ fn shown(config: &Config) -> Value {
         (name.clone(), source)
     });
     let tokenizers: serde_json::Map<String, Value> = tokenizers.collect();
-    let routing = match &config.routing {
+    let [routing, admission] = [&config.routing, &config.admission].map(|slot| match &slot.seed {
         None | Some(Seed::Native) => json!("native"),
         Some(Seed::File { path, .. }) => json!(path),
-    };
+    });
     json!({
         "http": config.http, "admin": config.admin, "admin_token": config.admin_token.as_ref().map(|_| "(set)"),
-        "state_dir": config.state_dir, "routing": routing, "models": names, "tokenizers": tokenizers, "workers": workers,
+        "state_dir": config.state_dir, "routing": routing, "admission": admission, "models": names, "tokenizers": tokenizers, "workers": workers,
         "discovery": config.discovery.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })
 }
 
 fn print_shown(shown: &Value) {
-    for key in ["http", "admin", "admin_token", "state_dir", "routing"] {
+    for key in ["http", "admin", "admin_token", "state_dir", "routing", "admission"] {
         println!("  {key:<12} {}", shown[key].as_str().unwrap_or("-"));
     }
     for discovery in shown["discovery"].as_array().into_iter().flatten() {

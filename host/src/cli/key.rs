@@ -19,14 +19,17 @@ pub(super) fn new(flags: &NewKeyFlags) -> Result<(), String> {
         sha256: &'a str,
         #[serde(skip_serializing_if = "Option::is_none")]
         priority: Option<i32>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        class: Option<&'a str>,
         #[serde(skip_serializing_if = "<[String]>::is_empty")]
         models: &'a [String],
         #[serde(skip_serializing_if = "Option::is_none")]
         expires: Option<toml::value::Datetime>,
     }
     let NewKey { key, sha256 } = NewKey::random()?;
-    let NewKeyFlags { tenant, priority, models, expires } = flags;
-    let line = Line { tenant, sha256: &sha256, priority: *priority, models, expires: *expires };
+    let NewKeyFlags { tenant, priority, class, models, expires } = flags;
+    let class = class.as_deref();
+    let line = Line { tenant, sha256: &sha256, priority: *priority, class, models, expires: *expires };
     let lines = toml::to_string(&Lines { key: [line] }).map_err(|error| error.to_string())?;
     crate::auth::check(&lines)?;
     eprintln!("{key}");

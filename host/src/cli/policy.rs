@@ -12,7 +12,7 @@ mod uses;
 use std::{path::Path, sync::Arc};
 
 use dynamo_host_policy::{
-    Inspection, Limits, LoadError, Now, PolicyRuntime, PolicyVersion, bench, inspect as inspect_bytes, read_component,
+    Inspection, Limits, LoadError, Now, PolicyRuntime, PolicyVersion, SlotState, bench, inspect as inspect_bytes, read_component,
 };
 use serde_json::{Value, json};
 
@@ -147,10 +147,15 @@ fn read_given(settings: Option<&str>) -> Result<String, String> {
         .map_or_else(|| Ok("{}".to_owned()), |settings| read_settings("--settings", settings).map_err(|error| error.to_string()))
 }
 
+/// Loads a policy of any world.
 fn load(bytes: &[u8], settings: &str) -> Result<Arc<PolicyVersion>, LoadError> {
+    load_for(bytes, settings, SlotState::default())
+}
+
+fn load_for(bytes: &[u8], settings: &str, state: SlotState) -> Result<Arc<PolicyVersion>, LoadError> {
     let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None)
         .map_err(|error| LoadError::Compile { policy: "?".to_owned(), reason: error.to_string() })?;
-    runtime.load(bytes, settings, Arc::default())
+    runtime.load(bytes, settings, Arc::new(state))
 }
 
 fn named(file: &Path, error: &LoadError) -> String {

@@ -37,6 +37,9 @@ pub(super) fn run(flags: &SimulateFlags) -> Result<(), String> {
         seed: flags.seed,
         load_interval: Duration::from_millis(flags.load_interval_ms),
         kv_event_lag: Duration::from_millis(flags.kv_event_lag_ms),
+        queueing: flags.queueing()?,
+        faults: flags.faults()?,
+        audit_every: flags.audit_every,
     };
     let threads = flags.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
     let (bounds, tallies) = compare(&trace, &options, &contenders, threads).map_err(|error| error.to_string())?;

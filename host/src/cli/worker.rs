@@ -20,8 +20,15 @@ pub(super) async fn list(admin: &AdminFlags, output: Output) -> Result<(), Strin
     Ok(())
 }
 
-pub(super) async fn drain(name: &str, wait: Option<u64>, admin: &AdminFlags, output: Output) -> Result<(), String> {
-    let mut answer = change(name, "drain", admin).await?;
+pub(super) async fn drain(
+    name: &str,
+    wait: Option<u64>,
+    grace: Option<u64>,
+    admin: &AdminFlags,
+    output: Output,
+) -> Result<(), String> {
+    let what = grace.map_or_else(|| "drain".to_owned(), |seconds| format!("drain?grace_s={seconds}"));
+    let mut answer = change(name, &what, admin).await?;
     let begun = Instant::now();
     while let Some(seconds) = wait {
         let active: u64 = list_of(&answer["workers"]).iter().filter_map(|worker| worker["active_requests"].as_u64()).sum();

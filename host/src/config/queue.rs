@@ -12,8 +12,6 @@ use super::{ConfigError, Limits};
 
 /// How long a request may wait unless something is said.
 const TIMEOUT_S: u64 = 300;
-/// How long one may wait for a worker to come back unless something is said.
-const HOLD_S: f64 = 5.0;
 /// Most classes, so that they can be labels of metrics.
 pub(crate) const MAX_CLASSES: usize = 32;
 /// Most tenants that are given a standing of their own.
@@ -31,8 +29,6 @@ pub(crate) struct QueueConfig {
     pub(crate) max_tokens: u64,
     /// How long one may wait; by default five minutes, or as long as a request may take if that is less.
     timeout_s: Option<u64>,
-    /// How long one may wait while its model has no worker that is ready; likewise.
-    hold_s: Option<f64>,
     /// Requests that a worker runs at once whose engine does not say.
     pub(crate) max_running: u32,
     /// Steps' worth of prompts that wait for their prefill on each worker at most; 0: no bound.
@@ -88,7 +84,6 @@ impl Default for QueueConfig {
             max_requests: 4096,
             max_tokens: 20_000_000,
             timeout_s: None,
-            hold_s: None,
             max_running: 256,
             prefill_steps: 4,
             classes: BTreeMap::new(),
@@ -115,11 +110,6 @@ impl QueueConfig {
         Duration::from_secs(self.timeout_s.unwrap_or(TIMEOUT_S).min(limits.request_timeout_s))
     }
 
-    /// How long it may wait for a worker to come back.
-    pub(crate) fn hold(&self, limits: &Limits) -> Duration {
-        Duration::from_secs_f64(self.hold_s.unwrap_or(HOLD_S)).min(self.timeout(limits))
-    }
-
     pub(super) fn check(&self, limits: &Limits) -> Result<(), ConfigError> {
         let wrong = |key: &str, found: &dyn std::fmt::Display, expected: String| {
             Err(ConfigError::Queue(format!("queue.{key} is {found}; use {expected}")))
@@ -139,12 +129,6 @@ impl QueueConfig {
             && !(1..=most).contains(&timeout)
         {
             return wrong("timeout_s", &timeout, format!("1 to {most}, which is limits.request_timeout_s"));
-        }
-        let timeout = self.timeout(limits).as_secs();
-        if let Some(hold) = self.hold_s
-            && !(0.0..=timeout as f64).contains(&hold)
-        {
-            return wrong("hold_s", &hold, format!("0 to {timeout}, which is how long a request may wait at all"));
         }
         if self.classes.len() > MAX_CLASSES {
             return wrong("classes", &format!("a table of {}", self.classes.len()), format!("at most {MAX_CLASSES}"));
@@ -232,8 +216,6 @@ mod tests {
             ("max_running = 0", "queue.max_running is 0"),
             ("timeout_s = 0", "queue.timeout_s is 0; use 1 to 100, which is limits.request_timeout_s"),
             ("timeout_s = 101", "queue.timeout_s is 101"),
-            ("timeout_s = 9\nhold_s = 10.0", "queue.hold_s is 10; use 0 to 9"),
-            ("hold_s = nan", "queue.hold_s is NaN"),
             ("[classes.a]\ntier = 16", "queue.classes.a.tier is 16; use 0 to 15"),
             ("[classes.a]\nweight = 0.0", "queue.classes.a.weight is 0; use 0.001 to 1000"),
             ("[classes.\"\"]", "queue.classes has \"\""),
@@ -251,9 +233,8 @@ mod tests {
         let limits = Limits { request_timeout_s: 2, ..Limits::default() };
         let config = QueueConfig::default();
         config.check(&limits).unwrap();
-        assert_eq!([config.timeout(&limits), config.hold(&limits)], [Duration::from_secs(2); 2]);
-        let usual = Limits::default();
-        assert_eq!((config.timeout(&usual).as_secs(), config.hold(&usual).as_secs()), (300, 5));
+        assert_eq!(config.timeout(&limits), Duration::from_secs(2));
+        assert_eq!(config.timeout(&Limits::default()).as_secs(), 300);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Keeper: the record of a slot, where it is kept, and what becomes of it at a start.
+//! Keepers: the record of each slot, where all are kept, and what becomes of them at a start.
 //!
 //! Invariant: the record and the slot hold the same versions. Whoever changes the slot keeps the change here first; what
 //! cannot be kept is not made.
@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_host_core::{OnError, SlotName, native};
-use dynamo_host_policy::{Digest, PolicyRuntime, PolicyVersion, RoutingSlot, read_component};
+use dynamo_host_core::{OnError, native};
+use dynamo_host_policy::{Digest, Lifecycle, PolicyRuntime, PolicyVersion, read_component};
 use dynamo_host_store::{SlotRecord, Store, StoreError, VersionRecord};
 
 use super::{ChangeError, Seed, Wishes};
@@ -19,8 +19,8 @@ use crate::text::plain;
 /// Versions in a record: the active one and eight to roll back to.
 const MAX_VERSIONS: usize = 9;
 
-/// Where changes are kept.
-enum Keeping {
+/// Where changes of all slots are kept.
+pub(super) enum Keeping {
     /// Nowhere: no state directory.
     Memory,
     /// On disk.
@@ -29,9 +29,25 @@ enum Keeping {
     Broken(String),
 }
 
-/// The record of a slot.
+impl Keeping {
+    /// Opens the state.
+    ///
+    /// # Errors
+    /// If another process has it. Whatever else is wrong is told by each keeper.
+    pub(super) fn open(state_dir: Option<&Path>) -> Result<Self, StoreError> {
+        match state_dir.map(Store::open) {
+            None => Ok(Self::Memory),
+            Some(Ok(store)) => Ok(Self::Disk(store)),
+            Some(Err(error @ StoreError::InUse { .. })) => Err(error),
+            Some(Err(error)) => Ok(Self::Broken(error.to_string())),
+        }
+    }
+}
+
+/// The record of a slot. Keepers of one host take turns: what one writes before its record, another's would sweep away.
 pub(super) struct Keeper {
-    keeping: Keeping,
+    slot: Arc<Lifecycle>,
+    keeping: Arc<Keeping>,
     record: SlotRecord,
     /// What the start could not bring back.
     troubles: Vec<String>,
@@ -44,12 +60,12 @@ enum Wanted {
 }
 
 impl Wanted {
-    fn read(seed: &Seed, max_bytes: usize) -> Result<Self, String> {
+    fn read(seed: &Seed, slot: &Lifecycle, max_bytes: usize) -> Result<Self, String> {
         match seed {
             Seed::Native => Ok(Self::Native),
             Seed::File { path, settings } => match read_component(path, max_bytes) {
                 Ok(bytes) => Ok(Self::Component { bytes, settings: settings.clone() }),
-                Err(error) => Err(format!("{}: {error}; name a policy component with --routing", path.display())),
+                Err(error) => Err(format!("{}: {error}; name a policy component with --{}", path.display(), slot.name())),
             },
         }
     }
@@ -65,78 +81,65 @@ impl Wanted {
 }
 
 impl Keeper {
-    /// Opens the state and brings the slot back as it was; then applies the configuration, if it has changed.
-    ///
-    /// # Errors
-    /// If another process has the state directory. Whatever else is wrong is among the troubles.
-    pub(super) fn open(
-        runtime: &PolicyRuntime,
-        routing: &RoutingSlot,
-        state_dir: Option<&Path>,
-        wishes: Wishes<'_>,
-    ) -> Result<Self, StoreError> {
-        let mut keeper = Self { keeping: Keeping::Memory, record: SlotRecord::default(), troubles: Vec::new() };
-        let mut stored = None;
-        match state_dir.map(Store::open) {
-            None => {}
-            Some(Ok(store)) => {
-                stored = store.slot(&SlotName::ROUTING).unwrap_or_else(|error| {
-                    keeper.complain("state", &error.to_string(), routing);
-                    None
-                });
-                keeper.keeping = Keeping::Disk(store);
-            }
-            Some(Err(error @ StoreError::InUse { .. })) => return Err(error),
+    /// Brings the slot back as it was; then applies the configuration, if it has changed. What is wrong is among the troubles.
+    pub(super) fn open(runtime: &PolicyRuntime, slot: &Arc<Lifecycle>, keeping: &Arc<Keeping>, wishes: Wishes<'_>) -> Self {
+        let mut keeper =
+            Self { slot: Arc::clone(slot), keeping: Arc::clone(keeping), record: SlotRecord::default(), troubles: Vec::new() };
+        let stored = match &**keeping {
+            Keeping::Memory => None,
+            Keeping::Disk(store) => store.slot(slot.name()).unwrap_or_else(|error| {
+                keeper.complain("state", &error.to_string());
+                None
+            }),
             // What was active is not known, and whatever took its place could not be kept: native serves.
-            Some(Err(error)) => {
-                routing.set_missing("unknown");
-                routing.set_on_error(wishes.on_error.unwrap_or_default());
-                keeper.complain("state", &error.to_string(), routing);
-                keeper.keeping = Keeping::Broken(error.to_string());
-                return Ok(keeper);
+            Keeping::Broken(reason) => {
+                slot.set_missing("unknown");
+                slot.set_on_error(wishes.on_error.unwrap_or_default());
+                keeper.complain("state", reason);
+                return keeper;
             }
-        }
-        let wanted = wishes.seed.map(|seed| Wanted::read(seed, runtime.limits().component_bytes));
+        };
+        let wanted = wishes.seed.map(|seed| Wanted::read(seed, slot, runtime.limits().component_bytes));
         let is_news = match (&wanted, &stored) {
             (Some(Ok(wanted)), Some(stored)) => stored.seed.as_ref() != Some(&wanted.record()),
             _ => true,
         };
         if let Some(record) = stored {
-            keeper.restore(runtime, routing, record);
+            keeper.restore(runtime, record);
         }
         match wanted {
-            Some(Ok(wanted)) if is_news => keeper.plant(runtime, routing, &wanted),
+            Some(Ok(wanted)) if is_news => keeper.plant(runtime, &wanted),
             Some(Ok(_)) => tracing::info!(
-                policy = routing.report().active.policy,
-                "the slot's policy comes from the state directory; --routing seeded it before"
+                slot = %slot.name(), policy = slot.report().active.policy,
+                "the slot's policy comes from the state directory; the configuration seeded it before"
             ),
             Some(Err(reason)) => {
-                keeper.miss("configured", routing);
-                keeper.complain("seed", &reason, routing);
+                keeper.miss("configured");
+                keeper.complain("seed", &reason);
             }
             None => {}
         }
-        keeper.settle_on_error(routing, wishes.on_error);
-        Ok(keeper)
+        keeper.settle_on_error(wishes.on_error);
+        keeper
     }
 
     /// What was said last of what happens on errors: by a command, or by the configuration if it has changed.
-    fn settle_on_error(&mut self, routing: &RoutingSlot, wanted: Option<OnError>) {
+    fn settle_on_error(&mut self, wanted: Option<OnError>) {
         if let Some(wanted) = wanted.filter(|wanted| self.record.on_error_seed != Some(*wanted)) {
             let record = SlotRecord { on_error: Some(wanted), on_error_seed: Some(wanted), ..self.record.clone() };
             if let Err(error) = self.keep(record, None, &[]) {
-                self.complain("seed", &format!("the configured on_error is in force, and not kept: {error}"), routing);
+                self.complain("seed", &format!("the configured on_error is in force, and not kept: {error}"));
             }
-            routing.set_on_error(wanted);
+            self.slot.set_on_error(wanted);
         } else if let Some(kept) = self.record.on_error {
-            routing.set_on_error(kept);
+            self.slot.set_on_error(kept);
         }
     }
 
     /// The slot should hold a policy now, and does not.
-    fn miss(&self, policy: &str, routing: &RoutingSlot) {
-        if routing.pin().0.is_none() {
-            routing.set_missing(policy);
+    fn miss(&self, policy: &str) {
+        if self.slot.pin().0.is_none() {
+            self.slot.set_missing(policy);
         }
     }
 
@@ -145,16 +148,16 @@ impl Keeper {
         (!self.troubles.is_empty()).then(|| self.troubles.join("; "))
     }
 
-    fn complain(&mut self, what: &'static str, reason: &str, routing: &RoutingSlot) {
+    fn complain(&mut self, what: &'static str, reason: &str) {
         let reason = plain(reason);
         metrics::counter!("dynamo_host_policy_restore_failures_total", "what" => what).increment(1);
-        tracing::error!("{reason}; serving with {}", routing.report().active.policy);
+        tracing::error!(slot = %self.slot.name(), "{reason}; serving with {}", self.slot.report().active.policy);
         self.troubles.push(reason);
     }
 
     /// Brings back what a record holds. What cannot be loaded is said; if it was the active one, native serves.
-    fn restore(&mut self, runtime: &PolicyRuntime, routing: &RoutingSlot, record: SlotRecord) {
-        let Keeping::Disk(store) = &self.keeping else { return };
+    fn restore(&mut self, runtime: &PolicyRuntime, record: SlotRecord) {
+        let Keeping::Disk(store) = &*self.keeping else { return };
         let load = |version: &Option<VersionRecord>| -> Result<Option<Arc<PolicyVersion>>, String> {
             let Some(version) = version else { return Ok(None) };
             let bytes = store.component(&version.digest).map_err(|error| error.to_string())?;
@@ -162,7 +165,7 @@ impl Keeper {
                 let path = store.component_path(&version.digest);
                 return Err(format!("policy component {path:?} is damaged: its digest is another; activate the policy again"));
             }
-            runtime.load(&bytes, &version.settings, Arc::clone(routing.state())).map(Some).map_err(|error| error.to_string())
+            runtime.load(&bytes, &version.settings, Arc::clone(self.slot.state())).map(Some).map_err(|error| error.to_string())
         };
         let (mut versions, mut kept) = (Vec::new(), Vec::new());
         let last = record.versions.len().saturating_sub(1);
@@ -185,34 +188,36 @@ impl Keeper {
             }
             kept.push(version.clone());
         }
-        routing.restore(versions);
-        routing.set_bypass(record.bypass);
+        self.slot.restore(versions);
+        self.slot.set_bypass(record.bypass);
         if record.bypass {
-            tracing::warn!(slot = %routing.name(), "the slot is bypassed, as it was: {} decides; end that with: dynamo-host policy bypass {} --off", native::NAME, routing.name());
+            tracing::warn!(slot = %self.slot.name(), "the slot is bypassed, as it was: {} decides; end that with: dynamo-host policy bypass {} --off", native::NAME, self.slot.name());
         }
         self.record = SlotRecord { versions: kept, ..record.clone() };
         match trouble {
             Some((name, trouble)) => {
-                self.miss(name, routing);
-                self.complain("active", &trouble, routing);
+                self.miss(name);
+                self.complain("active", &trouble);
             }
-            None => tracing::info!(policy = routing.report().active.policy, "restored from the state directory"),
+            None => {
+                tracing::info!(slot = %self.slot.name(), policy = self.slot.report().active.policy, "restored from the state directory")
+            }
         }
     }
 
     /// Activates what the configuration wants.
-    fn plant(&mut self, runtime: &PolicyRuntime, routing: &RoutingSlot, wanted: &Wanted) {
+    fn plant(&mut self, runtime: &PolicyRuntime, wanted: &Wanted) {
         let loaded = match wanted {
             Wanted::Native => Ok((None, &[][..])),
             Wanted::Component { bytes, settings } => {
-                runtime.load(bytes, settings, Arc::clone(routing.state())).map(|version| (Some(version), &bytes[..]))
+                runtime.load(bytes, settings, Arc::clone(self.slot.state())).map(|version| (Some(version), &bytes[..]))
             }
         };
         let (version, bytes) = match loaded {
             Ok(loaded) => loaded,
             Err(error) => {
-                self.miss("configured", routing);
-                return self.complain("seed", &format!("the configured routing policy is not activated: {error}"), routing);
+                self.miss("configured");
+                return self.complain("seed", &format!("the configured {} policy is not activated: {error}", self.slot.name()));
             }
         };
         // Native over native is no change, only remembered as what the configuration wants.
@@ -221,17 +226,17 @@ impl Keeper {
         record.seed = Some(wanted.record());
         match self.keep(record, version.as_ref(), bytes) {
             Ok(()) if is_change => {
-                routing.activate(version);
+                self.slot.activate(version);
                 // What the state could not bring back has been replaced.
                 self.troubles.clear();
             }
             Ok(()) => {}
             Err(error) => {
-                self.miss("configured", routing);
-                return self.complain("seed", &format!("the configured routing policy is not activated: {error}"), routing);
+                self.miss("configured");
+                return self.complain("seed", &format!("the configured {} policy is not activated: {error}", self.slot.name()));
             }
         }
-        tracing::info!(policy = routing.report().active.policy, "routing policy is active");
+        tracing::info!(slot = %self.slot.name(), policy = self.slot.report().active.policy, "policy is active");
     }
 
     /// Keeps one more version as the active one. Blocks on the disk.
@@ -262,9 +267,9 @@ impl Keeper {
     pub(super) fn keep_bypass(&mut self, is_on: bool) -> Result<(), String> {
         // Whatever can be kept next, this is part of it.
         self.record.bypass = is_on;
-        match &self.keeping {
+        match &*self.keeping {
             Keeping::Memory => Err("this host has no --state-dir".to_owned()),
-            Keeping::Disk(store) => store.put_slot(&SlotName::ROUTING, &self.record).map_err(|error| error.to_string()),
+            Keeping::Disk(store) => store.put_slot(self.slot.name(), &self.record).map_err(|error| error.to_string()),
             Keeping::Broken(reason) => Err(reason.clone()),
         }
     }
@@ -286,13 +291,13 @@ impl Keeper {
 
     /// Keeps a record, and first the component that is new in it.
     fn keep(&mut self, record: SlotRecord, version: Option<&Arc<PolicyVersion>>, bytes: &[u8]) -> Result<(), ChangeError> {
-        match &self.keeping {
+        match &*self.keeping {
             Keeping::Memory => {}
             Keeping::Disk(store) => {
                 if let Some(version) = version {
                     store.put_component(&version.digest().to_string(), bytes)?;
                 }
-                store.put_slot(&SlotName::ROUTING, &record)?;
+                store.put_slot(self.slot.name(), &record)?;
             }
             Keeping::Broken(reason) => return Err(ChangeError::StateBroken { reason: reason.clone() }),
         }
@@ -303,7 +308,8 @@ impl Keeper {
 
 #[cfg(test)]
 mod tests {
-    use dynamo_host_policy::{Limits, Now};
+    use dynamo_host_core::SlotName;
+    use dynamo_host_policy::{Limits, Now, RoutingSlot};
 
     use super::*;
 
@@ -313,21 +319,24 @@ mod tests {
         let runtime = PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap();
         let routing = RoutingSlot::new(SlotName::ROUTING);
         let wishes = Wishes { seed: Some(&Seed::Native), on_error: None };
-        let open = |routing: &RoutingSlot| Keeper::open(&runtime, routing, Some(directory.path()), wishes).unwrap();
-        let keeper = open(&routing);
+        let open = || {
+            let keeping = Arc::new(Keeping::open(Some(directory.path())).unwrap());
+            Keeper::open(&runtime, routing.lifecycle(), &keeping, wishes)
+        };
+        let keeper = open();
         assert_eq!((keeper.troubles(), routing.versions().len()), (None, 1), "native over native is no change");
         assert!(keeper.record.versions.is_empty() && keeper.record.seed.is_some());
         drop(keeper);
 
         // A directory in the place of the file that counts changes.
-        let mut keeper = open(&routing);
+        let mut keeper = open();
         let file = directory.path().join("generation");
         std::fs::remove_file(&file).unwrap();
         std::fs::create_dir(&file).unwrap();
         keeper.record.versions =
             vec![Some(VersionRecord { policy: "p@1".to_owned(), digest: "aa".to_owned(), settings: "{}".to_owned() })];
         let before = keeper.record.clone();
-        keeper.plant(&runtime, &routing, &Wanted::Native);
+        keeper.plant(&runtime, &Wanted::Native);
         assert_eq!((keeper.record.clone(), routing.versions().len()), (before, 1));
         assert!(keeper.troubles().unwrap().contains("not activated"));
     }

@@ -8,7 +8,7 @@ mod values;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use dynamo_host_core::{Candidates, Endpoint, RecordedError, RequestFacts, TokenCount, WorkerId, answer::Verdict};
+use dynamo_host_core::{Candidates, Endpoint, RecordedError, RequestFacts, Slo, TokenCount, WorkerId, answer::Verdict};
 use dynamo_host_policy::{DecidedBy, Digest, Explanation, Failed, Reading, RouteCall};
 use serde::{Deserialize, Serialize};
 
@@ -82,8 +82,21 @@ pub(crate) struct FactsLine {
     pub(crate) prefix_key: Hex,
     #[serde(default, skip_serializing_if = "is_default")]
     pub(crate) priority: i32,
+    /// Chosen by admission, as the class is.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(crate) tier: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) class: Option<String>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(crate) generated_tokens: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) max_output_tokens: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expected_output_tokens: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) slo_ttft_ms: Option<f32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) slo_itl_ms: Option<f32>,
     pub(crate) choices: u32,
     pub(crate) flags: u32,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -291,7 +304,13 @@ impl FactsLine {
             session_key: request.session_key.map(Hex),
             prefix_key: Hex(request.prefix_key),
             priority: request.priority,
+            tier: request.tier,
+            class: request.class.as_deref().map(str::to_owned),
+            generated_tokens: request.generated_tokens,
             max_output_tokens: request.max_output_tokens,
+            expected_output_tokens: request.expected_output_tokens,
+            slo_ttft_ms: request.slo.ttft_ms,
+            slo_itl_ms: request.slo.itl_ms,
             choices: request.choices,
             flags: request.flags,
             multimodal_items: request.multimodal_items,
@@ -311,10 +330,15 @@ impl FactsLine {
             adapter: self.adapter.clone(),
             recorded_tenant_key: self.tenant_key.map(|key| key.0),
             priority: self.priority,
+            tier: self.tier,
+            class: self.class.as_deref().map(Into::into),
             session_key: self.session_key.map(|key| key.0),
             prefix_key: self.prefix_key.0,
             prompt: TokenCount { tokens: self.prompt_tokens, exact: self.exact },
+            generated_tokens: self.generated_tokens,
             max_output_tokens: self.max_output_tokens,
+            expected_output_tokens: self.expected_output_tokens,
+            slo: Slo { ttft_ms: self.slo_ttft_ms, itl_ms: self.slo_itl_ms },
             choices: self.choices,
             flags: self.flags,
             multimodal_items: self.multimodal_items,

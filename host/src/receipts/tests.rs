@@ -1,6 +1,6 @@
 //! What is written is what was read, comes back as it was, and is bounded.
 
-use dynamo_host_core::{Endpoint, Tier, UNKNOWN, WorkerId, column::U32Column};
+use dynamo_host_core::{Endpoint, Slo, Tier, UNKNOWN, WorkerId, column::U32Column};
 use dynamo_host_policy::{Pinned, RoutingSlot, synthetic};
 
 use super::{line::DecisionLine, *};
@@ -16,6 +16,9 @@ fn decided(fleet: &synthetic::SyntheticFleet, columns: Columns) -> (RouteCall, D
     request.failed_workers = vec![WorkerId(u64::MAX)];
     request.deadline_ms = Some(9000);
     request.attempt = 1;
+    (request.tier, request.class) = (2, Some("batch".into()));
+    (request.generated_tokens, request.expected_output_tokens) = (7, Some(256));
+    request.slo = Slo { ttft_ms: Some(500.25), itl_ms: None };
     call.request = Arc::new(request);
     let slot = RoutingSlot::new(SlotName::ROUTING);
     let decision = slot.decide(&Pinned(None), call.clone());
@@ -105,6 +108,19 @@ fn what_is_no_receipt_is_said() {
     let (_, mut line, _) = decided(&synthetic::fleet(3), Columns::Read);
     line.workers.swap(0, 2);
     assert!(line.call().unwrap_err().contains("ascending order"));
+}
+
+#[test]
+fn a_line_from_before_admission_is_read_as_of_a_request_that_nothing_was_said_of() {
+    let (_, _, text) = decided(&synthetic::fleet(3), Columns::Read);
+    let mut line: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let facts = line["facts"].as_object_mut().unwrap();
+    for key in ["tier", "class", "generated_tokens", "expected_output_tokens", "slo_ttft_ms"] {
+        assert!(facts.remove(key).is_some(), "{key} was written: {text}");
+    }
+    let Ok(Line::Decision(line)) = read::parse(&line.to_string()) else { panic!("{line}") };
+    let request = line.call().unwrap().request;
+    assert_eq!((request.tier, request.class.as_deref(), request.generated_tokens, request.slo), (0, None, 0, Slo::default()));
 }
 
 fn office(config: ReceiptsConfig, directory: &Path) -> Receipts {

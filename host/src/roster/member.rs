@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
 };
 
 use dynamo_engine_api::{Engine, ModelCard, RankLoad};
@@ -23,6 +24,7 @@ use tokio::{
 use super::{
     Origin,
     connect::{Connection, Credentials},
+    vitals::Vitals,
 };
 use crate::{
     config::{MAX_RANKS, WorkerConfig},
@@ -56,7 +58,6 @@ pub(super) struct Member {
 
 /// Why requests that a worker has are to be given to others, without waiting for what it may still say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(dead_code, reason = "nobody says so yet")]
 pub(crate) enum GivenUp {
     /// They are not.
     #[default]
@@ -65,6 +66,16 @@ pub(crate) enum GivenUp {
     Unresponsive,
     /// It was drained, and the grace is over.
     Drained,
+}
+
+impl GivenUp {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Not => "not",
+            Self::Unresponsive => "unresponsive",
+            Self::Drained => "drained",
+        }
+    }
 }
 
 /// How a member stands.
@@ -81,6 +92,11 @@ pub(super) struct Standing {
     /// Ranks that its load names.
     ranks: Vec<u32>,
     pub(super) was_probed: bool,
+    /// It was not there, and has not been healthy since: one that answers that it cannot serve is starting.
+    pub(super) is_fresh: bool,
+    /// Since when it is draining, in milliseconds of the host's clock, and how long it may until others continue what it has.
+    pub(super) draining_since_ms: Option<u64>,
+    pub(super) grace_ms: Option<u64>,
     /// An operator drains it.
     pub(super) is_drained: bool,
     /// Its source has it no more, or another engine has its place: it goes when its last request has ended.
@@ -93,6 +109,8 @@ pub(super) struct Standing {
     pub(super) left_out: usize,
     /// How the KV of each worker is known, in the order of workers.
     pub(super) feeds: Vec<Arc<KvFeed>>,
+    /// How each worker fared, in the order of workers.
+    pub(super) vitals: Vec<Arc<Vitals>>,
     /// Whether there are other workers than those that were listened for.
     is_other_lineup: bool,
     /// Samples of each worker's output, in the order of workers.
@@ -118,12 +136,16 @@ impl Member {
             cards: None,
             ranks: vec![0],
             was_probed: false,
+            is_fresh: true,
+            draining_since_ms: None,
+            grace_ms: None,
             is_drained: false,
             is_leaving: false,
             is_awaited: false,
             has_ranks: false,
             left_out: 0,
             feeds: Vec::new(),
+            vitals: Vec::new(),
             is_other_lineup: false,
             throughputs: Vec::new(),
         };
@@ -143,6 +165,7 @@ impl Member {
                 cards: old.cards.clone(),
                 ranks: old.ranks.clone(),
                 feeds: old.feeds.clone(),
+                vitals: old.vitals.clone(),
                 throughputs: old.throughputs.clone(),
                 is_awaited: false,
                 ..*old
@@ -275,6 +298,35 @@ impl Member {
         !standing.is_leaving
     }
 
+    /// Tokens that all its workers ever made for this host.
+    pub(super) fn output_tokens(&self) -> u64 {
+        self.standing().workers.iter().map(|worker| worker.load.output_tokens()).sum()
+    }
+
+    /// Has its requests given to others, or leaves them again.
+    pub(super) fn give_up(&self, given_up: GivenUp) {
+        let is_news = self.given_up.send_if_modified(|now| std::mem::replace(now, given_up) != given_up);
+        if is_news && given_up != GivenUp::Not {
+            let (cause, requests) = (given_up.label(), self.active_requests());
+            metrics::counter!("dynamo_host_given_up_total", "cause" => cause).increment(1);
+            tracing::warn!(worker = self.config.name, cause, requests, "worker is given up: others continue what it has");
+        }
+    }
+
+    /// It drains no more: it keeps what it has, unless it is dead.
+    pub(super) fn is_wanted_again(&self) {
+        if *self.given_up.borrow() == GivenUp::Drained {
+            self.give_up(GivenUp::Not);
+        }
+    }
+
+    /// Whether it drains for longer than it may, in milliseconds of the host's clock.
+    pub(super) fn is_past_grace(&self, grace_ms: u64, now_ms: u64) -> bool {
+        let standing = self.standing();
+        let grace_ms = standing.grace_ms.unwrap_or(grace_ms);
+        standing.draining_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= grace_ms)
+    }
+
     /// Requests on all its workers.
     pub(super) fn active_requests(&self) -> u32 {
         self.standing().workers.iter().map(|worker| worker.load.get(Load::ActiveRequests)).sum()
@@ -285,6 +337,20 @@ impl Standing {
     /// What requests may know: a worker that is drained or leaves is draining, whatever its probe says.
     pub(super) fn state(&self) -> WorkerState {
         if self.is_drained || self.is_leaving { WorkerState::Draining } else { self.state }
+    }
+
+    /// Takes down that it drains from now on, or does not any more.
+    pub(super) fn drains(&mut self, drains: bool, grace: Option<Duration>, now_ms: u64) {
+        let since = self.draining_since_ms.filter(|_| grace.is_none()).unwrap_or(now_ms);
+        self.draining_since_ms = (drains || self.is_leaving).then_some(since);
+        let grace_ms = grace.map(|grace| grace.as_millis() as u64).or(self.grace_ms);
+        self.grace_ms = grace_ms.filter(|_| drains);
+    }
+
+    /// Its source has it no more.
+    pub(super) fn leaves(&mut self, now_ms: u64) {
+        self.is_leaving = true;
+        self.draining_since_ms.get_or_insert(now_ms);
     }
 
     /// What its last probe or request found.
@@ -326,6 +392,7 @@ impl Standing {
         let old = std::mem::take(&mut self.workers);
         let old_throughputs = std::mem::take(&mut self.throughputs);
         let old_feeds = std::mem::take(&mut self.feeds);
+        let old_vitals = std::mem::take(&mut self.vitals);
         let mut is_other = false;
         let known = old.len();
         self.left_out = 0;
@@ -359,6 +426,8 @@ impl Standing {
                 let fresh = || Throughput::new(load.output_tokens(), home.now_ms);
                 self.throughputs.push(before.and_then(|place| old_throughputs.get(place).copied()).unwrap_or_else(fresh));
                 let known_feed = before.and_then(|place| old_feeds.get(place).cloned());
+                let known_vitals = before.and_then(|place| old_vitals.get(place).cloned());
+                self.vitals.push(known_vitals.unwrap_or_else(|| Vitals::new(&config.name)));
                 self.feeds.push(known_feed.unwrap_or_else(|| KvFeed::new(home.indexes, &model, &load)));
                 self.workers.push(Worker {
                     id: spec.id(home.namespace),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dynamo_host_core::{Load, Role, Worker, WorkerState, load::Reported};
 use serde::Serialize;
 
-use super::{Member, Origin, Problem, Roster, member::Standing};
+use super::{Member, Origin, Problem, Roster, member::Standing, vitals::Vitals};
 use crate::kv::{KvFeed, KvReport};
 
 /// A worker, for people and tools.
@@ -81,7 +81,9 @@ fn report_of(member: &Member, now_ms: u64) -> Vec<WorkerReport> {
     if standing.workers.is_empty() {
         return vec![bare(member, &standing)];
     }
-    let full = |(worker, feed): (&Worker, &Arc<KvFeed>)| WorkerReport {
+    let full = |((worker, feed), vitals): ((&Worker, &Arc<KvFeed>), &Arc<Vitals>)| WorkerReport {
+        state: vitals.refine(standing.state(), now_ms),
+        trouble: standing.trouble.clone().or_else(|| vitals.trouble(now_ms)),
         id: Some(worker.id.to_string()),
         model: Some(worker.spec.model.clone()),
         adapters: worker.adapters.to_vec(),
@@ -98,7 +100,7 @@ fn report_of(member: &Member, now_ms: u64) -> Vec<WorkerReport> {
         kv: Some(feed.report(now_ms)),
         ..bare(member, &standing)
     };
-    standing.workers.iter().zip(&standing.feeds).map(full).collect()
+    standing.workers.iter().zip(&standing.feeds).zip(&standing.vitals).map(full).collect()
 }
 
 /// What is known of an engine that has not said what it serves.

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use dynamo_engine_api::Engine;
-use dynamo_host_core::{Candidates, Fleet, RequestFacts, Role, Worker, WorkerId};
+use dynamo_host_core::{Candidates, Fleet, Load, LoadSlot, RequestFacts, Role, Worker, WorkerId, WorkerState};
+use dynamo_host_flow::BreakerRules;
 use tokio::sync::watch;
 
-use super::{Member, member::GivenUp};
+use super::{GivenUp, Member, vitals::Vitals};
 use crate::{
+    clock::Clock,
     error::RequestError,
     kv::KvFeed,
     models::{self, ListedModel, Listings, ModelNames, Resolved},
@@ -23,6 +25,21 @@ pub(crate) struct Snapshot {
     /// Whether some engine, which is to say itself what it serves, has not been reached yet, or some source has not said
     /// which workers there are.
     pub(super) has_unknown_models: bool,
+    /// Whether one of those sources or engines is on its way: it may be there soon.
+    pub(super) awaits_models: bool,
+    /// Whether some worker is starting.
+    pub(super) has_starting: bool,
+    /// Workers that are given a few requests at once only.
+    pub(super) trials: Vec<Trial>,
+    pub(super) rules: BreakerRules,
+    pub(super) clock: Clock,
+}
+
+/// A worker that is tried, beside others that are healthy.
+pub(super) struct Trial {
+    pub(super) worker: WorkerId,
+    pub(super) vitals: Arc<Vitals>,
+    pub(super) load: Arc<LoadSlot>,
 }
 
 /// Where a worker sits: its engine's member, and whether that has several ranks.
@@ -31,6 +48,7 @@ pub(super) struct Seat {
     pub(super) member: Arc<Member>,
     pub(super) has_ranks: bool,
     pub(super) feed: Arc<KvFeed>,
+    pub(super) vitals: Arc<Vitals>,
 }
 
 impl Snapshot {
@@ -50,7 +68,6 @@ impl Snapshot {
     }
 
     /// Changes when requests that a worker of this snapshot has from now on are to be given to others.
-    #[expect(dead_code, reason = "streams do not move yet")]
     pub(crate) fn given_up(&self, worker: WorkerId) -> watch::Receiver<GivenUp> {
         self.seat(worker).member.given_up.subscribe()
     }
@@ -58,6 +75,11 @@ impl Snapshot {
     /// Requests that a worker of the fleet, by its place, is to be given at once, if the operator says so.
     pub(crate) fn max_running(&self, place: usize) -> Option<u32> {
         self.seats.get(place)?.member.config.max_running
+    }
+
+    /// Longest context that engines state for what a request asks for: the least of them.
+    pub(crate) fn max_model_len(&self, request: &RequestFacts) -> Option<u32> {
+        self.listings.max_model_len(request.adapter.as_ref().unwrap_or(&request.model))
     }
 
     /// How the KV of a worker of this snapshot is known.
@@ -71,7 +93,7 @@ impl Snapshot {
         eligible.is_some_and(|eligible| eligible.iter().take(4).any(|worker| self.feed(worker.id).has_events()))
     }
 
-    fn seat(&self, worker: WorkerId) -> &Seat {
+    pub(super) fn seat(&self, worker: WorkerId) -> &Seat {
         self.find(worker).expect("the worker is of this snapshot")
     }
 
@@ -95,11 +117,41 @@ impl Snapshot {
         })
     }
 
-    /// The workers that may serve a request.
+    /// The workers that may serve a request. Those that are tried and have enough for now are among them only if there are
+    /// no others.
     pub(crate) fn candidates(&self, request: &RequestFacts) -> Result<Arc<Candidates>, RequestError> {
         let eligible = self.eligible(&request.model, request.adapter.as_deref());
         let no_worker = || RequestError::NoWorker { model: request.adapter.as_ref().unwrap_or(&request.model).clone() };
-        eligible.and_then(|eligible| eligible.without(&request.failed_workers)).ok_or_else(no_worker)
+        let eligible = eligible.and_then(|eligible| eligible.without(&request.failed_workers)).ok_or_else(no_worker)?;
+        let busy = self.busy_trials();
+        Ok(eligible.without(&busy).unwrap_or(eligible))
+    }
+
+    fn busy_trials(&self) -> Vec<WorkerId> {
+        let now_ms = if self.trials.is_empty() { 0 } else { self.clock.now_ms() };
+        let is_busy = |trial: &&Trial| !trial.vitals.has_room(&self.rules, trial.load.get(Load::ActiveRequests), now_ms);
+        self.trials.iter().filter(is_busy).map(|trial| trial.worker).collect()
+    }
+
+    /// Whether somebody serves a model of this name.
+    pub(crate) fn is_served(&self, asked: &str) -> bool {
+        let served = |resolved: Resolved| self.eligible(&resolved.model, resolved.adapter.as_deref());
+        self.resolve(asked).ok().and_then(served).is_some()
+    }
+
+    /// Whether nobody serves a model of this name, and somebody is starting who may.
+    pub(super) fn is_awaited(&self, asked: &str) -> bool {
+        if !self.has_starting && !self.awaits_models {
+            return false;
+        }
+        match self.resolve(asked) {
+            Ok(Resolved { model, adapter, .. }) => {
+                let is_starting = |worker: &Worker| worker.state == WorkerState::Starting && worker.spec.model == model;
+                self.eligible(&model, adapter.as_deref()).is_none() && self.fleet.workers().iter().any(is_starting)
+            }
+            Err(RequestError::ModelsUnknown { .. }) => self.awaits_models,
+            Err(_) => false,
+        }
     }
 
     fn eligible(&self, model: &str, adapter: Option<&str>) -> Option<Arc<Candidates>> {

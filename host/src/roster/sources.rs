@@ -127,7 +127,13 @@ impl Roster {
             {
                 let mut standing = before.standing();
                 is_other |= std::mem::replace(&mut standing.is_leaving, false);
+                let is_drained = standing.is_drained;
+                standing.drains(is_drained, None, self.clock.now_ms());
                 standing.show();
+                drop(standing);
+                if !is_drained {
+                    before.is_wanted_again();
+                }
                 continue;
             }
             let member = Arc::new(self.member(config.clone(), origin, connection, before.as_deref()));
@@ -137,7 +143,7 @@ impl Roster {
                 before.end_task();
                 // Unless what runs goes on with its successor.
                 if !before.config.is_same_engine(config) {
-                    before.standing().is_leaving = true;
+                    before.standing().leaves(self.clock.now_ms());
                     gone.push(before);
                 }
             }
@@ -147,7 +153,8 @@ impl Roster {
         }
         for (name, member) in members.iter().filter(|(name, member)| member.origin == *origin && !named.contains(name.as_str())) {
             let mut standing = member.standing();
-            if !std::mem::replace(&mut standing.is_leaving, true) {
+            if !standing.is_leaving {
+                standing.leaves(self.clock.now_ms());
                 standing.show();
                 tracing::info!(worker = name, source = %origin, "worker is gone from its source, it finishes what it has");
                 gone.push(Arc::clone(member));
@@ -231,6 +238,8 @@ impl Roster {
                 if member.active_requests() == 0 && roster.remove(&member) {
                     return;
                 }
+                // One whose place another engine has is on no snapshot any more.
+                roster.end_grace(&member);
                 tokio::time::sleep(LEAVE_EVERY).await;
             }
         });

@@ -1,5 +1,7 @@
 //! Looks after one engine for as long as it is a member: probes it, asks for its models, and reads its load.
 //!
+//! What its requests tell comes first: an engine whose tokens come is hardly probed, one that failed a request is probed at once.
+//!
 //! Bounds: each engine has one probe and one reading at a time, each with a time-out; all engines together have a bounded
 //! number of both, so that thousands can begin at once and a network that swallows everything holds few sockets.
 
@@ -9,18 +11,20 @@ use std::{
     time::Duration,
 };
 
-use dynamo_engine_api::{Engine, EngineError, ModelCard, RankLoad};
+use dynamo_engine_api::{EngineError, ModelCard, RankLoad};
 use dynamo_host_core::{WorkerState, load::READINGS_PER_SECOND};
 
-use super::{Member, Roster, listen};
+use super::{
+    GivenUp, Member, Roster, listen,
+    pulse::{Finding, NoSign, Pulse},
+};
 use crate::text::plain;
 
-/// How often an engine that answers is probed.
-pub(super) const PROBE_EVERY: Duration = Duration::from_secs(2);
-/// How often one that does not is.
-const RETRY_EVERY: Duration = Duration::from_millis(500);
-/// How long an adapter may take to probe, and to list models: it has bounds of its own, which are lower.
+/// How long an adapter may take to probe for the first time, or by a probe that takes its time, and to list models: it has
+/// bounds of its own, which are lower.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two probes that failed requests call for: many fail together.
+const CALLED_EVERY: Duration = Duration::from_millis(100);
 /// How often an engine's load is read while it answers.
 const LOAD_EVERY: Duration = Duration::from_secs(1);
 /// How often one is asked that did not say anything of its load.
@@ -38,44 +42,74 @@ type Found = Result<Option<Vec<ModelCard>>, EngineError>;
 impl Roster {
     /// Looks after a member until the task is ended.
     pub(super) async fn tend(&self, member: &Member) {
-        self.probe(member).await;
+        let mut pulse = Pulse::default();
+        self.probe(member, &mut pulse).await;
         self.probed.send_modify(|probed| *probed += 1);
-        tokio::join!(self.keep_probing(member), self.keep_reading(member), listen::keep_listening(member, self.clock));
+        tokio::join!(
+            self.keep_probing(member, pulse),
+            self.keep_reading(member),
+            self.keep_asking(member),
+            listen::keep_listening(member, self.clock)
+        );
     }
 
-    async fn keep_probing(&self, member: &Member) {
+    async fn keep_probing(&self, member: &Member, mut pulse: Pulse) {
         loop {
             let is_well = member.standing().found().is_eligible();
-            let pause = jittered(if is_well { PROBE_EVERY } else { RETRY_EVERY });
-            // Woken early by a request that failed; not more often than a dead engine is retried anyway.
-            if tokio::time::timeout(pause, member.probe_now.notified()).await.is_ok() {
-                tokio::time::sleep(RETRY_EVERY).await;
+            let every = self.health().probe_every();
+            let pause = jittered(pulse.pause(is_well, every));
+            // Woken early by a request that failed.
+            let is_called = tokio::time::timeout(pause, member.probe_now.notified()).await.is_ok();
+            pulse.look(member.output_tokens(), self.clock.now_ms());
+            if is_called || !is_well || pulse.is_due(every.mul_f64(0.7), self.clock.now_ms()) {
+                self.probe(member, &mut pulse).await;
+                if is_called {
+                    tokio::time::sleep(CALLED_EVERY).await;
+                }
             }
-            self.probe(member).await;
         }
     }
 
     /// Probes an engine and takes down what it found.
-    async fn probe(&self, member: &Member) {
+    async fn probe(&self, member: &Member, pulse: &mut Pulse) {
+        let begun_ms = self.clock.now_ms();
         let (found, loads) = {
             let _permit = self.probes.acquire().await;
-            let found = within(PROBE_PATIENCE, member, ask(&*member.engine, member.config.model.is_some())).await;
+            let was_probed = member.standing().was_probed;
+            // SGLang's older sign of life takes a second and more.
+            let takes_its_time = !was_probed || member.engine.kind() == "sglang";
+            let patience = if takes_its_time { PROBE_PATIENCE } else { self.health().probe_timeout() };
+            let found = ask(member, patience).await;
             // The first reading tells the ranks: with it, the first workers are the right ones.
-            let loads = if found.is_ok() && !member.standing().was_probed {
-                within(LOAD_PATIENCE, member, member.engine.load()).await.ok()
-            } else {
-                None
-            };
+            let loads =
+                if found.is_ok() && !was_probed { within(LOAD_PATIENCE, member, member.engine.load()).await.ok() } else { None };
             (found, loads)
         };
         let mut is_other = false;
         let found = match found {
             Ok(cards) => {
+                pulse.answered(self.clock.now_ms());
                 let lists_nothing = cards.as_ref().is_some_and(Vec::is_empty) && member.config.model.is_none();
                 is_other |= member.learn_models(cards, &self.home());
                 if lists_nothing { Err("it lists no model; set model= for it".to_owned()) } else { Ok(()) }
             }
-            Err(error) => Err(error.to_string()),
+            Err(error) => {
+                pulse.look(member.output_tokens(), self.clock.now_ms());
+                match pulse.failed(sign(&error), self.health().probe_tries, begun_ms, self.clock.now_ms()) {
+                    Finding::Alive => return,
+                    Finding::Unsure => return member.probe_now.notify_one(),
+                    Finding::Out { is_dead: true } => member.give_up(GivenUp::Unresponsive),
+                    Finding::Out { is_dead: false } => {}
+                }
+                if sign(&error) == NoSign::Nobody {
+                    member.standing().is_fresh = true;
+                }
+                member.standing().was_probed = true;
+                // Nobody was there, and now somebody says that it cannot serve yet.
+                let is_starting = sign(&error) == NoSign::Refusal && member.standing().is_fresh;
+                let state = if is_starting { WorkerState::Starting } else { WorkerState::Unreachable };
+                return self.settle_as(member, state, Some(error.to_string()), is_other);
+            }
         };
         if let Some(loads) = loads {
             is_other |= member.learn_load(&loads, &self.home());
@@ -128,17 +162,24 @@ impl Roster {
 
     /// Takes down what was found of an engine; has it published if that changed anything.
     pub(super) fn settle(&self, member: &Member, found: Result<(), String>, is_other: bool) {
+        let state = if found.is_ok() { WorkerState::Healthy } else { WorkerState::Unreachable };
+        self.settle_as(member, state, found.err(), is_other);
+    }
+
+    pub(super) fn settle_as(&self, member: &Member, state: WorkerState, trouble: Option<String>, is_other: bool) {
         let name = &member.config.name;
         let mut standing = member.standing();
-        let state = if found.is_ok() { WorkerState::Healthy } else { WorkerState::Unreachable };
         // Those that there was room for are served all the same.
         let crowded = (standing.left_out > 0)
             .then(|| format!("there is no room for {} of its workers; raise limits.max_workers", standing.left_out));
         // An engine's words may be in it.
-        let trouble = found.err().or(crowded).as_deref().map(plain);
+        let trouble = trouble.or(crowded).as_deref().map(plain);
         let is_news = standing.found() != state;
         match &trouble {
             None if is_news => tracing::info!(worker = name, "worker is ready"),
+            Some(trouble) if is_news && state == WorkerState::Starting => {
+                tracing::info!(worker = name, "worker is starting: {trouble}")
+            }
             Some(trouble) if is_news && !state.is_eligible() => {
                 tracing::warn!(worker = name, "worker is out of service: {trouble}");
             }
@@ -149,22 +190,45 @@ impl Roster {
         if is_news && !state.is_eligible() {
             standing.feeds.iter().for_each(|feed| feed.forget_expected());
         }
+        if state.is_eligible() {
+            standing.is_fresh = false;
+            if is_news {
+                // What it did before it was away says nothing of it.
+                standing.vitals.iter().for_each(|vitals| vitals.recover(self.clock.now_ms()));
+            }
+        }
         let is_other_state = standing.find(state);
         drop(standing);
+        if state.is_eligible() && *member.given_up.borrow() == GivenUp::Unresponsive {
+            member.give_up(GivenUp::Not);
+        }
         if is_other_state || is_other {
             self.publish_soon();
         }
     }
 }
 
-/// Asks an engine for a sign of life, and for its models. Where the configuration names the model, the list only tells
-/// adapters and bounds, and an engine may do without.
-async fn ask(engine: &dyn Engine, model_is_set: bool) -> Found {
-    engine.probe().await?;
-    match engine.models().await {
+/// Asks an engine for a sign of life, and for its models. Where the configuration names the model, or the engine has listed
+/// them before, the list only tells what is new, and an engine may do without, or be slow.
+async fn ask(member: &Member, patience: Duration) -> Found {
+    within(patience, member, member.engine.probe()).await?;
+    match within(PROBE_PATIENCE, member, member.engine.models()).await {
         Ok(cards) => Ok(Some(cards)),
-        Err(_) if model_is_set => Ok(None),
+        Err(_) if member.config.model.is_some() => Ok(None),
+        Err(EngineError::Timeout { .. }) if member.standing().has_listed() => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// What a failed probe tells.
+fn sign(error: &EngineError) -> NoSign {
+    match error {
+        EngineError::Timeout { .. } => NoSign::Silence,
+        EngineError::Connect { .. } | EngineError::Broken { .. } => NoSign::Nobody,
+        EngineError::Incomplete { .. }
+        | EngineError::InStream { .. }
+        | EngineError::Unhealthy { .. }
+        | EngineError::Protocol { .. } => NoSign::Refusal,
     }
 }
 

@@ -365,8 +365,8 @@ async fn a_drained_worker_is_no_candidate_whatever_its_source_or_its_probe_says(
     roster.apply(&origin, found(&["http://h:1,name=e,model=m"]));
     roster.settle(&member(&roster, "e"), Ok(()), true);
     roster.publish();
-    assert!(matches!(roster.set_drained("x", true), Err(DrainError::NoWorker { .. })));
-    assert_eq!(roster.set_drained("e", true).unwrap()[0].state, WorkerState::Draining);
+    assert!(matches!(roster.set_drained("x", true, None), Err(DrainError::NoWorker { .. })));
+    assert_eq!(roster.set_drained("e", true, None).unwrap()[0].state, WorkerState::Draining);
     assert!(candidates(&roster, "m").is_err());
     roster.settle(&member(&roster, "e"), Err("down".to_owned()), false);
     roster.settle(&member(&roster, "e"), Ok(()), false);
@@ -377,7 +377,7 @@ async fn a_drained_worker_is_no_candidate_whatever_its_source_or_its_probe_says(
     roster.apply(&origin, found(&["http://h:9,name=e,model=m"]));
     roster.settle(&member(&roster, "e"), Ok(()), true);
     assert_eq!(roster.report()[0].state, WorkerState::Draining, "it was away, and is drained still");
-    roster.set_drained("e", false).unwrap();
+    roster.set_drained("e", false, None).unwrap();
     candidates(&roster, "m").unwrap();
 }
 
@@ -394,7 +394,7 @@ fn a_source_that_has_not_spoken_may_have_any_model() {
 
 #[test]
 fn pauses_are_spread_around_what_they_should_be() {
-    let pauses: Vec<f64> = (0..200).map(|_| jittered(PROBE_EVERY).as_secs_f64()).collect();
+    let pauses: Vec<f64> = (0..200).map(|_| jittered(Duration::from_secs(2)).as_secs_f64()).collect();
     assert!(pauses.iter().all(|pause| (1.5..=2.5).contains(pause)), "{pauses:?}");
     assert!(pauses.windows(2).any(|pair| pair[0] != pair[1]));
 }

@@ -8,8 +8,6 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
-
 use super::{PATIENCE, eventually, eventually_within};
 
 /// The binary under test.
@@ -96,10 +94,10 @@ impl Process {
         self.child.wait().unwrap();
     }
 
-    /// Asks it to stop.
-    pub(crate) fn terminate(&self) {
-        let id = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
-        kill_process(id, Signal::TERM).unwrap();
+    /// Sends it a signal by its name, such as `STOP`.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([format!("-{name}"), self.id().to_string()]).status().unwrap();
+        assert!(sent.success(), "kill -{name} {}: {sent}", self.id());
     }
 
     /// Waits until it has ended by itself.

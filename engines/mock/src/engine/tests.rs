@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod continuation;
 mod dialects;
+mod faults;
 
 fn engine(parameters: &str) -> MockEngine {
     MockEngine::from_url(&format!("mock://test?model=m&speedup=100&{parameters}")).unwrap()

@@ -51,6 +51,12 @@ impl ApiError {
         Self { status: StatusCode::PAYLOAD_TOO_LARGE, kind: "Payload Too Large", param: None, message }
     }
 
+    /// Something broke.
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        let (status, kind) = (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError");
+        Self { status, kind, param: None, message: message.into() }
+    }
+
     /// The engine cannot do it now.
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self { status: StatusCode::SERVICE_UNAVAILABLE, kind: "Service Unavailable", param: None, message: message.into() }

@@ -49,6 +49,11 @@ impl Fields {
         self.members.remove(name).filter(|value| !value.is_null())
     }
 
+    /// The role of the last message under `name`.
+    pub(super) fn last_role(&self, name: &str) -> Option<&str> {
+        self.members.get(name)?.as_array()?.last()?.get("role")?.as_str()
+    }
+
     pub(super) fn string(&mut self, name: &str) -> Option<String> {
         match self.take(name)? {
             Value::String(text) => Some(text),
@@ -56,9 +61,14 @@ impl Fields {
         }
     }
 
+    /// False if it is not there.
     pub(super) fn boolean(&mut self, name: &str) -> bool {
+        self.boolean_or(name, false)
+    }
+
+    pub(super) fn boolean_or(&mut self, name: &str, default: bool) -> bool {
         match self.take(name) {
-            None => false,
+            None => default,
             Some(Value::Bool(value)) => value,
             Some(other) => self.wrong(name, "bool_type", "Input should be a valid boolean", &other).unwrap_or_default(),
         }

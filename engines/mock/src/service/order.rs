@@ -1,6 +1,6 @@
 //! Order: what a request asks of the engine, decoded and checked.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use dynamo_engine_api::Endpoint;
 use serde_json::Value;
@@ -10,12 +10,12 @@ use super::{
     embeddings::Embedding,
     error::ApiError,
     fields::Fields,
-    prompt::{messages, prompts},
+    prompt::{Ending, messages, prompts, text_prompt},
 };
 use crate::{
     model::{FinishReason, Sequence},
     options::MockOptions,
-    tokens,
+    tokens::{self, Script},
 };
 
 /// Output tokens of a completion whose request does not limit them: vLLM's default.
@@ -40,6 +40,7 @@ pub(crate) struct Order {
     pub(crate) choices: Vec<Choice>,
     /// How embeddings are written.
     pub(super) embedding: Embedding,
+    pub(super) script: Script,
     salt: u64,
 }
 
@@ -47,10 +48,14 @@ pub(crate) struct Order {
 #[derive(Clone, Debug)]
 pub(crate) struct Choice {
     pub(crate) prompt: Arc<[u32]>,
+    /// The number of its first token: how many tokens of its output the prompt has.
+    pub(crate) first: u32,
     output_tokens: u32,
     finish: FinishReason,
     /// Bytes of output text that are shown: up to the stop string, if there is one.
     pub(crate) shown_bytes: usize,
+    /// Bytes at the end of what was generated that are held back, since they may be the beginning of a stop string.
+    pub(crate) held_bytes: usize,
     /// The stop string that ends it.
     pub(crate) stop_reason: Option<String>,
 }
@@ -60,7 +65,7 @@ impl Order {
     pub(crate) fn sequences(&self) -> Vec<Sequence> {
         let sequence = |choice: &Choice| Sequence {
             prompt: Arc::clone(&choice.prompt),
-            first_output_token: tokens::VOCABULARY,
+            first_output_token: tokens::VOCABULARY + choice.first,
             output_tokens: choice.output_tokens,
             finish: choice.finish,
             salt: self.salt,
@@ -77,9 +82,10 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model");
     let is_chat = !matches!(endpoint, Endpoint::Completions | Endpoint::Embeddings);
+    let prefill = options.assistant_prefill;
     let prompts = match endpoint {
-        Endpoint::ChatCompletions | Endpoint::Messages | Endpoint::CountTokens => one_chat(&mut fields, "messages"),
-        Endpoint::Responses => one_chat(&mut fields, "input"),
+        Endpoint::ChatCompletions | Endpoint::Messages | Endpoint::CountTokens => one_chat(&mut fields, "messages", prefill)?,
+        Endpoint::Responses => one_chat(&mut fields, "input", prefill)?,
         Endpoint::Completions => prompts(&mut fields, "prompt")?,
         Endpoint::Embeddings => prompts(&mut fields, "input")?,
     };
@@ -87,7 +93,9 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
     let embedding = Embedding::decode(&mut fields);
     let n = fields.integer("n").unwrap_or(1);
     let temperature = fields.number("temperature");
+    let min_tokens = fields.integer("min_tokens").unwrap_or(0);
     let stops = stops(&mut fields, if endpoint == Endpoint::Messages { "stop_sequences" } else { "stop" });
+    let shows_stop = fields.boolean("include_stop_str_in_output");
     let stream = fields.boolean("stream");
     let stream_options = fields.take("stream_options");
     let stream_option =
@@ -101,14 +109,16 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
     if endpoint == Endpoint::Embeddings && stream {
         return Err(ApiError::bad_value("stream", stream, "Embeddings are not streamed."));
     }
-    let default = if is_chat { (options.chat_tokens, FinishReason::Stop) } else { (COMPLETION_TOKENS, FinishReason::Length) };
+    let min_tokens = check_min_tokens(min_tokens, limit)?;
+    let wanted = Wanted { limit, min_tokens, is_chat, stops: &stops, shows_stop, options };
     let mut choices = Vec::with_capacity(n * prompts.len());
     for prompt in prompts {
-        let choice = choice(prompt, limit, default, &stops, options.profile.max_model_len)?;
+        let choice = choice(prompt, &wanted)?;
         choices.extend(std::iter::repeat_n(choice, n));
     }
     let (include_usage, continuous_usage) = (stream_option("include_usage"), stream_option("continuous_usage_stats"));
-    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, embedding, salt })
+    let script = options.script;
+    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, embedding, script, salt })
 }
 
 /// Reads a body of `/tokenize`: the ids of its `prompt` or `messages`.
@@ -120,12 +130,8 @@ pub(crate) fn decode_tokenize(body: &[u8], options: &MockOptions) -> Result<Vec<
     let model = fields.string("model");
     let prompt = fields.string("prompt");
     let ids = match prompt {
-        Some(text) => {
-            let mut ids = Vec::new();
-            tokens::tokenize(&text, &mut ids);
-            ids
-        }
-        None => messages(&mut fields, "messages").unwrap_or_default(),
+        Some(text) => text_prompt(&text),
+        None => one_chat(&mut fields, "messages", options.assistant_prefill)?.pop().unwrap_or_default(),
     };
     fields.finish()?;
     check_model(model, options)?;
@@ -139,14 +145,15 @@ pub(crate) fn decode_tokenize(body: &[u8], options: &MockOptions) -> Result<Vec<
 pub(crate) fn count_tokens(body: &[u8], options: &MockOptions) -> Result<usize, ApiError> {
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model");
-    let ids = messages(&mut fields, "messages").unwrap_or_default();
+    let ids = messages(&mut fields, "messages", Ending::Answer).unwrap_or_default();
     fields.finish()?;
     check_model(model, options)?;
     Ok(ids.len())
 }
 
-fn one_chat(fields: &mut Fields, name: &str) -> Vec<Vec<u32>> {
-    messages(fields, name).map(|ids| vec![ids]).unwrap_or_default()
+fn one_chat(fields: &mut Fields, name: &str, assistant_prefill: bool) -> Result<Vec<Vec<u32>>, ApiError> {
+    let ending = Ending::of(fields, name, assistant_prefill)?;
+    Ok(messages(fields, name, ending).map(|ids| vec![ids]).unwrap_or_default())
 }
 
 /// The limit on output tokens, under its names.
@@ -198,14 +205,39 @@ fn check_sampling(n: i64, temperature: Option<f64>, prompts: usize) -> Result<us
     Ok(n)
 }
 
-/// How long a prompt's output is, and how it ends.
-fn choice(
-    prompt: Vec<u32>,
+/// Tokens before which neither the model nor a stop string ends an output.
+fn check_min_tokens(min_tokens: i64, limit: Option<i64>) -> Result<u32, ApiError> {
+    if min_tokens < 0 {
+        let message = format!("min_tokens must be greater than or equal to 0, got {min_tokens}.");
+        return Err(ApiError::bad_value("min_tokens", min_tokens, &message));
+    }
+    if let Some(limit) = limit.filter(|&limit| limit < min_tokens) {
+        let message = format!("min_tokens must be less than or equal to max_tokens={limit}, got {min_tokens}.");
+        return Err(ApiError::bad_value("min_tokens", min_tokens, &message));
+    }
+    Ok(u32::try_from(min_tokens).unwrap_or(u32::MAX))
+}
+
+/// What a request says of the length of its outputs.
+struct Wanted<'a> {
     limit: Option<i64>,
-    default: (u32, FinishReason),
-    stops: &[String],
-    max_model_len: u32,
-) -> Result<Choice, ApiError> {
+    min_tokens: u32,
+    is_chat: bool,
+    stops: &'a [String],
+    shows_stop: bool,
+    options: &'a MockOptions,
+}
+
+/// How long a prompt's output is, and how it ends.
+fn choice(prompt: Vec<u32>, wanted: &Wanted<'_>) -> Result<Choice, ApiError> {
+    let Wanted { limit, min_tokens, options, .. } = *wanted;
+    let max_model_len = options.profile.max_model_len;
+    let first = tokens::unfinished(&prompt);
+    let default = match wanted.is_chat {
+        // The model is done where it would have been without a break.
+        true => (options.chat_tokens.saturating_sub(first).max(min_tokens).max(1), FinishReason::Stop),
+        false => (COMPLETION_TOKENS, FinishReason::Length),
+    };
     let input = prompt.len();
     if input == 0 {
         return Err(ApiError::bad_request(None, "The decoder prompt cannot be empty"));
@@ -221,6 +253,7 @@ fn choice(
             return Err(ApiError::bad_value("input_tokens", input, &message));
         }
     };
+    let stops = wanted.stops;
     let (output_tokens, finish) = match limit {
         Some(limit) if limit < 1 => {
             return Err(ApiError::bad_value("max_tokens", limit, &format!("max_tokens must be at least 1, got {limit}.")));
@@ -244,33 +277,40 @@ fn choice(
         );
         return Err(ApiError::bad_value("input_tokens", input, &message));
     }
-    let whole = Choice { prompt: prompt.into(), output_tokens, finish, shown_bytes: usize::MAX, stop_reason: None };
-    Ok(match first_stop(output_tokens, stops) {
-        Some((shown_bytes, stop, output_tokens)) => {
+    let held_bytes = stops.iter().map(String::len).max().filter(|_| !wanted.shows_stop).map_or(0, |longest| longest - 1);
+    let whole =
+        Choice { prompt: prompt.into(), first, output_tokens, finish, shown_bytes: usize::MAX, held_bytes, stop_reason: None };
+    Ok(match first_stop(first..first + output_tokens, wanted) {
+        Some((at, stop, output_tokens)) => {
+            let shown_bytes = if wanted.shows_stop { at + stop.len() } else { at };
             Choice { output_tokens, finish: FinishReason::Stop, shown_bytes, stop_reason: Some(stop.to_owned()), ..whole }
         }
         None => whole,
     })
 }
 
-/// The stop string that an output of `limit` tokens meets first: where it begins, itself, and the tokens up to
-/// the one that completes it.
-fn first_stop(limit: u32, stops: &[String]) -> Option<(usize, &str, u32)> {
+/// The stop string that an output of these tokens meets first, past the least that were asked for: where it begins, itself,
+/// and how many tokens there are up to the one that completes it. What the prompt has of the output is not looked at.
+fn first_stop<'a>(output: Range<u32>, wanted: &Wanted<'a>) -> Option<(usize, &'a str, u32)> {
+    let Wanted { stops, min_tokens, options, .. } = *wanted;
     if stops.is_empty() {
         return None;
     }
     let mut text = String::new();
-    for index in 0..limit {
+    for (index, number) in output.enumerate() {
         let known = text.len();
-        tokens::push_text(index, &mut text);
+        options.script.push_text(number, &mut text);
+        if index < min_tokens as usize {
+            continue;
+        }
         let begins = |stop: &String| {
-            // A stop string that ends before this token was met before.
-            let from = text.floor_char_boundary(known.saturating_sub(stop.len()));
+            // A stop string that ends before this token was met before, or too soon.
+            let from = text.ceil_char_boundary((known + 1).saturating_sub(stop.len()));
             text[from..].find(stop.as_str()).map(|at| from + at)
         };
         let met = stops.iter().filter_map(|stop| begins(stop).map(|at| (at, stop.as_str()))).min_by_key(|&(at, _)| at);
         if let Some((at, stop)) = met {
-            return Some((at, stop, index + 1));
+            return Some((at, stop, index as u32 + 1));
         }
     }
     None

@@ -26,20 +26,58 @@ pub(super) fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Vec<u32>>, 
 
 fn one_prompt(prompt: &Value) -> Option<Vec<u32>> {
     match prompt {
-        Value::String(text) => {
-            let mut ids = Vec::new();
-            tokens::tokenize(text, &mut ids);
-            Some(ids)
-        }
+        Value::String(text) => Some(text_prompt(text)),
         Value::Array(items) => items.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect(),
         _ => None,
     }
 }
 
+/// The ids of a text that the engine goes on with.
+pub(super) fn text_prompt(text: &str) -> Vec<u32> {
+    let mut ids = Vec::new();
+    tokens::tokenize_unfinished(text, &mut ids);
+    ids
+}
+
+/// How a chat's template ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// With the mark of the answer's role.
+    Answer,
+    /// After the last message.
+    Nothing,
+    /// Within the last message: the answer goes on with it.
+    Open,
+}
+
+impl Ending {
+    /// What the request asks for, or the engine does unasked with a last message of the assistant's.
+    ///
+    /// # Errors
+    /// If it asks for two endings, as is vLLM's default unless it is told.
+    pub(super) fn of(fields: &mut Fields, name: &str, assistant_prefill: bool) -> Result<Self, ApiError> {
+        let adds = fields.boolean_or("add_generation_prompt", true);
+        if fields.boolean("continue_final_message") {
+            let message = "continue_final_message and add_generation_prompt are not compatible. Use continue_final_message when \
+                           you want the model to continue the final message, and add_generation_prompt when you want to add a \
+                           header that will prompt it to start a new assistant message instead.";
+            return if adds { Err(ApiError::bad_request(None, message)) } else { Ok(Self::Open) };
+        }
+        let is_prefill = assistant_prefill && fields.last_role(name) == Some("assistant");
+        Ok(if is_prefill {
+            Self::Open
+        } else if adds {
+            Self::Answer
+        } else {
+            Self::Nothing
+        })
+    }
+}
+
 /// The messages under `name`, `tools` and what comes before them through a chat template: a mark for the role, the
-/// content, a mark for its end; at last the mark of the answer's role. So a chat's next turn begins with this turn's
-/// prompt and output.
-pub(super) fn messages(fields: &mut Fields, name: &str) -> Option<Vec<u32>> {
+/// content, a mark for its end; at last the mark of the answer's role, unless the ending is another. So a chat's next turn
+/// begins with this turn's prompt and output, and a chat that is gone on with has the ids that it had.
+pub(super) fn messages(fields: &mut Fields, name: &str, ending: Ending) -> Option<Vec<u32>> {
     let Some(messages) = fields.take(name) else {
         fields.missing(name);
         return None;
@@ -56,7 +94,7 @@ pub(super) fn messages(fields: &mut Fields, name: &str) -> Option<Vec<u32>> {
     }
     for before in ["system", "instructions"].into_iter().filter_map(|name| fields.take(name)) {
         ids.push(tokens::mark("system"));
-        tokenize_content(&before, &mut ids);
+        tokenize_content(&before, false, &mut ids);
         ids.push(tokens::mark("end"));
     }
     for (at, message) in messages.iter().enumerate() {
@@ -66,7 +104,8 @@ pub(super) fn messages(fields: &mut Fields, name: &str) -> Option<Vec<u32>> {
             return fields.wrong(&format!("{name}.{at}.role"), "missing", "Field required", message);
         };
         ids.push(tokens::mark(role));
-        if message.get("content").is_some_and(|content| !tokenize_content(content, &mut ids)) {
+        let is_open = ending == Ending::Open && at + 1 == messages.len();
+        if message.get("content").is_some_and(|content| !tokenize_content(content, is_open, &mut ids)) {
             let content = &message["content"];
             return fields.wrong(&format!("{name}.{at}.content"), "string_type", "Input should be a valid string", content);
         }
@@ -75,27 +114,34 @@ pub(super) fn messages(fields: &mut Fields, name: &str) -> Option<Vec<u32>> {
                 tokens::tokenize(&said.to_string(), &mut ids);
             }
         }
-        ids.push(tokens::mark("end"));
+        if !is_open {
+            ids.push(tokens::mark("end"));
+        }
     }
-    ids.push(tokens::mark("assistant"));
+    if ending == Ending::Answer {
+        ids.push(tokens::mark("assistant"));
+    }
     Some(ids)
 }
 
 /// A text, or parts; false if it is neither.
-fn tokenize_content(content: &Value, ids: &mut Vec<u32>) -> bool {
+fn tokenize_content(content: &Value, is_open: bool, ids: &mut Vec<u32>) -> bool {
+    let tokenize_text = |text: &str, is_open: bool, ids: &mut Vec<u32>| {
+        if is_open { tokens::tokenize_unfinished(text, ids) } else { tokens::tokenize(text, ids) }
+    };
     match content {
         Value::Null => {}
-        Value::String(text) => tokens::tokenize(text, ids),
-        Value::Array(parts) => parts.iter().for_each(|part| tokenize_part(part, ids)),
+        Value::String(text) => tokenize_text(text, is_open, ids),
+        Value::Array(parts) => {
+            for (at, part) in parts.iter().enumerate() {
+                match part.get("text").and_then(Value::as_str) {
+                    Some(text) => tokenize_text(text, is_open && at + 1 == parts.len(), ids),
+                    // One token for an image or the like.
+                    None => ids.push(tokens::mark(&part.to_string())),
+                }
+            }
+        }
         _ => return false,
     }
     true
-}
-
-/// A part of a message's content: text, or one token for an image or the like.
-fn tokenize_part(part: &Value, ids: &mut Vec<u32>) {
-    match part.get("text").and_then(Value::as_str) {
-        Some(text) => tokens::tokenize(text, ids),
-        None => ids.push(tokens::mark(&part.to_string())),
-    }
 }

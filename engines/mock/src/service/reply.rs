@@ -16,7 +16,7 @@ use super::{
     responses,
     shapes::{ChatDelta, Delta, Frame, PromptTokensDetails, TextDelta, Usage},
 };
-use crate::{driver::Output, model::FinishReason, tokens};
+use crate::{driver::Output, model::FinishReason};
 
 /// What engines call their build and configuration.
 pub(super) const FINGERPRINT: &str = concat!("dynamo-mock-", env!("CARGO_PKG_VERSION"));
@@ -29,15 +29,23 @@ pub(crate) struct Rendering {
     pub(super) model: String,
     pub(super) created: u64,
     pub(super) counted: Counted,
-    /// Bytes of output text so far, by choice.
-    text_bytes: Vec<usize>,
-    /// Text of the latest token.
+    /// What was generated and not shown yet, by choice.
+    unshown: Vec<Unshown>,
+    /// The text that is shown with the latest token.
     pub(super) text: String,
     /// All that was shown and how it ended, where the end tells it again.
     said: String,
     finish: Option<FinishReason>,
     /// Events so far, where they are numbered.
     events: u64,
+}
+
+/// A choice's text that is held back.
+#[derive(Clone, Debug, Default)]
+struct Unshown {
+    text: String,
+    /// Bytes that were shown before it.
+    shown_bytes: usize,
 }
 
 /// Tokens of a reply so far.
@@ -63,7 +71,7 @@ impl Rendering {
             model: model.to_owned(),
             created,
             counted: Counted { prompt, ..Counted::default() },
-            text_bytes: vec![0; order.choices.len()],
+            unshown: vec![Unshown::default(); order.choices.len()],
             text: String::new(),
             said: String::new(),
             finish: None,
@@ -126,13 +134,18 @@ impl Rendering {
         }
     }
 
-    /// Puts the token's text into `self.text` and returns how many bytes of it are before a stop string.
+    /// Puts the text that is shown with a token into `self.text` and returns its length. It ends before a stop string, and
+    /// until the choice ends, before what may be the beginning of one.
     pub(super) fn show(&mut self, output: Output) -> usize {
+        let choice = &self.order.choices[output.sequence as usize];
+        let unshown = &mut self.unshown[output.sequence as usize];
+        self.order.script.push_text(choice.first + output.index, &mut unshown.text);
+        let held = if output.finish.is_some() { 0 } else { choice.held_bytes };
+        let room = choice.shown_bytes.saturating_sub(unshown.shown_bytes);
+        let shown = unshown.text.floor_char_boundary(unshown.text.len().saturating_sub(held).min(room));
         self.text.clear();
-        tokens::push_text(output.index, &mut self.text);
-        let at = output.sequence as usize;
-        let shown = self.order.choices[at].shown_bytes.saturating_sub(self.text_bytes[at]).min(self.text.len());
-        self.text_bytes[at] += self.text.len();
+        self.text.extend(unshown.text.drain(..shown));
+        unshown.shown_bytes += shown;
         shown
     }
 

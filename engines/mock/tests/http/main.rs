@@ -1,6 +1,7 @@
 //! The mock engine over HTTP: real sockets on the loopback, as the host's adapters use it.
 
 mod client;
+mod faults;
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -6,7 +6,7 @@
 
 use std::{sync::Mutex, time::Instant};
 
-use dynamo_engine_api::{EngineError, RankLoad};
+use dynamo_engine_api::{ChatContinuation, Continues, EngineError, RankLoad};
 use futures_core::future::BoxFuture;
 use serde::Deserialize;
 
@@ -55,6 +55,11 @@ impl Dialect for Llamacpp {
             // A server that tells nothing has no ranks.
             Ok(Some(load).filter(|load| *load != RankLoad::default()).into_iter().collect())
         })
+    }
+
+    /// Ids are given by its own `/completion` only.
+    fn continues(&self) -> Continues {
+        Continues { gives_ids: false, takes_ids: true, chat: Some(ChatContinuation::Prefill) }
     }
 
     fn forget(&self) {

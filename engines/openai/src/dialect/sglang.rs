@@ -6,7 +6,7 @@
 
 use std::{sync::Mutex, time::Duration};
 
-use dynamo_engine_api::{Endpoint, EngineError, RankLoad};
+use dynamo_engine_api::{ChatContinuation, Continues, Endpoint, EngineError, RankLoad};
 use futures_core::future::BoxFuture;
 use http::StatusCode;
 use serde::Deserialize;
@@ -42,6 +42,11 @@ struct Settings {
 }
 
 impl Dialect for Sglang {
+    /// Its chats take `continue_final_message`; ids go by its own `/generate`.
+    fn continues(&self) -> Continues {
+        Continues { chat: Some(ChatContinuation::FinalMessage), ..Continues::default() }
+    }
+
     fn probe<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(async {
             let (mut path, mut reply) = (READY, control.get(READY).await?);

@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use dynamo_engine_api::{EngineError, KvUpdate, RankLoad};
+use dynamo_engine_api::{Continues, EngineError, KvUpdate, RankLoad};
 use futures_core::future::BoxFuture;
 use serde::Deserialize;
 use tokio::sync::Mutex;
@@ -30,6 +30,11 @@ pub(super) struct Trtllm {
 }
 
 impl Dialect for Trtllm {
+    /// Nothing may be added to a chat.
+    fn continues(&self) -> Continues {
+        Continues { takes_ids: true, ..Continues::default() }
+    }
+
     fn probe<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(succeeds(control, "/health"))
     }

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::Mutex, time::Instant};
 
 use bytes::Bytes;
-use dynamo_engine_api::{Endpoint, EngineError, RankLoad};
+use dynamo_engine_api::{ChatContinuation, Continues, Endpoint, EngineError, RankLoad};
 use futures_core::future::BoxFuture;
 use http::{HeaderName, HeaderValue};
 use serde::Deserialize;
@@ -77,6 +77,10 @@ impl Dialect for Vllm {
             additions.fields.number("priority", -i64::from(priority));
         }
         additions
+    }
+
+    fn continues(&self) -> Continues {
+        Continues { gives_ids: true, takes_ids: true, chat: Some(ChatContinuation::FinalMessage) }
     }
 
     fn forget(&self) {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::{
     Report, Row,
     plot::{Line, Plot, escape},
+    service,
     text::{bound_lines, cells, heading, notes},
 };
 use crate::samples::Share;
@@ -35,7 +36,11 @@ pub(super) fn page(report: &Report) -> String {
         escape(&title)
     );
     let _ = writeln!(out, "<p>{}</p>", escape(&heading(report)));
-    table(&mut out, report);
+    table(&mut out, &[cells(report, false), bound_lines(report, false)].concat(), report.policies.len());
+    let queues = service::cells(report);
+    if queues.len() > 1 {
+        table(&mut out, &queues, usize::MAX);
+    }
     for row in &report.policies {
         notes(row).iter().for_each(|note| _ = writeln!(out, "<p>{}</p>", escape(note)));
     }
@@ -54,11 +59,12 @@ pub(super) fn page(report: &Report) -> String {
     out
 }
 
-fn table(out: &mut String, report: &Report) {
+/// A head, so many lines, and then bounds.
+fn table(out: &mut String, lines: &[Vec<String>], count: usize) {
     out.push_str("<div class=\"wide\"><table>\n");
-    for (at, line) in cells(report, false).iter().chain(&bound_lines(report, false)).enumerate() {
+    for (at, line) in lines.iter().enumerate() {
         let cell = if at == 0 { "th" } else { "td" };
-        out.push_str(if at > report.policies.len() { "<tr class=\"bound\">" } else { "<tr>" });
+        out.push_str(if at > count { "<tr class=\"bound\">" } else { "<tr>" });
         line.iter().for_each(|text| _ = write!(out, "<{cell}>{}</{cell}>", escape(text)));
         out.push_str("</tr>\n");
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Report, Row};
+use super::{Report, Row, service};
 
 /// A column: what stands above it, what it says of a policy, and whether that is a time of this machine.
 type Column = (&'static str, fn(&Row) -> String, bool);
@@ -37,6 +37,11 @@ pub(super) fn table(report: &Report) -> String {
     let mut out = heading(report);
     out.push('\n');
     align(&mut out, &[cells(report, true), bound_lines(report, true)].concat());
+    let queues = service::cells(report);
+    if queues.len() > 1 {
+        out.push('\n');
+        align(&mut out, &queues);
+    }
     for note in report.policies.iter().flat_map(notes) {
         let _ = writeln!(out, "{note}");
     }
@@ -105,5 +110,5 @@ pub(super) fn notes(row: &Row) -> Vec<String> {
     let refused = (row.refused_blocks > 0).then(|| {
         format!("{}: the prefix index had no room for {} blocks, so that it saw too little reuse", row.name, row.refused_blocks)
     });
-    rejected.into_iter().chain(fallbacks).chain(refused).collect()
+    rejected.into_iter().chain(fallbacks).chain(refused).chain(service::notes(row)).collect()
 }

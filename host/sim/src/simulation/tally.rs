@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use dynamo_host_core::Load;
 use dynamo_host_policy::{DecidedBy, Decision};
 
+use super::{faults::FaultTally, service::QueueTally};
 use crate::{
     engine::Engine,
     samples::{Intervals, Samples},
@@ -27,8 +28,16 @@ pub struct Tally {
     pub e2e: Samples,
     /// From one token of a request to the next, in milliseconds.
     pub(crate) itl: Intervals,
-    /// Requests that were refused.
+    /// Requests that the policy refused.
     pub rejected: u64,
+    /// Requests that were given up after their last attempt failed.
+    pub failed: u64,
+    /// Requests that the queue refused or gave up, and those whose clients left.
+    pub turned_away: u64,
+    /// What the queue came to.
+    pub queue: Option<Box<QueueTally>>,
+    /// What faults came to.
+    pub faults: Option<FaultTally>,
     /// Prompt tokens.
     pub prompt_tokens: u64,
     /// Those that the engine had in its cache at the first admission.
@@ -53,6 +62,8 @@ pub struct Tally {
     pub load: Vec<Vec<u32>>,
     /// Time between those.
     pub sample_every: Duration,
+    /// Everything that happened.
+    pub events: u64,
     /// Time that decisions took, with their look into the index, by the wall clock.
     pub deciding: Duration,
     /// Time that the run took, by the wall clock.
@@ -66,7 +77,7 @@ impl Tally {
 
     /// Requests that have ended.
     pub(super) fn ended(&self) -> u64 {
-        self.e2e.count() + self.rejected
+        self.e2e.count() + self.rejected + self.failed + self.turned_away
     }
 
     pub(super) fn come(&mut self, request: &TraceRequest, at: Duration) {
@@ -106,7 +117,7 @@ impl Tally {
     pub(super) fn close(&mut self, engines: &[Engine], wall: Duration) {
         let makespan = self.makespan.as_secs_f64().max(f64::MIN_POSITIVE);
         self.busy = engines.iter().map(|engine| engine.busy.as_secs_f64() / makespan).collect();
-        self.preemptions = engines.iter().map(|engine| engine.model.preemptions()).sum();
+        self.preemptions = engines.iter().map(|engine| engine.preemptions + engine.model.preemptions()).sum();
         self.wall = wall;
     }
 

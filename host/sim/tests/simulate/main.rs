@@ -2,6 +2,7 @@
 
 mod policies;
 mod reports;
+mod service;
 mod times;
 
 use std::{fs, path::Path, time::Duration};
@@ -28,13 +29,7 @@ fn profile() -> Profile {
 }
 
 fn options(workers: usize) -> Options {
-    Options {
-        workers: vec![profile(); workers],
-        speed: 1.0,
-        seed: 0,
-        load_interval: Duration::from_secs(1),
-        kv_event_lag: Duration::from_millis(5),
-    }
+    Options::new(vec![profile(); workers])
 }
 
 /// A request: its milliseconds, streams with how many of their tokens its prompt has, and its output tokens.

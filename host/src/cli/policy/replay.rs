@@ -6,11 +6,11 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use dynamo_host_core::{answer::Verdict, native};
-use dynamo_host_policy::{Digest, PolicyFault, PolicyVersion, Reading, RouteCall, Trial, native_route};
+use dynamo_host_core::{SlotName, answer::Verdict, native};
+use dynamo_host_policy::{Digest, PolicyFault, PolicyVersion, Reading, RouteCall, SlotState, Trial, native_route};
 use serde::Serialize;
 
-use super::{file_and_settings, load, named, read, read_given, uses};
+use super::{file_and_settings, load_for, named, read, read_given, uses};
 use crate::{
     cli::{Output, OutputFlags, receipts::warn},
     receipts::{DecisionLine, Hex, Line, Source},
@@ -127,7 +127,8 @@ impl Candidate {
         let (file, settings) = file_and_settings(text);
         let file = PathBuf::from(file);
         let bytes = read(&file)?;
-        let version = load(&bytes, &read_given(settings)?).map_err(|error| named(&file, &error))?;
+        let version = load_for(&bytes, &read_given(settings)?, SlotState::of(&SlotName::ROUTING));
+        let version = version.map_err(|error| named(&file, &error))?;
         let uses = uses::of(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
         Ok(Self::Policy { version, uses, trial: None })
     }

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use dynamo_engine_mock::{MockOptions, Profile};
 use dynamo_host_core::{SlotKind, SlotName};
 use dynamo_host_policy::{Limits, read_component};
-use dynamo_host_sim::{Contender, default_profile};
+use dynamo_host_sim::{Contender, Faults, Queueing, Tenant, default_profile};
 
 use crate::{
     cli::{Output, policy::file_and_settings},
@@ -38,6 +38,19 @@ pub(crate) struct SimulateFlags {
     /// KV blocks of each engine
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
+    /// A queue in front of the engines, as the host has it: bounds, how long a request waits, how many run at once, how many
+    /// clients leave
+    #[arg(long, value_name = "KEY=VALUE,…", num_args = 0..=1, default_missing_value = "")]
+    queue: Option<String>,
+    /// Whose requests come, and how they are let in; may be repeated: sessions are dealt out by share. Needs --queue
+    #[arg(long = "tenant", value_name = "NAME[,KEY=VALUE…]", requires = "queue")]
+    tenants: Vec<String>,
+    /// Engines that fail: die_every_s=60,down_s=5,slow_every_s=…,hang_every_s=…
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    faults: Option<String>,
+    /// Check all books after every so many events, and their sums after each
+    #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) audit_every: Option<u64>,
     /// Only the first so many requests of the trace
     #[arg(long, value_name = "N")]
     pub(super) limit: Option<usize>,
@@ -84,6 +97,30 @@ impl SimulateFlags {
             workers.extend(std::iter::repeat_n(options.profile, count));
         }
         Ok(workers)
+    }
+
+    /// The queue and who comes to it, if there is to be one.
+    pub(super) fn queueing(&self) -> Result<Option<Queueing>, String> {
+        let Some(text) = &self.queue else { return Ok(None) };
+        let mut queueing = Queueing::parse(text).map_err(|error| format!("--queue {text}: {error}"))?;
+        let tenants: Vec<Tenant> = self
+            .tenants
+            .iter()
+            .map(|text| Tenant::parse(text).map_err(|error| format!("--tenant {text}: {error}")))
+            .collect::<Result<_, _>>()?;
+        if !tenants.is_empty() {
+            if tenants.iter().all(|tenant| tenant.share == 0.0) {
+                return Err("--tenant: all shares are 0; give one of them share=1".to_owned());
+            }
+            queueing.tenants = tenants;
+        }
+        Ok(Some(queueing))
+    }
+
+    /// How engines fail, if they do.
+    pub(super) fn faults(&self) -> Result<Option<Faults>, String> {
+        let parse = |text: &String| Faults::parse(text).map_err(|error| format!("--faults {text}: {error}"));
+        self.faults.as_ref().map(parse).transpose()
     }
 
     fn profile(&self) -> Result<Profile, String> {

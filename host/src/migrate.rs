@@ -1,0 +1,150 @@
+//! Migration: streams whose worker is lost go on with another one, and their clients see one unbroken stream.
+//!
+//! Contract: [`Course`] is what a request needs to be given to another worker, and [`Record`] what its client has; when a
+//! worker is lost, [`carry_on`] makes the rest of the stream of both. Each choice that is not finished goes its own way (a
+//! [`leg`]), asked of an engine in a form that it takes ([`ask`]); what comes is made part of the client's stream ([`splice`]),
+//! with care for the place where the two meet ([`seam`]).
+//!
+//! Invariants: no token is lost or doubled; a stream has one role for each choice, one finish, one `[DONE]`; what cannot go on
+//! soundly ends in an error that says why (`migration_unsound`), and without `[DONE]`.
+
+mod ask;
+mod ids;
+mod leg;
+mod record;
+mod seam;
+mod splice;
+#[cfg(test)]
+mod tests;
+mod vigil;
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use dynamo_engine_api::{EngineError, GenerateRequest};
+use dynamo_host_core::{RequestFacts, WorkerId, request::flags};
+use dynamo_host_index::Prompt;
+use dynamo_host_policy::Pinned;
+use futures_util::{
+    Stream, StreamExt,
+    stream::{self, BoxStream, SelectAll},
+};
+use tracing::{Instrument, Span};
+
+use self::{
+    ask::Original,
+    leg::{Leg, Piece, Shared},
+    record::Choice,
+    splice::Splice,
+};
+pub(crate) use self::{
+    ids::without_ids,
+    record::Record,
+    vigil::{LOOK_EVERY, Lost, Vigil},
+};
+use crate::{admit::Heard, config::Migration, error::RequestError, receipts::Recorder, relay::Patience, request::Lane};
+
+/// What it takes to give a request to another worker.
+#[derive(Clone)]
+pub(crate) struct Course {
+    pub(crate) lane: Arc<Lane>,
+    pub(crate) migration: Arc<Migration>,
+    pub(crate) pinned: Pinned,
+    pub(crate) facts: RequestFacts,
+    /// Workers that it was given to.
+    pub(crate) attempts: u32,
+    pub(crate) prompt: Arc<Prompt>,
+    pub(crate) ask: GenerateRequest,
+    pub(crate) recorder: Option<Recorder>,
+    pub(crate) patience: Patience,
+    pub(crate) accepted: Instant,
+    /// The admission policy that wants to hear of each attempt.
+    pub(crate) heard: Option<Arc<Heard>>,
+    /// Whether the client asked for token ids itself.
+    pub(crate) returns_ids: bool,
+}
+
+/// How a worker was lost.
+pub(crate) struct Loss {
+    pub(crate) worker: WorkerId,
+    pub(crate) failure: EngineError,
+    /// Its label in metrics.
+    pub(crate) cause: &'static str,
+    /// Since when the client waits.
+    pub(crate) silent_since: Instant,
+}
+
+/// A piece of the rest of a stream.
+pub(crate) enum Rest {
+    /// Frames for the client, and how many tokens they hold.
+    Frames(Bytes, u32),
+    /// The last frames, and what the whole stream had: tokens of prompt and output.
+    End(Bytes, u32, u32),
+}
+
+/// The rest of a stream, made by other workers.
+pub(crate) type RestStream = BoxStream<'static, Result<Rest, RequestError>>;
+
+/// Goes on with a stream.
+///
+/// # Errors
+/// Why nobody can.
+pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Span) -> Result<RestStream, RequestError> {
+    let refuse = |reason| {
+        metrics::counter!("dynamo_host_migrations_total", "cause" => loss.cause, "result" => "unsound").increment(1);
+        Err(RequestError::MigrationUnsound { failure: loss.failure.clone(), reason })
+    };
+    record.fold();
+    if record.is_over {
+        return refuse("it is longer than migration.max_kept_bytes");
+    }
+    let facts = &course.facts;
+    let has = |flag: u32| facts.flags & flag != 0;
+    let original =
+        Original::read(facts.endpoint, &course.ask.body, has(flags::GUIDED), has(flags::TOOLS), facts.multimodal_items > 0);
+    let Some(original) = original else { return refuse("its request cannot be read again") };
+    let Record { mut said, .. } = record;
+    let (choices, prompts) = (facts.choices, original.prompts());
+    let splice = Splice::new(facts.endpoint, &said, choices, prompts, course.returns_ids, facts.prompt.tokens);
+    for (&index, choice) in said.choices.iter().filter(|(index, _)| **index < choices) {
+        splice.tally.output(index, choice.tokens);
+        if let Some(ids) = &choice.prompt_ids {
+            splice.tally.prompt(original.prompt_of(index), ids.len() as u32);
+        }
+    }
+    let wants_usage = original.wants_usage() && !said.has_last_usage;
+    let shared = Arc::new(Shared { course, original, splice });
+    let mut legs = SelectAll::new();
+    for index in 0..choices {
+        let choice = said.choices.remove(&index).unwrap_or_else(Choice::new);
+        if !choice.is_finished {
+            let leg = Leg::new(Arc::clone(&shared), index, choice, &loss);
+            legs.push(pieces(leg, span.clone()));
+        }
+    }
+    let end = stream::once(async move {
+        let tally = &shared.splice.tally;
+        Ok(Rest::End(shared.splice.end(wants_usage), tally.prompt_tokens(), tally.output_tokens()))
+    });
+    Ok(legs.chain(end).boxed())
+}
+
+/// What comes of a leg, to its end.
+fn pieces(leg: Leg, span: Span) -> BoxStream<'static, Result<Rest, RequestError>> {
+    let pieces = stream::unfold(Some(leg), move |leg| {
+        let span = span.clone();
+        async move {
+            let mut leg = leg?;
+            match leg.next().instrument(span).await {
+                Ok(Some(Piece { frames, tokens })) => Some((Ok(Rest::Frames(frames, tokens)), Some(leg))),
+                Ok(None) => None,
+                Err(error) => Some((Err(error), None)),
+            }
+        }
+    });
+    is_stream(pieces).boxed()
+}
+
+fn is_stream<S: Stream<Item = Result<Rest, RequestError>>>(stream: S) -> S {
+    stream
+}

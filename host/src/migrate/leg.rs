@@ -1,0 +1,466 @@
+//! Leg: one choice's way to its end, over as many workers as it takes.
+//!
+//! Bounds: workers asked (`migration.max_attempts`), the wait while there is none (`migration.hold_s`), pauses between attempts
+//! that fail, the request's deadline.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use dynamo_engine_api::{ChunkStream, Continues, Endpoint, EngineError, GenerateRequest};
+use dynamo_host_core::{Held, RequestFacts, WorkerId};
+use futures_util::StreamExt;
+use tokio::time::{Instant as At, timeout, timeout_at};
+
+use super::{
+    Course,
+    ask::{Ask, Next, Original, Unsound},
+    record::Choice,
+    seam::Seam,
+    splice::Splice,
+    vigil::{LOOK_EVERY, Vigil},
+};
+use crate::{
+    account::Account,
+    dispatch::{Opened, open},
+    error::RequestError,
+    request::{self, Notes, Placing},
+    text::plain,
+};
+
+/// How long a worker that failed a choice is left alone, even if there is no other.
+const REST: Duration = Duration::from_secs(1);
+/// The pause before a second continuation in a row; each further one is twice as long, and none longer than the last.
+const PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a worker that has finished a choice may take to say what it counted.
+const TAIL: Duration = Duration::from_secs(1);
+
+/// What all legs of a stream share.
+pub(super) struct Shared {
+    pub(super) course: Course,
+    pub(super) original: Original,
+    pub(super) splice: Splice,
+}
+
+/// One choice's way to its end.
+pub(super) struct Leg {
+    shared: Arc<Shared>,
+    index: u32,
+    choice: Choice,
+    facts: RequestFacts,
+    /// Workers that it was given to.
+    attempts: u32,
+    failed: Vec<(WorkerId, Instant)>,
+    /// What it failed with last, and under which label.
+    failure: EngineError,
+    cause: &'static str,
+    /// Since when its client waits.
+    silent_since: Instant,
+    is_resumed: bool,
+    /// Attempts since something came.
+    in_vain: u32,
+    running: Option<Running>,
+}
+
+/// A worker's part of it.
+struct Running {
+    /// The first chunk, which told that the worker takes it.
+    first: Option<dynamo_engine_api::Chunk>,
+    chunks: ChunkStream,
+    account: Account,
+    vigil: Vigil,
+    last: Instant,
+    seam: Seam,
+    is_by_ids: bool,
+    /// Output tokens that its prompt holds.
+    before: u32,
+}
+
+/// Frames for the client, and how many tokens they hold.
+pub(super) struct Piece {
+    pub(super) frames: Bytes,
+    pub(super) tokens: u32,
+}
+
+impl Leg {
+    /// A choice that a worker has failed.
+    pub(super) fn new(shared: Arc<Shared>, index: u32, choice: Choice, lost: &super::Loss) -> Self {
+        let mut facts = shared.course.facts.clone();
+        facts.choices = 1;
+        facts.failed_workers.retain(|&worker| worker != lost.worker);
+        let failed = vec![(lost.worker, Instant::now())];
+        let attempts = shared.course.attempts;
+        Self {
+            index,
+            choice,
+            facts,
+            attempts,
+            failed,
+            failure: lost.failure.clone(),
+            cause: lost.cause,
+            silent_since: lost.silent_since,
+            is_resumed: false,
+            in_vain: 0,
+            running: None,
+            shared,
+        }
+    }
+
+    /// What the client gets next; `None`: the choice is finished.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub(super) async fn next(&mut self) -> Result<Option<Piece>, RequestError> {
+        loop {
+            if self.choice.is_finished {
+                self.finish().await;
+                return Ok(None);
+            }
+            if self.running.is_none()
+                && let Some(frames) =
+                    self.resume().await.inspect_err(|error| self.count(if is_unsound(error) { "unsound" } else { "failed" }))?
+            {
+                return Ok(Some(Piece { frames, tokens: 0 }));
+            }
+            match self.read().await {
+                Ok(Some(piece)) => return Ok(Some(piece)),
+                Ok(None) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn count(&self, result: &'static str) {
+        metrics::counter!("dynamo_host_migrations_total", "cause" => self.cause, "result" => result).increment(1);
+    }
+
+    /// Reads a chunk of the worker that has it. `None`: it held nothing for the client, or the worker is lost.
+    async fn read(&mut self) -> Result<Option<Piece>, RequestError> {
+        let course = &self.shared.course;
+        let Some(running) = &mut self.running else { return Ok(None) };
+        let chunk = match running.first.take() {
+            Some(first) => Ok(first),
+            None => loop {
+                let look = (At::now() + LOOK_EVERY).min(course.patience.deadline.into());
+                match timeout_at(look, running.chunks.next()).await {
+                    Ok(Some(chunk)) => break chunk.map_err(|error| (error.label(), error)),
+                    Ok(None) => {
+                        let error = EngineError::Incomplete { engine: format!("worker {}", running.account.worker()) };
+                        break Err((error.label(), error));
+                    }
+                    Err(_) => {
+                        let now = Instant::now();
+                        if now >= course.patience.deadline {
+                            running.account.fail();
+                            return Err(course.patience.exceeded());
+                        }
+                        if let Some(lost) = running.vigil.between_tokens(running.last, now) {
+                            break Err((lost.label(), lost.error(running.account.worker(), course.patience.idle)));
+                        }
+                    }
+                }
+            },
+        };
+        match chunk {
+            Ok(chunk) => Ok(self.pass(&chunk)),
+            Err((_, EngineError::InStream { message, refused: true, engine })) => {
+                running.account.fail();
+                Err(EngineError::InStream { message, refused: true, engine }.into())
+            }
+            Err((cause, failure)) => {
+                self.lose(cause, failure);
+                Ok(None)
+            }
+        }
+    }
+
+    fn pass(&mut self, chunk: &dynamo_engine_api::Chunk) -> Option<Piece> {
+        let running = self.running.as_mut()?;
+        let now = Instant::now();
+        running.account.chunk(chunk, now);
+        running.last = now;
+        self.hear_usage(chunk);
+        let running = self.running.as_mut()?;
+        let before = self.choice.tokens;
+        let Running { seam, is_by_ids, .. } = running;
+        let spliced = self.shared.splice.frames(&chunk.bytes, self.index, &mut self.choice, seam, *is_by_ids);
+        if spliced.is_stopped {
+            running.account.stop();
+        }
+        running.account.relayed += now.elapsed();
+        if spliced.frames.is_empty() {
+            return None;
+        }
+        if !std::mem::replace(&mut self.is_resumed, true) {
+            metrics::histogram!("dynamo_host_migration_pause_seconds").record(now - self.silent_since);
+        }
+        self.in_vain = 0;
+        self.silent_since = now;
+        Some(Piece { frames: spliced.frames.into(), tokens: self.choice.tokens.saturating_sub(before) })
+    }
+
+    /// Learns from what the engine counted how long the client's own prompt is.
+    fn hear_usage(&self, chunk: &dynamo_engine_api::Chunk) {
+        if let (Some(usage), Some(running)) = (chunk.summary.usage, &self.running)
+            && usage.prompt_tokens > running.before
+        {
+            let prompt = self.shared.original.prompt_of(self.index);
+            self.shared.splice.tally.prompt(prompt, usage.prompt_tokens - running.before);
+        }
+    }
+
+    /// Hears a worker out that has finished the choice: what it counted comes last.
+    async fn finish(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        if running.account.has_ended() {
+            self.running = None;
+            return;
+        }
+        let until = At::now() + TAIL;
+        while let Some(running) = &mut self.running {
+            match timeout_at(until, running.chunks.next()).await {
+                Ok(Some(Ok(chunk))) => {
+                    running.account.chunk(&chunk, Instant::now());
+                    self.hear_usage(&chunk);
+                }
+                _ => {
+                    running.account.stop();
+                    self.running = None;
+                }
+            }
+        }
+    }
+
+    /// The worker that has it is lost.
+    fn lose(&mut self, cause: &'static str, failure: EngineError) {
+        let Some(mut running) = self.running.take() else { return };
+        drop(running.chunks);
+        running.account.span.in_scope(|| {
+            tracing::warn!(
+                worker = running.account.worker(),
+                choice = self.index,
+                "stream lost: {}",
+                plain(&failure.to_string())
+            );
+        });
+        running.account.blame(&failure);
+        running.account.fail();
+        self.failed.push((running.account.worker_id(), Instant::now()));
+        (self.cause, self.failure, self.is_resumed) = (cause, failure, false);
+    }
+
+    /// Finds a worker that goes on. Frames: none was needed.
+    async fn resume(&mut self) -> Result<Option<Bytes>, RequestError> {
+        self.choice.settle();
+        let shared = Arc::clone(&self.shared);
+        let (course, splice) = (&shared.course, &shared.splice);
+        splice.tally.output(self.index, self.choice.tokens);
+        // Whether any engine could go on.
+        let any = Continues { gives_ids: true, takes_ids: true, chat: Some(dynamo_engine_api::ChatContinuation::Prefill) };
+        if let Next::Full = self.next_ask(any, None)? {
+            return Ok(Some(splice.full(self.index, &mut self.choice).into()));
+        }
+        self.prepare_facts();
+        let prompt = match (&self.choice.prompt_ids, course.prompt.is_exact()) {
+            (Some(ids), true) if **ids == **course.prompt.tokens() => Arc::new(course.prompt.followed_by(&self.choice.ids)),
+            _ => Arc::clone(&course.prompt),
+        };
+        loop {
+            tokio::time::sleep(self.pause()).await;
+            self.facts.attempt = self.attempts;
+            self.facts.failed_workers = self.failed.iter().map(|(worker, _)| *worker).collect();
+            let placing = self.place(&prompt).await?;
+            let mut unsound = None;
+            for &row in &placing.rows {
+                if self.attempts >= course.migration.max_attempts {
+                    return Err(self.failure.clone().into());
+                }
+                let worker = placing.candidates.worker(row);
+                let engine = placing.snapshot.engine(worker.id);
+                let ask = match self.next_ask(engine.continues(), placing.snapshot.max_model_len(&self.facts)) {
+                    Ok(Next::Ask(ask)) => ask,
+                    Ok(Next::Full) => return Ok(Some(splice.full(self.index, &mut self.choice).into())),
+                    Err(error) => {
+                        unsound = Some(error);
+                        continue;
+                    }
+                };
+                if self.give(&placing, row, ask, &prompt).await? {
+                    self.count("continued");
+                    return Ok(None);
+                }
+                // Others may have come, or be known to be gone.
+                unsound = None;
+                break;
+            }
+            if let Some(error) = unsound {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Gives it to a worker; whether that takes it.
+    async fn give(
+        &mut self,
+        placing: &Placing,
+        row: u32,
+        ask: Ask,
+        prompt: &dynamo_host_index::Prompt,
+    ) -> Result<bool, RequestError> {
+        let shared = Arc::clone(&self.shared);
+        let course = &shared.course;
+        let worker = placing.candidates.worker(row);
+        self.attempts += 1;
+        self.in_vain += 1;
+        let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
+        let mut account = Account::open(&course.lane, &self.facts, worker, cached, placing, course.accepted);
+        account.admission.clone_from(&course.heard);
+        account.be_part(true);
+        metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
+        let Ask { endpoint, body, seam, is_by_ids, form } = ask;
+        tracing::info!(
+            worker = worker.spec.name,
+            choice = self.index,
+            form,
+            tokens = self.choice.tokens,
+            cause = self.cause,
+            "stream goes on"
+        );
+        let request = GenerateRequest {
+            endpoint,
+            body,
+            stream: true,
+            rank: placing.snapshot.rank(worker),
+            wants_token_ids: true,
+            ..course.ask.clone()
+        };
+        let mut vigil = Vigil::new(&worker.load, placing.snapshot.given_up(worker.id), course.patience.idle, true);
+        let opening = open(&**placing.snapshot.engine(worker.id), request, worker, &course.patience, &mut vigil);
+        let error = match timeout_at(course.patience.deadline.into(), opening).await {
+            Ok(Ok(Opened::Stream(first, chunks))) => {
+                if is_by_ids || matches!(form, "chat" | "text") {
+                    course.lane.prefixes.taken_up(
+                        Endpoint::Completions,
+                        placing.snapshot.feed(worker.id),
+                        prompt,
+                        worker.spec.block_size,
+                    );
+                }
+                if !is_by_ids {
+                    self.choice.rebase();
+                }
+                let before = if form == "anew" { 0 } else { self.choice.tokens };
+                let running =
+                    Running { first: Some(first), chunks, account, vigil, last: Instant::now(), seam, is_by_ids, before };
+                self.running = Some(running);
+                return Ok(true);
+            }
+            Ok(Ok(Opened::Whole(reply))) if reply.status.is_server_error() => EngineError::Unhealthy {
+                engine: format!("worker {}", worker.spec.name),
+                reason: format!("it answered {}", reply.status),
+            },
+            Ok(Ok(Opened::Whole(reply))) => {
+                account.fail();
+                let said = plain(&String::from_utf8_lossy(&reply.body));
+                tracing::warn!(
+                    worker = worker.spec.name,
+                    form,
+                    status = reply.status.as_u16(),
+                    "a continuation was refused: {said}"
+                );
+                return Err(self.unsound(Unsound("the worker that should go on with it refused what was sent")));
+            }
+            Ok(Err(error @ EngineError::InStream { refused: true, .. })) => {
+                account.fail();
+                return Err(error.into());
+            }
+            Ok(Err(error)) => error,
+            Err(_) => {
+                account.fail();
+                return Err(course.patience.exceeded());
+            }
+        };
+        tracing::warn!(worker = worker.spec.name, "worker did not go on: {}", plain(&error.to_string()));
+        course.lane.roster.report_failed(worker.id, placing.snapshot.engine(worker.id), &error);
+        account.blame(&error);
+        account.fail();
+        self.failed.push((worker.id, Instant::now()));
+        self.failure = error;
+        Ok(false)
+    }
+
+    fn next_ask(&self, engine: Continues, max_model_len: Option<u32>) -> Result<Next, RequestError> {
+        self.shared.original.next(self.index, &self.choice, engine, max_model_len).map_err(|unsound| self.unsound(unsound))
+    }
+
+    fn unsound(&self, Unsound(reason): Unsound) -> RequestError {
+        RequestError::MigrationUnsound { failure: self.failure.clone(), reason }
+    }
+
+    /// What policies may know of it now.
+    fn prepare_facts(&mut self) {
+        let base = &self.shared.course.facts;
+        let generated = self.choice.tokens;
+        self.facts.generated_tokens = generated;
+        self.facts.prompt.tokens = base.prompt.tokens.saturating_add(generated);
+        self.facts.max_output_tokens = base.max_output_tokens.map(|most| most.saturating_sub(generated));
+        self.facts.expected_output_tokens = base.expected_output_tokens.map(|expected| expected.saturating_sub(generated));
+    }
+
+    /// How long to wait after what was in vain: not always the same.
+    fn pause(&self) -> Duration {
+        let Some(doublings) = self.in_vain.checked_sub(1) else { return Duration::ZERO };
+        let longest = (PAUSE * 2u32.saturating_pow(doublings.min(8))).min(LONGEST_PAUSE);
+        let chance = RandomState::new().hash_one(self.in_vain) as u8;
+        longest.mul_f32(0.5 + f32::from(chance) / 510.0)
+    }
+
+    /// Asks where it shall go; waits while there is nobody.
+    async fn place(&mut self, prompt: &dynamo_host_index::Prompt) -> Result<Placing, RequestError> {
+        let shared = Arc::clone(&self.shared);
+        let course = &shared.course;
+        let until = (Instant::now() + course.lane.roster.health().hold()).min(course.patience.deadline);
+        let mut changes = course.lane.roster.changes();
+        loop {
+            self.facts.decision_id = course.lane.next_decision();
+            let mut notes = Notes::default();
+            let placed = request::place(
+                &course.lane,
+                &course.pinned,
+                &mut self.facts,
+                prompt,
+                &course.patience,
+                course.recorder.as_ref(),
+                &mut notes,
+            );
+            let error = match placed.await {
+                Err(error @ RequestError::NoWorker { .. }) => error,
+                other => return other,
+            };
+            let now = Instant::now();
+            if now >= course.patience.deadline {
+                return Err(course.patience.exceeded());
+            }
+            // Whoever failed it may be the only one, and be well again.
+            let before = self.facts.failed_workers.len();
+            self.facts.failed_workers =
+                self.failed.iter().filter(|(_, at)| now - *at < REST).map(|(worker, _)| *worker).collect();
+            if self.facts.failed_workers.len() < before && self.facts.holds == 0 {
+                self.failed.retain(|(_, at)| now - *at < REST);
+                continue;
+            }
+            if now >= until {
+                return Err(error);
+            }
+            let _ = timeout(LOOK_EVERY.min(until - now), changes.changed()).await;
+        }
+    }
+}
+
+fn is_unsound(error: &RequestError) -> bool {
+    matches!(error, RequestError::MigrationUnsound { .. })
+}

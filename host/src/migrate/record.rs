@@ -1,0 +1,236 @@
+//! Record: what a client has of a stream, choice by choice, so that another worker can go on with it.
+//!
+//! Contract: [`Record::keep`] is all that a chunk costs on its way: its bytes are copied. They are read when a stream is to go
+//! on elsewhere, and before that only when many have come together, so that memory holds text and ids instead of frames.
+//! Chunks hold whole frames; what was cut off within one never came here.
+
+use std::{borrow::Cow, collections::BTreeMap};
+
+use dynamo_engine_api::Usage;
+use serde::Deserialize;
+use serde_json::{Value, value::RawValue};
+
+/// Bytes of frames that are kept before they are read.
+const FOLD_AT: usize = 64 << 10;
+
+/// What a client has of a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Record {
+    frames: Vec<u8>,
+    /// Bytes that may be kept, and that text and ids took when they were last read.
+    most: usize,
+    read_bytes: usize,
+    /// Whether more came than may be kept: nobody can go on with it any more.
+    pub(crate) is_over: bool,
+    pub(crate) said: Said,
+}
+
+/// What the frames said.
+#[derive(Debug, Default)]
+pub(crate) struct Said {
+    /// `id`, `created`, `model` and `object` of its frames, as the first one had them.
+    pub(crate) head: BTreeMap<&'static str, Value>,
+    pub(crate) choices: BTreeMap<u32, Choice>,
+    /// The last usage that came, and whether it came with choices.
+    pub(crate) usage: Option<Usage>,
+    pub(crate) has_continuous_usage: bool,
+    /// Whether the usage's own frame came.
+    pub(crate) has_last_usage: bool,
+    /// The prompt's ids, where frames have them at their top.
+    prompt_ids: Option<Vec<u32>>,
+}
+
+/// What a client has of one choice.
+#[derive(Clone, Debug)]
+pub(crate) struct Choice {
+    pub(crate) text: String,
+    /// The ids of the prompt that `ids` follow.
+    pub(crate) prompt_ids: Option<Vec<u32>>,
+    pub(crate) ids: Vec<u32>,
+    /// How many of the last ids have no text yet: it was held back.
+    loose: usize,
+    /// Whether some text came without ids.
+    has_gap: bool,
+    /// Output tokens: ids where they are known, else deltas.
+    pub(crate) tokens: u32,
+    pub(crate) is_finished: bool,
+    pub(crate) has_role: bool,
+    pub(crate) stage: Stage,
+}
+
+/// What a choice is in the middle of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Nothing has come.
+    #[default]
+    Nothing,
+    Reasoning,
+    Text,
+    ToolCall,
+    /// Something that the host does not know.
+    Unknown,
+}
+
+const HEAD: [&str; 4] = ["id", "object", "created", "model"];
+
+#[derive(Deserialize)]
+struct Frame<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<FrameChoice<'a>>,
+    #[serde(default)]
+    usage: Option<Usage>,
+    #[serde(default)]
+    prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// One choice of a frame.
+#[derive(Default, Deserialize)]
+pub(super) struct FrameChoice<'a> {
+    #[serde(default)]
+    index: u32,
+    #[serde(borrow, default)]
+    finish_reason: Option<&'a RawValue>,
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(borrow, default)]
+    delta: Option<BTreeMap<Cow<'a, str>, &'a RawValue>>,
+    #[serde(default)]
+    token_ids: Option<Vec<u32>>,
+    #[serde(default)]
+    prompt_token_ids: Option<Vec<u32>>,
+}
+
+impl Record {
+    /// One of at most so many bytes.
+    pub(crate) fn new(most: usize) -> Self {
+        Self { most, ..Self::default() }
+    }
+
+    /// Keeps whole frames that the client gets.
+    pub(crate) fn keep(&mut self, frames: &[u8]) {
+        if self.is_over {
+            return;
+        }
+        if self.frames.len() + frames.len() > FOLD_AT {
+            self.fold();
+        }
+        self.frames.extend_from_slice(frames);
+        if self.frames.len() + self.read_bytes > self.most {
+            *self = Self { is_over: true, ..Self::default() };
+            metrics::counter!("dynamo_host_migration_untracked_total").increment(1);
+        }
+    }
+
+    /// Reads what was kept.
+    pub(crate) fn fold(&mut self) {
+        for line in self.frames.split(|&byte| byte == b'\n') {
+            if let Some(data) = line.strip_prefix(b"data:") {
+                self.said.read(data.trim_ascii());
+            }
+        }
+        self.frames.clear();
+        self.read_bytes = self.said.bytes();
+    }
+}
+
+impl Said {
+    fn bytes(&self) -> usize {
+        self.choices.values().map(|choice| choice.text.len() + 4 * choice.ids.len()).sum()
+    }
+
+    fn read(&mut self, data: &[u8]) {
+        let Ok(frame) = serde_json::from_slice::<Frame<'_>>(data) else { return };
+        if self.head.is_empty()
+            && let Ok(mut fields) = serde_json::from_slice::<BTreeMap<String, Value>>(data)
+        {
+            self.head = HEAD.into_iter().filter_map(|name| Some((name, fields.remove(name)?))).collect();
+        }
+        self.has_continuous_usage |= frame.usage.is_some() && !frame.choices.is_empty();
+        self.has_last_usage |= frame.usage.is_some() && frame.choices.is_empty();
+        self.usage = frame.usage.or(self.usage);
+        self.prompt_ids = frame.prompt_token_ids.or(self.prompt_ids.take());
+        for said in frame.choices {
+            let choice = self.choices.entry(said.index).or_insert_with(Choice::new);
+            choice.read(said);
+            if choice.prompt_ids.is_none() {
+                choice.prompt_ids.clone_from(&self.prompt_ids);
+            }
+        }
+    }
+}
+
+impl Choice {
+    pub(crate) fn new() -> Self {
+        Self {
+            text: String::new(),
+            prompt_ids: None,
+            ids: Vec::new(),
+            loose: 0,
+            has_gap: false,
+            tokens: 0,
+            is_finished: false,
+            has_role: false,
+            stage: Stage::Nothing,
+        }
+    }
+
+    /// Takes down what a frame says of it.
+    fn read(&mut self, said: FrameChoice<'_>) {
+        let FrameChoice { finish_reason, text, delta, token_ids, prompt_token_ids, .. } = said;
+        self.prompt_ids = prompt_token_ids.or(self.prompt_ids.take());
+        let mut text = text.unwrap_or_default();
+        let mut other = None;
+        for (name, value) in delta.into_iter().flatten().filter(|(_, value)| is_something(value)) {
+            match &*name {
+                "role" => self.has_role = true,
+                "content" => text = serde_json::from_str(value.get()).unwrap_or_default(),
+                "reasoning" | "reasoning_content" => other = Some(Stage::Reasoning),
+                "tool_calls" | "function_call" => other = Some(Stage::ToolCall),
+                _ => other = Some(Stage::Unknown),
+            }
+        }
+        self.is_finished |= finish_reason.is_some_and(is_something);
+        self.take(&text, &token_ids.unwrap_or_default(), other);
+    }
+
+    /// Takes down text that the client gets, the ids that came with it, and what came beside it.
+    pub(crate) fn take(&mut self, text: &str, ids: &[u32], other: Option<Stage>) {
+        let is_heard = !text.is_empty() || other.is_some();
+        self.has_gap |= is_heard && ids.is_empty();
+        self.ids.extend_from_slice(ids);
+        self.loose = if is_heard { 0 } else { self.loose + ids.len() };
+        self.tokens = self.tokens.saturating_add(if ids.is_empty() { u32::from(is_heard) } else { ids.len() as u32 });
+        self.text.push_str(text);
+        // What is unknown, or a call of a tool, stays so: text after it does not bring back what it was.
+        let is_final = matches!(self.stage, Stage::ToolCall | Stage::Unknown);
+        if !is_final && is_heard {
+            self.stage = other.unwrap_or(Stage::Text);
+        }
+    }
+
+    /// Forgets ids whose text the client does not have: whoever goes on makes those tokens again. A character of several
+    /// tokens is then made by one engine, and comes whole.
+    pub(crate) fn settle(&mut self) {
+        let loose = std::mem::take(&mut self.loose).min(self.ids.len());
+        self.ids.truncate(self.ids.len() - loose);
+        self.tokens -= (loose as u32).min(self.tokens);
+    }
+
+    /// Prompt and output as ids, if all are known.
+    pub(crate) fn all_ids(&self) -> Option<Vec<u32>> {
+        let prompt = self.prompt_ids.as_ref().filter(|ids| !ids.is_empty() && !self.has_gap && self.loose == 0)?;
+        Some(prompt.iter().chain(&self.ids).copied().collect())
+    }
+
+    /// What follows is told from another prompt, whose ids are not known yet.
+    pub(crate) fn rebase(&mut self) {
+        self.prompt_ids = None;
+        self.ids.clear();
+        self.loose = 0;
+        self.has_gap = false;
+    }
+}
+
+fn is_something(value: &RawValue) -> bool {
+    !matches!(value.get(), "null" | "\"\"" | "[]")
+}
