@@ -92,7 +92,7 @@ async fn each_change_is_in_the_file_when_it_is_answered() {
     assert_eq!(listed["entries"].as_array().unwrap(), &entries(state));
     assert_eq!(admin.get("/v1/audit?lost=1").await.status, StatusCode::BAD_REQUEST);
 
-    host.process.terminate();
+    host.process.signal("TERM");
     assert_eq!(host.process.ended().await.code(), Some(0));
     assert_eq!(newest(state, "stop")["to"], "SIGTERM");
 }

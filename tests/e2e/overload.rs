@@ -41,6 +41,8 @@ struct Scene {
     /// Admission policies, the first of them from the start; several are swapped in turn.
     policies: &'static [&'static str],
     swaps: u32,
+    /// Whether the configuration says the tenants' weights, or the policy does.
+    is_configured: bool,
     /// Tier and weight of the high class and the low one.
     classes: [(u32, f64); 2],
     /// What each class asks for.
@@ -48,10 +50,22 @@ struct Scene {
 }
 
 /// The high class goes first and asks for less than there is; the low one shares what is left.
-const TIERS: Scene =
-    Scene { name: "native, by tiers", policies: &[], swaps: 0, classes: [(0, 1.0), (1, 1.0)], offered: [0.6, 2.4] };
+const TIERS: Scene = Scene {
+    name: "native, by tiers",
+    policies: &[],
+    swaps: 0,
+    is_configured: true,
+    classes: [(0, 1.0), (1, 1.0)],
+    offered: [0.6, 2.4],
+};
 /// Both in one tier, the high class with three times the weight, both asking for more than they get.
 const WEIGHTS: Scene = Scene { name: "native, by weights", classes: [(0, 3.0), (0, 1.0)], offered: [1.8, 1.2], ..TIERS };
+
+const FAIR: &str = r#"fair-share {"tenants":{"one":1,"two":2,"four":4}}"#;
+/// Much less than comes, and more than each tenant's share.
+const LIMITED: &str = r#"token-bucket {"requests_per_minute":900,"request_burst":30}"#;
+const SHED: &str =
+    r#"slo-shed {"class_ttft_ms":{"high":500,"low":4000},"classes":[{"name":"high","tier":0},{"name":"low","tier":1}]}"#;
 
 /// What was seen of the host meanwhile.
 #[derive(Default)]
@@ -89,7 +103,15 @@ async fn in_overload_tenants_share_by_weight_the_high_class_goes_first_and_all_a
 }
 
 fn scenes() -> Vec<Scene> {
-    vec![TIERS, WEIGHTS]
+    let with = |name, policies| Scene { name, policies, ..TIERS };
+    vec![
+        TIERS,
+        WEIGHTS,
+        Scene { is_configured: false, ..with("fair-share", &[FAIR]) },
+        with("token-bucket", &[LIMITED]),
+        with("slo-shed", &[SHED]),
+        Scene { swaps: 20, ..with("swaps of native, fair-share and slo-shed", &["native", FAIR, SHED]) },
+    ]
 }
 
 /// Runs a scene.
@@ -139,12 +161,14 @@ async fn configuration(scene: &Scene) -> (String, Vec<(String, String)>) {
     let mut keys = Vec::new();
     for (class, (tier, weight)) in ["high", "low"].into_iter().zip(scene.classes) {
         writeln!(config, "[queue.classes.{class}]\ntier = {tier}\nweight = {weight:?}").unwrap();
-        for (tenant, weight) in TENANTS {
-            writeln!(config, "[queue.tenants.{tenant}-{class}]\nweight = {weight:?}\nclass = {class:?}").unwrap();
-            let made = run(&["key", "new", &format!("{tenant}-{class}")]).await;
+        for (tenant, _) in TENANTS {
+            let made = run(&["key", "new", tenant, "--class", class]).await;
             let key = made.stderr.split_whitespace().find(|word| word.starts_with("dh-")).unwrap().to_owned();
             keys.push((key, made.succeeded().to_owned()));
         }
+    }
+    for (tenant, weight) in TENANTS.into_iter().filter(|_| scene.is_configured) {
+        writeln!(config, "[queue.tenants.{tenant}]\nweight = {weight:?}").unwrap();
     }
     (config, keys)
 }
@@ -270,7 +294,8 @@ impl Report {
         assert_eq!(self.counted, self.sent as f64, "each request is counted once");
         let Watched { most_queued, most_in_engine, resident_early, resident_most, swaps } = self.watched;
         assert!(most_queued <= f64::from(ROOM), "{most_queued} waited");
-        assert_eq!(most_in_engine, 0.0, "requests waited inside an engine");
+        // What comes while a step is computed waits for the next one.
+        assert!(most_in_engine <= f64::from(PLACES), "{most_in_engine} requests waited inside engines");
         assert!(resident_most < resident_early + (48 << 20), "{resident_early} bytes grew to {resident_most}");
         assert_eq!(swaps, self.scene.swaps);
         let classes = if self.is_by_tiers() { 1..2 } else { 0..2 };

@@ -35,10 +35,11 @@ async fn while_it_drains_it_is_not_ready_refuses_what_is_new_and_serves_what_it_
     let mut idle = host.http.socket().await;
     idle.write_all(b"GET /live HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
     read_raw(&mut idle, "live").await;
-    host.process.terminate();
+    host.process.signal("TERM");
     is_stopping(&host).await;
     let ready = host.http.get("/ready").await;
-    assert_eq!((ready.status.as_u16(), &ready.json()["status"], ready.header("connection")), (503, &json!("stopping"), "close"));
+    assert_eq!((ready.status.as_u16(), ready.header("connection")), (503, "close"));
+    assert_eq!(ready.json()["reason"], "the host is stopping");
     assert_eq!(host.http.get("/health").await.json()["status"], "stopping");
     assert_eq!(host.http.get("/live").await.status, 200);
     let refused = host.http.post(CHAT, chat(3).to_string()).await;
@@ -69,7 +70,7 @@ async fn what_outlives_its_time_ends_with_an_error_in_its_clients_shape() {
     let mut whole = tokio::task::JoinSet::new();
     whole.spawn(async move { client.post(CHAT, body).await });
     eventually("the engine has it", async || (silent.received().len() == 1).then_some(())).await;
-    host.process.terminate();
+    host.process.signal("TERM");
     for stream in streams {
         let (events, end) = stream.rest().await;
         assert_eq!(end, Ok(()));
@@ -90,7 +91,7 @@ async fn a_stream_of_anthropics_api_ends_with_an_error_in_its_shape() {
     let request = format!("POST /v1/messages HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     socket.write_all(request.as_bytes()).await.unwrap();
     read_raw(&mut socket, "content_block_delta").await;
-    host.process.terminate();
+    host.process.signal("TERM");
     let mut rest = String::new();
     soon("it ends", socket.read_to_string(&mut rest)).await.unwrap();
     let (_, error) = rest.rsplit_once("event: error\ndata: ").unwrap_or_else(|| panic!("no error event: {rest}"));
@@ -102,7 +103,7 @@ async fn a_stream_of_anthropics_api_ends_with_an_error_in_its_shape() {
 async fn with_a_delay_all_is_served_until_balancers_have_seen_that_it_is_not_ready() {
     let config = "[limits]\nstop_delay_s = 2\ndrain_s = 20\n";
     let mut host = Host::configured(config, &["--worker", "mock://a?model=m&speedup=50"]).await;
-    host.process.terminate();
+    host.process.signal("TERM");
     is_stopping(&host).await;
     assert_eq!(host.serves(3).await.header("connection"), "close");
     assert_eq!(host.process.ended().await.code(), Some(0));
@@ -112,9 +113,9 @@ async fn with_a_delay_all_is_served_until_balancers_have_seen_that_it_is_not_rea
 async fn a_second_signal_ends_it_at_once_and_the_exit_code_says_so() {
     let mut host = Host::start(&["--worker", SLOW]).await;
     let stream = begun(&host.http, CHAT, 10_000).await;
-    host.process.terminate();
+    host.process.signal("TERM");
     is_stopping(&host).await;
-    host.process.terminate();
+    host.process.signal("TERM");
     let (events, _) = stream.rest().await;
     assert!(events.last().unwrap().contains("shutting_down"), "{:?}", events.last());
     assert_eq!(host.process.ended().await.code(), Some(143));

@@ -1,5 +1,5 @@
 //! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `dist`, `dashboard`, `fuzz`,
-//! `faults`, `real-engine`.
+//! `faults`, `overload`, `real-engine`.
 #![allow(clippy::print_stdout)]
 
 mod bench;
@@ -83,6 +83,17 @@ enum Task {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Put three times as much work on mock engines as they can do, and print who was served how much and how soon.
+    Overload {
+        /// Seconds for each scene.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+        /// A release build: slower to build, and what is measured is what is shipped.
+        #[arg(long)]
+        release: bool,
+        /// Parts of scenes' names; all without any.
+        scenes: Vec<String>,
+    },
     /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
     RealEngine {
         /// Instead, install a real vLLM for the CPU (5 GB, once) and drive the adapter at it.
@@ -105,6 +116,7 @@ fn main() -> Result<()> {
         Task::Dashboard => dist::dashboard(),
         Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
         Task::Faults { minutes, seed } => faults::run(minutes, seed),
+        Task::Overload { seconds, release, scenes } => overload(seconds, release, &scenes),
         Task::RealEngine { vllm: false, .. } => real_engine::llama_cpp(),
         Task::RealEngine { vllm: true, tokenizer } => real_engine::vllm(tokenizer.as_deref()),
     }
@@ -125,6 +137,15 @@ fn fuzz(seconds: u64, targets: &[String]) -> Result<()> {
     // Of the whole workspace, as the tests build it: by itself the host would have other features, and be built twice.
     let test = ["test", "--workspace", "--features", "dynamo-host/fuzzing", "--test", "fuzz", "--", &seconds.to_string()];
     run::check(cargo().args(test).args(targets))
+}
+
+fn overload(seconds: u32, release: bool, scenes: &[String]) -> Result<()> {
+    policies::build()?;
+    let mut command = cargo();
+    command.args(["test", "--package", "dynamo-host", "--test", "e2e"]).args(release.then_some("--release"));
+    command.args(["--", "overload::", "--nocapture", "--test-threads=1"]);
+    command.env("DYNAMO_HOST_OVERLOAD_SECONDS", seconds.to_string()).env("DYNAMO_HOST_OVERLOAD_SCENES", scenes.join(","));
+    run::check(&mut command)
 }
 
 fn ci() -> Result<()> {

@@ -8,8 +8,6 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
-
 use super::{PATIENCE, eventually, eventually_within};
 
 /// The binary under test.
@@ -100,12 +98,6 @@ impl Process {
     pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([format!("-{name}"), self.id().to_string()]).status().unwrap();
         assert!(sent.success(), "kill -{name} {}: {sent}", self.id());
-    }
-
-    /// Asks it to stop.
-    pub(crate) fn terminate(&self) {
-        let id = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
-        kill_process(id, Signal::TERM).unwrap();
     }
 
     /// Waits until it has ended by itself.
