@@ -66,5 +66,8 @@ async fn what_cannot_be_simulated_is_refused_with_what_to_change() {
     refuses(&["--trace", small, "--workers", "2,colour=1"], &["\"colour\" is not known"]).await;
     refuses(&["--trace", small, "--kv-blocks", "10"], &["raise kv_blocks or lower max_model_len"]).await;
     refuses(&["--trace", small, "--speed", "0"], &["use a number above 0"]).await;
+    refuses(&["--trace", small, "--queue", "depth=1"], &["--queue depth=1", "\"depth\" is not known; use max_requests"]).await;
+    refuses(&["--trace", small, "--queue", "--tenant", "a,weight=0"], &["--tenant a,weight=0", "no weight from 0.001"]).await;
+    refuses(&["--trace", small, "--faults", "attempts=0"], &["--faults attempts=0", "whole number of 1 to 1000"]).await;
     refuses(&["--trace", small, "--engine-profile", "/nowhere"], &["--engine-profile /nowhere"]).await;
 }
