@@ -28,7 +28,12 @@ impl Clock {
 
 /// Milliseconds since 1970-01-01 UTC.
 pub(crate) fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    since_1970(SystemTime::now())
+}
+
+/// A clock that was set to before 1970 is taken for one that stands there.
+fn since_1970(moment: SystemTime) -> u64 {
+    moment.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Milliseconds since 1970 of a date (its beginning, in UTC), or of a date with time and offset; `None` for anything else.
@@ -76,6 +81,22 @@ pub(crate) fn utc(unix_ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_hosts_clock_is_monotonic_and_knows_no_date() {
+        let clock = Clock::start();
+        let start = clock.start;
+        let moments = [0, 1, 999, 86_400_000];
+        assert_eq!(moments.map(|ms| clock.at_ms(start + std::time::Duration::from_millis(ms))), moments);
+        // What was before it began is its beginning, not a number that wraps.
+        assert_eq!(clock.at_ms(start.checked_sub(std::time::Duration::from_millis(5)).unwrap_or(start)), 0);
+    }
+
+    #[test]
+    fn a_wall_clock_before_1970_is_1970() {
+        assert_eq!(since_1970(UNIX_EPOCH - std::time::Duration::from_secs(1)), 0);
+        assert_eq!(since_1970(UNIX_EPOCH + std::time::Duration::from_millis(1_709_164_800_000)), 1_709_164_800_000);
+    }
 
     #[test]
     fn a_day_is_written_as_it_is_read() {

@@ -142,6 +142,7 @@ impl<'a> Dispatch<'a> {
             let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.asked.ask.clone() };
             let given_up = placing.snapshot.given_up(worker.id);
             let mut vigil = Vigil::new(&worker.load, given_up, patience.idle, self.migration.enabled);
+            vigil.may_make(facts.max_output_tokens);
             facts.failed_workers.push(worker.id);
             let may_leave = || self.has_alternative(facts);
             let opening = open(&**engine, ask, worker, &patience, &mut vigil, &may_leave);
@@ -220,7 +221,7 @@ impl<'a> Dispatch<'a> {
 }
 
 /// Asks an engine and waits for the beginning of its answer; for that of a stream until its first chunk. A whole answer tells
-/// nothing of its progress: it is waited for until its worker is given up. `may_leave`: whether somebody else could do it; if
+/// nothing of its progress: it is waited for until its worker is given up, or moves for nobody. `may_leave`: whether somebody else could do it; if
 /// not, a worker that is slow is still the best one.
 pub(crate) async fn open(
     engine: &dyn Engine,
@@ -247,7 +248,7 @@ pub(crate) async fn open(
         if let Ok(opened) = tokio::time::timeout(LOOK_EVERY, &mut opening).await {
             return opened;
         }
-        let lost = if is_stream { vigil.before_first(asked, Instant::now()) } else { vigil.given_up() };
+        let lost = if is_stream { vigil.before_first(asked, Instant::now()) } else { vigil.whole(asked, Instant::now()) };
         if let Some(lost) = lost
             && (!matches!(lost, Lost::Stalled { .. }) || may_leave())
         {

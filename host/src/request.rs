@@ -122,7 +122,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     lane.meters.decode.record(begun.elapsed());
     trace::stage("decode", begun);
 
-    lane.roster.hold(&facts.model).await;
+    lane.roster.hold(&facts.model, patience.deadline.into()).await;
     let (renamed, prompt) = {
         let snapshot = lane.roster.snapshot();
         let renamed = resolve(&snapshot, &mut facts, &mut body)?;

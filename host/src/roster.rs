@@ -226,7 +226,7 @@ impl Roster {
                 standing.show();
                 drop(standing);
                 if !drained {
-                    member.give_up(GivenUp::Not);
+                    member.is_wanted_again();
                 }
             }
         }
@@ -332,6 +332,12 @@ impl Roster {
     /// All workers now.
     pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
+    }
+
+    /// All workers as they are at this very moment, for whoever asks how they stand.
+    pub(crate) fn latest(&self) -> Arc<Snapshot> {
+        self.publish();
+        self.snapshot()
     }
 
     /// Workers that tell of their KV and are not heard now.

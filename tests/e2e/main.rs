@@ -15,6 +15,7 @@ mod discovery;
 mod endpoints;
 mod failures;
 mod harness;
+mod health;
 mod hostile_load;
 mod keys;
 #[cfg(feature = "kubernetes")]

@@ -6,6 +6,7 @@
 mod adapter;
 mod conformance;
 mod engine;
+mod killed;
 mod through_the_host;
 mod tokens;
 mod vllm;

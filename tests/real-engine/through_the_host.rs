@@ -6,6 +6,7 @@ use tokio::task::JoinSet;
 use crate::{
     engine::{LlamaServer, chat, completion, host_over},
     harness::host::streamed,
+    killed::{Answer, counted, struck},
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -121,21 +122,33 @@ async fn the_engines_refusals_pass_and_what_is_broken_never_reaches_it() {
     host.http.ask(CHAT, &asked).await;
 }
 
-#[tokio::test]
-async fn when_an_engine_is_killed_its_stream_says_so_and_requests_go_to_the_other() {
+/// Kills the engine of a stream and returns what its client had by then and in the end, and what is said undisturbed.
+async fn killed(path: &str, body: &Value, after: usize) -> (String, Answer, Answer) {
     let (mut engines, host) = two().await;
-    let mut stream = host.http.open(CHAT, &streamed(chat("Go on for long", 3900))).await;
-    stream.event().await;
-    let (victim, survivor) = if stream.headers["x-dynamo-worker"] == "a" { (0, "b") } else { (1, "a") };
-    engines[victim].process.kill();
-    let (events, end) = stream.rest().await;
-    assert_eq!(end, Ok(()));
-    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
-    assert_eq!(last["error"]["code"], "engine_broken", "{last}");
-    assert!(!events.contains(&"[DONE]".to_owned()));
-    for _ in 0..10 {
-        let whole = host.http.ask(COMPLETIONS, &completion("Who is there?", 5)).await;
-        assert_eq!(whole.header("x-dynamo-worker"), survivor);
-        assert_eq!(host.http.stream(CHAT, &streamed(chat("And now?", 5))).await.header("x-dynamo-worker"), survivor);
+    let undisturbed = Answer::of(&engines[1].http.stream(path, body).await, path);
+    let kill = |worker: &str| engines[usize::from(worker != "a")].process.kill();
+    let (before, answer) = struck(&host, path, body, after, kill).await;
+    // Nothing else is hurt.
+    for _ in 0..5 {
+        assert_eq!(host.http.ask(COMPLETIONS, &completion("Who is there?", 5)).await.status, 200);
+    }
+    (before, answer, undisturbed)
+}
+
+#[tokio::test]
+async fn a_completion_whose_engine_is_killed_says_what_it_would_have_said() {
+    for (says, after) in [("The router reads a prompt", 9), ("Once upon a time", 60), ("Numbers", 150)] {
+        let (before, answer, undisturbed) = killed(COMPLETIONS, &counted(completion(says, 400)), after).await;
+        assert!(!before.is_empty() && undisturbed.text.starts_with(&before));
+        assert_eq!(answer, undisturbed, "{says}, killed after {after} events, which were {before:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_chat_whose_engine_is_killed_says_what_it_would_have_said() {
+    for (says, after) in [("Tell me about the sea.", 9), ("Who are you?", 60), ("And now?", 150)] {
+        let (before, answer, undisturbed) = killed(CHAT, &counted(chat(says, 400)), after).await;
+        assert!(!before.is_empty() && undisturbed.text.starts_with(&before));
+        assert_eq!(answer, undisturbed, "{says}, killed after {after} events, which were {before:?}");
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! `cargo xtask real-engine --vllm` installs it and runs this alone.
 
+mod killed;
 mod kv;
 
 use std::{
@@ -51,7 +52,8 @@ impl VllmServer {
     /// The same at an address, with flags of one's own.
     fn start_at(address: SocketAddr, flags: &[impl AsRef<OsStr>]) -> Self {
         let files = told("DYNAMO_HOST_TEST_VLLM_FILES");
-        let log = files.join("vllm.log");
+        // Two may run at once.
+        let log = files.join(format!("vllm-{}.log", address.port()));
         let output = fs::File::create(&log).unwrap();
         let mut command = Command::new(told("DYNAMO_HOST_TEST_VLLM"));
         command.arg("serve").arg(files.join("model")).args(["--served-model-name", MODEL, "--host", "127.0.0.1"]);

@@ -1,10 +1,11 @@
 //! The one developer entry point: `cargo xtask demo`, `test`, `ci`, `policies`, `bench`, `dist`, `dashboard`, `fuzz`,
-//! `real-engine`.
+//! `faults`, `real-engine`.
 #![allow(clippy::print_stdout)]
 
 mod bench;
 mod demo;
 mod dist;
+mod faults;
 mod paths;
 mod policies;
 mod python;
@@ -70,6 +71,18 @@ enum Task {
         /// Targets; all without any.
         targets: Vec<String>,
     },
+    /// Kill, stop and break mock engines under load for long, and count every token. Every test run does a little of it.
+    ///
+    /// Without minutes, the show: 4 engines, 64 clients, 60 tokens at 20 ms each; engines killed every 2 s, or stopped every
+    /// 5 s, for a minute each way of asking (about 9 minutes in all).
+    Faults {
+        /// Instead, faults of all kinds for so many minutes, with the host's memory, sockets and threads over time.
+        #[arg(long)]
+        minutes: Option<u64>,
+        /// Of all that is random [default: 1].
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Build a real llama.cpp server (ten minutes, once) and drive it through the host. Not part of CI.
     RealEngine {
         /// Instead, install a real vLLM for the CPU (5 GB, once) and drive the adapter at it.
@@ -91,6 +104,7 @@ fn main() -> Result<()> {
         Task::Dist { target } => dist::run(target.as_deref()),
         Task::Dashboard => dist::dashboard(),
         Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
+        Task::Faults { minutes, seed } => faults::run(minutes, seed),
         Task::RealEngine { vllm: false, .. } => real_engine::llama_cpp(),
         Task::RealEngine { vllm: true, tokenizer } => real_engine::vllm(tokenizer.as_deref()),
     }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    path::{Path, PathBuf},
 };
 
 use serde_json::Value;
@@ -121,6 +122,40 @@ fn the_architecture_names_every_package_and_its_folder() {
         let folder = format!("`{}`", package.directory);
         assert!(text.contains(&folder), "ARCHITECTURE.md does not name {folder}");
     }
+}
+
+/// Who reads the wall clock, which may jump, and what for. Everything else measures by `Instant`.
+const WALL_CLOCK: &[(&str, &str)] = &[
+    ("host/src/clock.rs", "times that people and policies see, and when a key ends"),
+    ("host/src/trace/layer.rs", "times of spans, which a collector compares with others'"),
+    ("host/tokens/src/template.rs", "a chat template's date of today"),
+    ("engines/kv-events/src/subscriber.rs", "the age of events by the engine's clock, for a metric"),
+    ("engines/kv-events/src/publish.rs", "the mock engine's stamps on its events"),
+    ("engines/mock/src/engine.rs", "when a reply was created, and the seed of ids"),
+];
+
+#[test]
+fn the_wall_clock_is_read_where_a_jump_of_it_does_no_harm() {
+    fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let root = paths::root();
+    let mut found = Vec::new();
+    ["host", "engines"].iter().for_each(|folder| sources(&root.join(folder), &mut found));
+    let reads = |path: &PathBuf| {
+        let relative = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+        let is_test = relative.contains("/tests/") || relative.ends_with("/tests.rs");
+        (!is_test && fs::read_to_string(path).unwrap().contains("SystemTime::now()")).then_some(relative)
+    };
+    let found: BTreeSet<String> = found.iter().filter_map(reads).collect();
+    assert_eq!(found, WALL_CLOCK.iter().map(|(path, _)| (*path).to_owned()).collect());
 }
 
 #[test]

@@ -142,6 +142,9 @@ impl OpenAiEngine {
             if response.status().is_success() && is_event_stream(response.headers()) {
                 return Ok(Reply::Stream(stream::chunks(self.name.clone(), asked.endpoint, response.into_body())));
             }
+            if response.status().is_success() && !is_json(response.headers()) {
+                return Err(self.no_engine(response.headers()));
+            }
             self.client.whole(response).await.map(Reply::Whole)
         };
         let reply = self.client.within(self.options.head_timeout, reply).await;
@@ -155,6 +158,12 @@ impl OpenAiEngine {
             }
             (reply, None) => reply,
         }
+    }
+
+    /// Something else is there, such as a proxy that has lost its engine.
+    fn no_engine(&self, headers: &HeaderMap) -> EngineError {
+        let kind = headers.get(CONTENT_TYPE).map(|kind| String::from_utf8_lossy(kind.as_bytes())).unwrap_or_default();
+        EngineError::Unhealthy { engine: self.name.to_string(), reason: format!("it answered with {kind:?} instead of JSON") }
     }
 
     /// Keeps what an error tells of the server.
@@ -212,6 +221,11 @@ impl Engine for OpenAiEngine {
             })
         })
     }
+}
+
+/// Whoever says nothing of the kind may be as good as JSON.
+fn is_json(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_none_or(|kind| kind.to_str().is_ok_and(|kind| kind.to_ascii_lowercase().contains("json")))
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {

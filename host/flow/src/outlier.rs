@@ -283,7 +283,7 @@ fn median(values: &mut [f32]) -> Option<f32> {
     }
     let middle = values.len() / 2;
     let (below, &mut upper, _) = values.select_nth_unstable_by(middle, f32::total_cmp);
-    let lower = below.iter().copied().max_by(f32::total_cmp).filter(|_| values.len() % 2 == 0);
+    let lower = below.iter().copied().max_by(f32::total_cmp).filter(|_| values.len().is_multiple_of(2));
     Some(lower.map_or(upper, |lower| f32::midpoint(lower, upper)))
 }
 

@@ -64,7 +64,7 @@ struct Standing {
 
 impl Standing {
     fn of(roster: &Roster) -> Self {
-        let snapshot = roster.snapshot();
+        let snapshot = roster.latest();
         let mut models: BTreeMap<String, Pool> = BTreeMap::new();
         for worker in snapshot.fleet().workers() {
             models.entry(worker.spec.model.clone()).or_default().add(worker.state);

@@ -2,7 +2,8 @@
 //!
 //! Bounds: between tokens a multiple of what is usual for the worker; to the first token by how much is to be computed. A worker
 //! that moves on other requests lives, and gets more time; how it moves is read from the load board, so that it costs a
-//! stream nothing while tokens come. A worker that was given up is not waited for at all.
+//! stream nothing while tokens come. A worker that was given up is not waited for at all. A whole answer is silent until it is there: it
+//! is lost when all its tokens would have come, and its worker moves for nobody.
 
 use std::{
     sync::Arc,
@@ -43,6 +44,8 @@ pub(crate) struct Vigil {
     given_up: watch::Receiver<GivenUp>,
     /// How long any stream may be silent.
     idle: Duration,
+    /// Tokens that a whole answer may have.
+    may_make: Option<u32>,
     /// Whether it is looked for stalls, and for workers that are given up.
     is_on: bool,
     /// Tokens that its worker ever made, when it was last looked, and when it was last seen to have made more.
@@ -60,7 +63,7 @@ pub(crate) enum Lost {
 
 impl Vigil {
     pub(crate) fn new(slot: &Arc<LoadSlot>, given_up: watch::Receiver<GivenUp>, idle: Duration, is_on: bool) -> Self {
-        Self { slot: Arc::clone(slot), given_up, idle, is_on, made: slot.output_tokens(), moved: Instant::now() }
+        Self { slot: Arc::clone(slot), given_up, idle, may_make: None, is_on, made: slot.output_tokens(), moved: Instant::now() }
     }
 
     /// Whether a stream is lost that has been silent since `last`. `has_tokens`: some engines begin before they have computed the
@@ -89,6 +92,25 @@ impl Vigil {
         }
     }
 
+    /// How many tokens a whole answer may have.
+    pub(crate) fn may_make(&mut self, tokens: Option<u32>) {
+        self.may_make = tokens;
+    }
+
+    /// Whether a request is lost whose whole answer has not come since `asked`: all its tokens would be there by now, and the
+    /// worker moves for nobody. Of an answer without a limit, or a worker of which nothing is known, nobody can say.
+    pub(crate) fn whole(&mut self, asked: Instant, now: Instant) -> Option<Lost> {
+        self.look_for_moves(now);
+        if let Some(lost) = self.given_up() {
+            return Some(lost);
+        }
+        let (tokens, usual) = (self.may_make?, self.recent(Recent::ItlMs, ITL_MULTIPLE)?);
+        let first = self.first_bound();
+        let is_silent = now.saturating_duration_since(self.moved) >= first;
+        let after = now.saturating_duration_since(asked);
+        (self.is_on && is_silent && after >= first + usual.saturating_mul(tokens)).then_some(Lost::Stalled { after })
+    }
+
     /// Whether the worker was given up since the request was given to it.
     pub(crate) fn given_up(&mut self) -> Option<Lost> {
         let has_changed = self.is_on && self.given_up.has_changed().unwrap_or_default();
@@ -97,10 +119,7 @@ impl Vigil {
     }
 
     fn look(&mut self, since: Instant, now: Instant, bound: Duration) -> Option<Lost> {
-        let made = self.slot.output_tokens();
-        if std::mem::replace(&mut self.made, made) != made {
-            self.moved = now;
-        }
+        self.look_for_moves(now);
         if let Some(lost) = self.given_up() {
             return Some(lost);
         }
@@ -111,6 +130,20 @@ impl Vigil {
         let is_alive = now.saturating_duration_since(self.moved) < bound;
         let bound = if is_alive { bound * ALIVE_MULTIPLE } else { bound };
         (self.is_on && silent >= bound).then_some(Lost::Stalled { after: silent })
+    }
+
+    fn look_for_moves(&mut self, now: Instant) {
+        let made = self.slot.output_tokens();
+        if std::mem::replace(&mut self.made, made) != made {
+            self.moved = now;
+        }
+    }
+
+    /// How long the first token may take of a worker that moves for nobody.
+    fn first_bound(&self) -> Duration {
+        let uncached = self.slot.get(Load::ActiveUncachedTokens) as f32 / SLOWEST_PREFILL;
+        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or_default();
+        FIRST_FLOOR.max(Duration::from_secs_f32(uncached)).max(usual)
     }
 
     fn recent(&self, recent: Recent, multiple: f32) -> Option<Duration> {

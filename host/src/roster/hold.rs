@@ -32,11 +32,12 @@ impl Roster {
         is_granted
     }
 
-    /// Waits for somebody who serves a model of this name, for as long as somebody is starting who may, and no longer than
-    /// `health.hold_s`. With somebody there, or nobody starting, it returns at once.
-    pub(crate) async fn hold(&self, asked: &str) {
+    /// Waits for somebody who serves a model of this name, for as long as somebody is starting who may, no longer than
+    /// `health.hold_s`, and not past `deadline`. With somebody there, or nobody starting, it returns at once.
+    pub(crate) async fn hold(&self, asked: &str, deadline: Instant) {
         if self.snapshot.load().is_awaited(asked) {
-            self.until(self.health().hold(), |snapshot| !snapshot.is_awaited(asked)).await;
+            let patience = self.health().hold().min(deadline.saturating_duration_since(Instant::now()));
+            self.until(patience, |snapshot| !snapshot.is_awaited(asked)).await;
         }
     }
 

@@ -11,8 +11,7 @@ use dynamo_host_core::{Role, Worker, WorkerState};
 use dynamo_host_flow::{Row, outliers};
 
 use super::{
-    Member, Roster, Snapshot,
-    member::GivenUp,
+    GivenUp, Member, Roster, Snapshot,
     snapshot::{Seat, Trial},
 };
 
@@ -20,6 +19,9 @@ use super::{
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Looks between two comparisons of latencies.
 const COMPARE_EVERY: u32 = 10;
+
+/// A worker that is compared: where it sits, how fast it is, and whether it is on trial.
+type Compared<'a> = (&'a Seat, Row, bool);
 
 /// Judges again and again, until the task is ended.
 pub(super) async fn keep_judging(roster: Arc<Roster>) {
@@ -77,7 +79,7 @@ impl Roster {
     /// Compares the latencies of each pool's workers: leaves out who is much slower, and takes back who is not any more.
     pub(super) fn compare(&self, snapshot: &Snapshot) {
         let (now_ms, rules) = (self.clock.now_ms(), self.health().outlier_rules());
-        let mut pools: HashMap<(&str, Role), Vec<(&Seat, Row, bool)>> = HashMap::new();
+        let mut pools: HashMap<(&str, Role), Vec<Compared<'_>>> = HashMap::new();
         for (worker, seat) in snapshot.fleet.workers().iter().zip(&snapshot.seats) {
             let (measure, is_on_trial) = seat.vitals.measure(&rules, now_ms);
             let row = Row { measure, is_serving: worker.state.is_eligible() };
@@ -134,3 +136,6 @@ pub(super) fn try_all_where_nobody_is_healthy(seated: &mut [(Worker, Seat)]) -> 
     }
     trials
 }
+
+#[cfg(test)]
+mod tests;

@@ -307,8 +307,19 @@ impl Member {
         let is_news = self.given_up.send_if_modified(|now| std::mem::replace(now, given_up) != given_up);
         if is_news && given_up != GivenUp::Not {
             let (cause, requests) = (given_up.label(), self.active_requests());
+            // Of one that has nothing, nothing is to be told.
+            if requests == 0 {
+                return;
+            }
             metrics::counter!("dynamo_host_given_up_total", "cause" => cause).increment(1);
             tracing::warn!(worker = self.config.name, cause, requests, "worker is given up: others continue what it has");
+        }
+    }
+
+    /// It drains no more: it keeps what it has, unless it is dead.
+    pub(super) fn is_wanted_again(&self) {
+        if *self.given_up.borrow() == GivenUp::Drained {
+            self.give_up(GivenUp::Not);
         }
     }
 

@@ -7,7 +7,7 @@ use dynamo_host_core::{Candidates, Fleet, Load, LoadSlot, RequestFacts, Role, Wo
 use dynamo_host_flow::BreakerRules;
 use tokio::sync::watch;
 
-use super::{Member, member::GivenUp, vitals::Vitals};
+use super::{GivenUp, Member, vitals::Vitals};
 use crate::{
     clock::Clock,
     error::RequestError,

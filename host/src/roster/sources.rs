@@ -10,7 +10,6 @@ use super::{
     Member, Roster, RosterError,
     connect::{self, Connection, Credentials, check},
     lock,
-    member::GivenUp,
 };
 use crate::{
     config::WorkerConfig,
@@ -131,8 +130,9 @@ impl Roster {
                 let is_drained = standing.is_drained;
                 standing.drains(is_drained, None, self.clock.now_ms());
                 standing.show();
+                drop(standing);
                 if !is_drained {
-                    before.give_up(GivenUp::Not);
+                    before.is_wanted_again();
                 }
                 continue;
             }

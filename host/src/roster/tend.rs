@@ -15,8 +15,7 @@ use dynamo_engine_api::{EngineError, ModelCard, RankLoad};
 use dynamo_host_core::{WorkerState, load::READINGS_PER_SECOND};
 
 use super::{
-    Member, Roster, listen,
-    member::GivenUp,
+    GivenUp, Member, Roster, listen,
     pulse::{Finding, NoSign, Pulse},
 };
 use crate::text::plain;
@@ -57,7 +56,7 @@ impl Roster {
     async fn keep_probing(&self, member: &Member, mut pulse: Pulse) {
         loop {
             let is_well = member.standing().found().is_eligible();
-            let every = self.health().probe_every();
+            let every = self.health().probe_every().max(self.least_pause());
             let pause = jittered(pulse.pause(is_well, every));
             // Woken early by a request that failed.
             let is_called = tokio::time::timeout(pause, member.probe_now.notified()).await.is_ok();
@@ -122,8 +121,7 @@ impl Roster {
     async fn keep_reading(&self, member: &Member) {
         let mut skip = 0;
         loop {
-            let least = Duration::from_secs_f64(self.members().len() as f64 / READINGS_PER_SECOND);
-            tokio::time::sleep(jittered(LOAD_EVERY.max(least))).await;
+            tokio::time::sleep(jittered(LOAD_EVERY.max(self.least_pause()))).await;
             member.sample_output(self.clock.now_ms());
             if skip > 0 {
                 skip -= 1;
@@ -139,6 +137,11 @@ impl Roster {
             skip = skips_after(&read);
             self.take_load(member, read);
         }
+    }
+
+    /// How often an engine is asked at most: the more of them there are, the less often each.
+    fn least_pause(&self) -> Duration {
+        Duration::from_secs_f64(self.members().len() as f64 / READINGS_PER_SECOND)
     }
 
     /// Takes down a reading of load. One that failed leaves what was known: it ages.
@@ -167,7 +170,7 @@ impl Roster {
         self.settle_as(member, state, found.err(), is_other);
     }
 
-    fn settle_as(&self, member: &Member, state: WorkerState, trouble: Option<String>, is_other: bool) {
+    pub(super) fn settle_as(&self, member: &Member, state: WorkerState, trouble: Option<String>, is_other: bool) {
         let name = &member.config.name;
         let mut standing = member.standing();
         // Those that there was room for are served all the same.
@@ -179,7 +182,7 @@ impl Roster {
         match &trouble {
             None if is_news => tracing::info!(worker = name, "worker is ready"),
             Some(trouble) if is_news && state == WorkerState::Starting => {
-                tracing::info!(worker = name, "worker is starting: {trouble}")
+                tracing::info!(worker = name, "worker is starting: {trouble}");
             }
             Some(trouble) if is_news && !state.is_eligible() => {
                 tracing::warn!(worker = name, "worker is out of service: {trouble}");

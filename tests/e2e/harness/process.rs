@@ -85,6 +85,12 @@ impl Process {
         self.child.wait().unwrap();
     }
 
+    /// Sends it a signal by its name, such as `STOP`.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([format!("-{name}"), self.id().to_string()]).status().unwrap();
+        assert!(sent.success(), "kill -{name} {}: {sent}", self.id());
+    }
+
     /// Waits until it has ended by itself.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let what = format!("{} ends", self.name);

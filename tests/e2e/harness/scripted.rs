@@ -2,7 +2,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use serde_json::{Value, json};
@@ -16,6 +19,7 @@ use tokio::{
 pub(crate) struct Scripted {
     pub(crate) address: SocketAddr,
     received: Arc<Mutex<Vec<Received>>>,
+    is_loading: Arc<AtomicBool>,
     _tasks: JoinSet<()>,
 }
 
@@ -55,6 +59,8 @@ impl Scripted {
         let address = listener.local_addr().unwrap();
         let received: Arc<Mutex<Vec<Received>>> = Arc::default();
         let requests = Arc::clone(&received);
+        let is_loading = Arc::new(AtomicBool::new(false));
+        let loading = Arc::clone(&is_loading);
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
@@ -62,19 +68,28 @@ impl Scripted {
                 let (stream, _) = listener.accept().await.unwrap();
                 stream.set_nodelay(true).unwrap();
                 let (script, requests, models) = (script.clone(), Arc::clone(&requests), Arc::clone(&models));
+                let loading = Arc::clone(&loading);
                 connections.spawn(async move {
                     let mut connection = Connection { stream, is_broken: false };
                     let Some(request) = connection.request().await else { return };
                     if request.head.starts_with("post ") {
                         requests.lock().unwrap().push(request);
                         script(connection).await;
+                    } else if loading.load(Relaxed) {
+                        let body = r#"{"error":{"message":"Loading model","type":"unavailable_error","code":503}}"#;
+                        connection.write(whole_answer("503 Service Unavailable", body)).await;
                     } else {
                         connection.write(whole_answer("200 OK", &models)).await;
                     }
                 });
             }
         });
-        Self { address, received, _tasks: tasks }
+        Self { address, received, is_loading, _tasks: tasks }
+    }
+
+    /// Has it say to whoever looks that its model is loading, or not any more.
+    pub(crate) fn loads(&self, is_loading: bool) {
+        self.is_loading.store(is_loading, Relaxed);
     }
 
     /// Answers each request for tokens with the same bytes.

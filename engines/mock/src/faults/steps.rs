@@ -57,7 +57,7 @@ impl Steps {
 
     /// The next step. After one that is no token, or has a tear, there is none.
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
-        if let Some(faults) = self.strike.faults() {
+        if let Some(faults) = self.switches.still(&self.strike) {
             let is_due = |after: Option<u32>| after.is_some_and(|tokens| tokens <= self.tokens);
             if is_due(faults.error_event) {
                 return Poll::Ready(Step::ErrorEvent);
@@ -112,7 +112,7 @@ impl Steps {
     }
 
     fn tear(&self) -> Option<Tear> {
-        let faults = self.strike.faults()?;
+        let faults = self.switches.still(&self.strike)?;
         let is_due = |after: Option<u32>| after.is_some_and(|tokens| tokens <= self.tokens);
         if is_due(faults.cut_character) {
             return Some(Tear::Character);

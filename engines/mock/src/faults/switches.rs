@@ -41,7 +41,7 @@ pub(crate) struct Pace {
 pub(crate) struct Strike(Option<Arc<Faults>>);
 
 impl Strike {
-    /// The faults that it meets.
+    /// The faults that it met when it came.
     pub(crate) fn faults(&self) -> Option<&Faults> {
         self.0.as_deref()
     }
@@ -100,6 +100,12 @@ impl Switches {
         let faults = Arc::clone(faults);
         state.struck += 1;
         Strike(Some(faults))
+    }
+
+    /// The faults that a strike is of, while they are in force.
+    pub(crate) fn still(&self, strike: &Strike) -> Option<Arc<Faults>> {
+        let struck = strike.0.as_ref()?;
+        Arc::ptr_eq(struck, &self.state().faults).then(|| Arc::clone(struck))
     }
 
     /// Tells of each change of the pace.

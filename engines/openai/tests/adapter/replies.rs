@@ -17,6 +17,16 @@ async fn an_engines_refusal_passes_as_it_is() {
 }
 
 #[tokio::test]
+async fn a_page_of_something_else_is_no_answer() {
+    let page = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>";
+    let server = Scripted::answering(page).await;
+    let error = error_of(&server.engine()).await;
+    assert!(matches!(&error, EngineError::Unhealthy { reason, .. } if reason.contains("text/html")), "{error}");
+    let unnamed = Scripted::answering("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await;
+    assert_eq!(whole_of(&unnamed.engine()).await.body, "{}");
+}
+
+#[tokio::test]
 async fn only_headers_that_concern_the_client_pass() {
     let head = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/problem+json\r\nretry-after: 7\r\nserver: uvicorn\r\nset-cookie: a=b";
     let server = Scripted::answering(format!("{head}\r\ncontent-length: 2\r\n\r\n{{}}")).await;

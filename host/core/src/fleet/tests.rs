@@ -39,12 +39,15 @@ fn rows_are_in_ascending_id_and_load_follows_its_worker() {
 }
 
 #[test]
-fn only_healthy_workers_of_the_model_and_role_are_candidates() {
+fn only_workers_that_are_well_or_suspect_of_the_model_and_role_are_candidates() {
     let board = LoadBoard::new(16);
-    let states = [WorkerState::Healthy, WorkerState::Starting, WorkerState::Unreachable, WorkerState::Draining];
+    let states = WorkerState::ALL;
     let workers = states.iter().enumerate().map(|(i, state)| worker(&board, &i.to_string(), *state, &[])).collect();
     let fleet = Fleet::new(1, workers).unwrap();
-    assert_eq!(fleet.candidates("m", Role::Aggregated).unwrap().count(), 1);
+    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    let mut codes = candidates.u32_column(U32Column::State, 0).to_vec();
+    codes.sort_unstable();
+    assert_eq!(codes, [0, 1], "one that is healthy and one that is suspect");
     assert!(fleet.candidates("m", Role::Prefill).is_none());
     assert!(fleet.candidates("other", Role::Aggregated).is_none());
     assert!(fleet.models().contains("m"));

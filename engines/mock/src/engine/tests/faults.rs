@@ -93,6 +93,14 @@ async fn a_wedged_engine_answers_probes_and_goes_on_when_it_is_healed() {
 }
 
 #[tokio::test]
+async fn who_was_struck_before_it_was_healed_is_served_well() {
+    let engine = engine("fault.wedge=3");
+    let early = stream(&engine, Endpoint::Completions, ten()).await;
+    engine.switches().set(Faults::default());
+    assert_eq!(frames(early).await.len(), 10);
+}
+
+#[tokio::test]
 async fn a_hung_engine_answers_nothing_until_it_is_healed() {
     let engine = engine("fault.hang=0");
     assert!(tokio::time::timeout(Duration::from_millis(100), engine.probe()).await.is_err());
