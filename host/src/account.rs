@@ -15,12 +15,14 @@ use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
 use crate::{
+    admit::Heard,
     clock::{Clock, unix_ms},
     meters::RequestMeters,
     observe::Observer,
     receipts::{Hex, OutcomeLine, Recorder},
     request::{Lane, Placing},
     roster::{Attempt, Outcome, failure},
+    stop::{Phase, Stopping},
 };
 
 /// How a request ended: `outcomes.end` of the contract.
@@ -50,8 +52,11 @@ pub(crate) struct Account {
     /// What is logged after the handler has returned belongs to the request all the same.
     pub(crate) span: tracing::Span,
     observer: Observer,
+    stopping: Stopping,
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
+    /// The admission policy that let it in, if it wants to hear of it.
+    pub(crate) admission: Option<Arc<Heard>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
     /// The same request, for the worker's breaker.
@@ -152,8 +157,10 @@ impl Account {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
             observer: lane.observer.clone(),
+            stopping: lane.stopping.clone(),
             clock: lane.clock,
             version: placing.observed_version(),
+            admission: None,
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
             attempt: lane.roster.attempt(&placing.snapshot, worker.id),
@@ -278,6 +285,9 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
+        // An answer that the host's end came before is one of ours, and is counted with it.
+        let never_began = self.status.as_u16() == CLIENT_LEFT && self.stopping.has_reached(Phase::Over);
+        self.is_part |= never_began;
         self.meters.in_flight.decrement(1.0);
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.
@@ -345,15 +355,19 @@ impl Drop for Account {
                 cached_reported: reported,
             });
         }
+        let row = OutcomeRow {
+            decision_id: self.decision_id,
+            worker_id: self.worker.0,
+            ttft_ms,
+            itl_ms,
+            queue_ms: f32::NAN,
+            output_tokens: usage.completion_tokens,
+            end: self.end as u32,
+        };
+        if let Some(heard) = self.admission.take() {
+            heard.tell(row);
+        }
         if let Some(version) = self.version.take() {
-            let row = OutcomeRow {
-                decision_id: self.decision_id,
-                worker_id: self.worker.0,
-                ttft_ms,
-                itl_ms,
-                output_tokens: usage.completion_tokens,
-                end: self.end as u32,
-            };
             self.observer.tell(version, row);
         }
         if !self.is_part {

@@ -3,6 +3,7 @@
 //! Whoever reaches it controls the host: it listens on loopback only, or demands a bearer token. A web page that the
 //! operator has open reaches loopback, too: what a browser sends for a page, it marks with `origin`, and that is refused.
 
+mod audited;
 mod workers;
 
 use std::{
@@ -11,7 +12,7 @@ use std::{
 };
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::Body,
     extract::{DefaultBodyLimit, Path, Query, Request, State, rejection::QueryRejection},
     middleware::{self, Next},
@@ -32,7 +33,12 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Deserialize;
 use serde_json::json;
 
+use self::audited::Of;
+pub(crate) use self::audited::{audit_quarantines, standings};
 use crate::{
+    admit::Queue,
+    audit::{Audit, Who},
+    listener::Peer,
     policies::{ChangeError, Policies},
     reload::ConfigStatus,
     roster::Roster,
@@ -51,6 +57,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Admin {
     pub(crate) policies: Arc<Policies>,
     pub(crate) roster: Arc<Roster>,
+    pub(crate) audit: Audit,
+    pub(crate) queue: Arc<Queue>,
     pub(crate) config: ConfigStatus,
     pub(crate) started: Instant,
     pub(crate) token: Option<Arc<str>>,
@@ -61,11 +69,13 @@ pub(crate) struct Admin {
 pub(crate) fn router(admin: Admin) -> Router {
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/queue", get(|State(admin): State<Admin>| async move { Json(admin.queue.report()) }))
         .route("/v1/slots", get(slots))
         .route("/v1/slots/{slot}/policy", put(activate).delete(activate_native))
         .route("/v1/slots/{slot}/rollback", post(rollback))
         .route("/v1/slots/{slot}/bypass", put(bypass).delete(end_bypass))
         .route("/v1/slots/{slot}/on-error", put(set_on_error))
+        .route("/v1/audit", get(audited::list))
         .merge(workers::routes())
         .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
         .fallback(nothing_here)
@@ -76,14 +86,24 @@ pub(crate) fn router(admin: Admin) -> Router {
         .with_state(admin)
 }
 
-async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+async fn authorize(State(admin): State<Admin>, mut request: Request, next: Next) -> Response {
     if request.headers().contains_key(ORIGIN) {
         let message = "the admin API takes no requests of web pages, and this one has an `origin` header; use dynamo-host policy, or send it without";
         return refusal(StatusCode::FORBIDDEN, "origin", message);
     }
-    let Some(token) = &admin.token else { return next.run(request).await };
+    let who = |request: &Request, token| {
+        let Peer { address, certificate } = request.extensions().get().cloned().unwrap_or_default();
+        Who::Client { peer: address, token, certificate }
+    };
+    let Some(token) = &admin.token else {
+        let who = who(&request, false);
+        request.extensions_mut().insert(who);
+        return next.run(request).await;
+    };
     let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
     if given.is_some_and(|given| is_same(given.as_bytes(), token.as_bytes())) {
+        let who = who(&request, true);
+        request.extensions_mut().insert(who);
         return next.run(request).await;
     }
     refusal(StatusCode::UNAUTHORIZED, "unauthorized", "send the admin token as `authorization: Bearer …` (--token)")
@@ -114,6 +134,7 @@ async fn status(State(admin): State<Admin>) -> Response {
         "config": admin.config.report(),
         "workers": admin.roster.report(),
         "problems": admin.roster.problems(),
+        "queue": admin.queue.report(),
         "slots": admin.policies.reports(),
     }))
     .into_response()
@@ -132,6 +153,7 @@ struct ActivateQuery {
 
 async fn activate(
     State(admin): State<Admin>,
+    Extension(who): Extension<Who>,
     Path(slot): Path<String>,
     query: Result<Query<ActivateQuery>, QueryRejection>,
     body: Body,
@@ -141,8 +163,9 @@ async fn activate(
     let Query(query) = query?;
     let slot = slot.parse()?;
     let settings = query.settings.unwrap_or_else(|| "{}".to_owned());
-    let change = admin.policies.activate(&slot, Some((bytes, settings))).await?;
-    Ok(Json(change).into_response())
+    let of = Of { what: "policy activate", who, slot: &slot, takes_turn: true };
+    let make = move |admin: Admin, slot| async move { admin.policies.activate(&slot, Some((bytes, settings))).await };
+    audited::change(&admin, of, make).await
 }
 
 /// Reads a component, and no more of it into memory than one may have.
@@ -169,21 +192,30 @@ async fn component(body: Body, max_bytes: usize) -> Result<Vec<u8>, AdminError> 
     Err(ChangeError::from(error).into())
 }
 
-async fn activate_native(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
-    Ok(Json(admin.policies.activate(&slot.parse()?, None).await?).into_response())
+type Asked = (State<Admin>, Extension<Who>, Path<String>);
+
+async fn activate_native((State(admin), Extension(who), Path(slot)): Asked) -> Result<Response, AdminError> {
+    let of = Of { what: "policy activate", who, slot: &slot.parse()?, takes_turn: true };
+    audited::change(&admin, of, |admin, slot| async move { admin.policies.activate(&slot, None).await }).await
 }
 
-async fn rollback(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
-    let slot: SlotName = slot.parse()?;
-    Ok(Json(admin.policies.rollback(&slot).await?).into_response())
+async fn rollback((State(admin), Extension(who), Path(slot)): Asked) -> Result<Response, AdminError> {
+    let of = Of { what: "policy rollback", who, slot: &slot.parse()?, takes_turn: true };
+    audited::change(&admin, of, |admin, slot| async move { admin.policies.rollback(&slot).await }).await
 }
 
-async fn bypass(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
-    Ok(Json(admin.policies.set_bypass(&slot.parse()?, true).await?).into_response())
+async fn bypass(asked: Asked) -> Result<Response, AdminError> {
+    set_bypass(asked, true).await
 }
 
-async fn end_bypass(State(admin): State<Admin>, Path(slot): Path<String>) -> Result<Response, AdminError> {
-    Ok(Json(admin.policies.set_bypass(&slot.parse()?, false).await?).into_response())
+async fn end_bypass(asked: Asked) -> Result<Response, AdminError> {
+    set_bypass(asked, false).await
+}
+
+/// The kill switch waits for no change under way.
+async fn set_bypass((State(admin), Extension(who), Path(slot)): Asked, is_on: bool) -> Result<Response, AdminError> {
+    let of = Of { what: "policy bypass", who, slot: &slot.parse()?, takes_turn: false };
+    audited::change(&admin, of, move |admin, slot| async move { admin.policies.set_bypass(&slot, is_on).await }).await
 }
 
 #[derive(Deserialize)]
@@ -194,12 +226,14 @@ struct OnErrorQuery {
 
 async fn set_on_error(
     State(admin): State<Admin>,
+    Extension(who): Extension<Who>,
     Path(slot): Path<String>,
     query: Result<Query<OnErrorQuery>, QueryRejection>,
 ) -> Result<Response, AdminError> {
     let slot: SlotName = slot.parse()?;
     let mode: OnError = query.map_err(AdminError::OnErrorQuery)?.0.mode.parse()?;
-    Ok(Json(admin.policies.set_on_error(&slot, mode).await?).into_response())
+    let of = Of { what: "policy on-error", who, slot: &slot, takes_turn: true };
+    audited::change(&admin, of, move |admin, slot| async move { admin.policies.set_on_error(&slot, mode).await }).await
 }
 
 /// What the admin API refuses.

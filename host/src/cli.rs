@@ -1,9 +1,11 @@
 //! The command line: what can be typed, and which exit code comes of it.
 //!
 //! 0: done. 1: the command failed, with one message on stderr. 2: it could not begin: flags, configuration, addresses.
+//! 130, 143: a second SIGINT or SIGTERM cut a host's stop short.
 
 mod admin;
 mod assets;
+mod audit;
 mod config;
 mod dashboard;
 mod key;
@@ -48,6 +50,16 @@ enum Command {
     /// List workers, drain them, and put them back to work
     #[command(subcommand)]
     Worker(WorkerCommand),
+    /// What was changed in a running host, when and by whom: policies, kill switches, drained workers
+    Audit {
+        /// How many changes, the newest last
+        #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        last: u32,
+        #[command(flatten)]
+        admin: AdminFlags,
+        #[command(flatten)]
+        output: OutputFlags,
+    },
     /// Check a configuration file without serving
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -312,7 +324,10 @@ struct MockFlags {
 pub fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Serve(flags) => match Config::resolve(*flags) {
-            Ok(config) => exit(2, run(true, serve::run(config))),
+            Ok(config) => match run(true, serve::run(config)) {
+                Ok(code) => ExitCode::from(code),
+                Err(error) => exit(2, Err(error)),
+            },
             Err(error) => exit(2, Err(error)),
         },
         Command::Simulate(flags) => exit(1, simulate::run(&flags)),
@@ -320,6 +335,7 @@ pub fn main() -> ExitCode {
         Command::MockEngine(flags) => exit(2, run(true, mock::run(flags))),
         Command::Key(KeyCommand::New(flags)) => exit(1, key::new(&flags)),
         Command::Assets { directory } => exit(1, assets::write(&directory)),
+        Command::Audit { last, admin, output } => exit(1, run(false, audit::list(last, &admin, output.output))),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Worker(command) => match command {
             WorkerCommand::List { admin, output } => exit(1, run(false, worker::list(&admin, output.output))),

@@ -8,6 +8,7 @@ mod health;
 mod limits;
 mod migration;
 mod profile;
+mod queue;
 mod worker;
 
 use std::{
@@ -30,6 +31,7 @@ pub(crate) use self::{
     health::{Canary, HealthConfig},
     limits::Limits,
     migration::Migration,
+    queue::{MAX_CLASSES, QueueConfig, SloConfig},
     worker::{MAX_RANKS, WorkerConfig, WrittenWorker},
 };
 use crate::{
@@ -93,6 +95,8 @@ pub(crate) enum ConfigError {
     Migration { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
     #[error("limits.{key} is {value}; use {} to {}", allowed.start(), allowed.end())]
     Limit { key: &'static str, value: u64, allowed: RangeInclusive<u64> },
+    #[error("{0}")]
+    Queue(String),
 }
 
 /// Flags of `serve`.
@@ -182,6 +186,8 @@ struct File {
     health: HealthConfig,
     limits: Limits,
     migration: Migration,
+    queue: QueueConfig,
+    slo: SloConfig,
     worker: Vec<WrittenWorker>,
 }
 
@@ -217,6 +223,8 @@ pub(crate) struct Config {
     pub(crate) health: HealthConfig,
     pub(crate) limits: Limits,
     pub(crate) migration: Migration,
+    pub(crate) queue: QueueConfig,
+    pub(crate) slo: SloConfig,
     pub(crate) door: DoorConfig,
     /// `None`: off.
     pub(crate) receipts: Option<ReceiptsConfig>,
@@ -323,6 +331,8 @@ impl Config {
         limits.check()?;
         file.migration.check()?;
         file.health.check().map_err(ConfigError::Health)?;
+        file.queue.check(&limits)?;
+        file.slo.check()?;
         let state_dir = flags.state_dir.or(file.state_dir);
         let receipts = receipts(file.receipts, flags.receipts, state_dir.is_some())?;
         let config = Self {
@@ -344,6 +354,8 @@ impl Config {
             health: file.health,
             limits,
             migration: file.migration,
+            queue: file.queue,
+            slo: file.slo,
             door: DoorConfig::resolve(
                 DoorSections { auth: file.auth, cors: file.cors, tls: file.tls, admin_tls: file.admin_tls, otlp: file.otlp },
                 flags.keys,

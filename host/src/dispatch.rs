@@ -51,6 +51,7 @@ pub(crate) struct Dispatch<'a> {
     /// Until the answer has it.
     permit: Option<Permit>,
     accepted: Instant,
+    patience: Patience,
     attempts_left: u32,
     /// What the last worker failed it with.
     failure: Option<EngineError>,
@@ -65,10 +66,18 @@ pub(crate) enum Opened {
 }
 
 impl<'a> Dispatch<'a> {
-    pub(crate) fn new(lane: &'a Arc<Lane>, asked: Asked, permit: Permit, accepted: Instant, migration: Arc<Migration>) -> Self {
+    pub(crate) fn new(
+        lane: &'a Arc<Lane>,
+        asked: Asked,
+        permit: Permit,
+        accepted: Instant,
+        patience: Patience,
+        migration: Arc<Migration>,
+    ) -> Self {
         lane.roster.note_request();
         let attempts_left = migration.max_attempts;
-        Self { lane, asked, migration, permit: Some(permit), accepted, attempts_left, failure: None, outlasts_until: None }
+        let permit = Some(permit);
+        Self { lane, asked, migration, permit, accepted, patience, attempts_left, failure: None, outlasts_until: None }
     }
 
     pub(crate) fn asked(&self) -> &Asked {
@@ -135,7 +144,8 @@ impl<'a> Dispatch<'a> {
             let engine = placing.snapshot.engine(worker.id);
             let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
             let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
-            let patience = Patience::since(self.accepted, &self.lane.limits());
+            account.admission = self.permit.as_ref().and_then(Permit::heard);
+            let patience = self.patience;
             let head = self.head(placing, worker);
             metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
             tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");

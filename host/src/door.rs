@@ -4,7 +4,10 @@ mod cors;
 mod health;
 mod models;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
@@ -25,10 +28,21 @@ use crate::{
     auth::Gate,
     config::Cors,
     error::{Audience, Dialect, RequestError},
+    listener::TakenBy,
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
+    stop,
+    text::plain,
     trace::{self, Parent, Traces},
 };
+
+/// What an answer may be late, so that a client that keeps pace can read that it is.
+const LATE: Duration = Duration::from_secs(1);
+
+/// How long a client gives its request altogether, in milliseconds.
+const TIMEOUT: &str = "x-request-timeout-ms";
+/// How long a request waited for its turn, in milliseconds.
+pub(crate) const QUEUE_MS: HeaderName = HeaderName::from_static("x-dynamo-queue-ms");
 
 /// Longest request id that is taken from a client.
 const MAX_ID_BYTES: usize = 128;
@@ -80,16 +94,24 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
     let id = request_id(&parts.headers);
     let (span, headers) = open(&door, endpoint, &id, &parts);
     let mut notes = Notes::default();
-    let served = match door.gate.admit(&parts.headers) {
-        Ok(caller) => {
+    let mut patience = door.lane.limits().request_timeout();
+    let entered = door.lane.stopping.enter().and_then(|running| {
+        let caller = door.gate.admit(&parts.headers)?;
+        Ok((running, caller, timeout(&parts.headers)?))
+    });
+    let served = match entered {
+        Ok((running, caller, timeout)) => {
+            patience = timeout.map_or(patience, |timeout| timeout.min(patience));
             let session_key = parts.headers.get("x-session-id").map(|session| id::key(session.as_bytes()));
-            let arrival = Arrival { endpoint, id: id.clone(), session_key, caller, headers, body, at };
-            request::serve(&door.lane, arrival, &mut notes).instrument(span.clone()).await
+            let arrival = Arrival { endpoint, id: id.clone(), session_key, timeout, caller, headers, body, at };
+            let serving = request::serve(&door.lane, arrival, &mut notes).instrument(span.clone());
+            let served = door.lane.stopping.unless_over(serving).await;
+            served.map(|answer| stop::with_last_words(answer, running, endpoint, door.lane.audience()))
         }
         Err(error) => Err(error),
     };
     let dialect = Dialect::of(endpoint);
-    let response = served.unwrap_or_else(|error| {
+    let mut response = served.unwrap_or_else(|error| {
         span.in_scope(|| error.record());
         // A name that no worker serves must not become a label.
         count_request(endpoint.label(), notes.model.as_deref().unwrap_or("none"), error.status());
@@ -99,8 +121,13 @@ async fn generate(door: Arc<Door>, endpoint: Endpoint, request: Request) -> Resp
             None => response,
         }
     });
+    response.extensions_mut().insert(TakenBy(at + patience + LATE));
     let status = response.status().as_u16();
     tracing::debug!(parent: &span, model = notes.model, policy = notes.policy, status, "answer began");
+    let response = match notes.queued {
+        Some(queued) => with_header(response, QUEUE_MS, &format!("{:.3}", queued.as_secs_f64() * 1000.0)),
+        None => response,
+    };
     match dialect {
         Dialect::OpenAi => response,
         Dialect::Anthropic => with_header(response, ANTHROPIC_REQUEST_ID, &id),
@@ -129,6 +156,16 @@ fn open(door: &Door, endpoint: Endpoint, id: &str, parts: &Parts) -> (Span, Head
     let span = request_span(Some(&ours.trace_id().to_string()));
     trace::attach(&span, context);
     (span, headers)
+}
+
+/// How long the client gives its request. No time at all is no mistake: it is over.
+fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, RequestError> {
+    let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
+    let text = value.to_str().map(str::trim).unwrap_or_default();
+    match text.parse::<i64>() {
+        Ok(ms) => Ok(Some(Duration::from_millis(u64::try_from(ms).unwrap_or(0)))),
+        Err(_) => Err(RequestError::Header { name: TIMEOUT, found: plain(&text.chars().take(40).collect::<String>()) }),
+    }
 }
 
 /// The client's id if it can be used in logs and headers, else one of ours.

@@ -2,6 +2,8 @@
 //!
 //! The log says all; a client is told which engine it was only where the operator exposes workers.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     response::{IntoResponse, Response},
@@ -9,13 +11,14 @@ use axum::{
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, EngineError};
 use dynamo_host_core::Rejection;
+use dynamo_host_flow::Refusal;
 use http::{
     HeaderValue, StatusCode,
     header::{RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use serde_json::{Value, json};
 
-use crate::text::plain;
+use crate::{retry_after, text::plain};
 
 /// Why a request is not answered by an engine.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -43,9 +46,12 @@ pub(crate) enum RequestError {
     #[error("the models of some workers are not known yet, and {model:?} may be among them; try again, or see GET /health")]
     ModelsUnknown { model: String },
     #[error(
-        "the request was not done within {seconds} s; ask for fewer tokens, or have the operator raise limits.request_timeout_s"
+        "the request was not done within {seconds} s; ask for fewer tokens, give it more time if x-request-timeout-ms is set, \
+         or have the operator raise limits.request_timeout_s"
     )]
-    Deadline { seconds: u64 },
+    Deadline { seconds: f64 },
+    #[error("this host is shutting down; send the request again, and it goes to another one")]
+    ShuttingDown,
     #[error("there is no {path} here; GET /v1/models, or POST {}", posts())]
     NotFound { path: String },
     #[error("{path} does not take {method}; use {allowed}")]
@@ -65,8 +71,21 @@ pub(crate) enum RequestError {
          keep what POST /v1/responses answers"
     )]
     NothingStored { path: String },
+    #[error("{}; try again later", full(*refusal))]
+    QueueFull {
+        /// `None`: it had a place, and another with a better claim has it now.
+        refusal: Option<Refusal>,
+        retry_after_ms: u32,
+    },
+    #[error("the request could not be started in time: it waited {waited_ms} ms; give it more time, or try again later")]
+    QueueTimeout { waited_ms: u64 },
+    #[error("header {name} is {found:?}; write a whole number of milliseconds, or leave it out")]
+    Header { name: &'static str, found: String },
     #[error("{}", .0.reason)]
     Rejected(Rejection),
+    /// By the admission policy.
+    #[error("{}", .0.reason)]
+    Shed(Rejection),
     /// The slot's `on-error` is `closed`.
     #[error("{}", .0.reason)]
     PolicyFailed(Rejection),
@@ -144,15 +163,24 @@ impl RequestError {
             Self::ModelNotAllowed { .. } => row(StatusCode::FORBIDDEN, INVALID, "model_not_allowed"),
             Self::Stateful { .. } => row(StatusCode::BAD_REQUEST, INVALID, "stateful_responses"),
             Self::NothingStored { .. } => row(StatusCode::NOT_FOUND, INVALID, "stateful_responses"),
+            Self::ShuttingDown => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
             Self::Deadline { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "request_timeout"),
-            Self::Rejected(rejection) => {
+            Self::QueueFull { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "queue_full"),
+            Self::QueueTimeout { .. } => row(StatusCode::GATEWAY_TIMEOUT, SERVER, "queue_timeout"),
+            Self::Header { .. } => row(StatusCode::BAD_REQUEST, INVALID, "invalid_header"),
+            Self::Rejected(rejection) | Self::Shed(rejection) => {
                 let status = StatusCode::from_u16(rejection.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
                 let kind = match status {
                     StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
                     _ if status.is_client_error() => INVALID,
                     _ => SERVER,
                 };
-                row(status, kind, "policy_rejected")
+                let code = match self {
+                    Self::Shed(_) if status == StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
+                    Self::Shed(_) => "admission_shed",
+                    _ => "policy_rejected",
+                };
+                row(status, kind, code)
             }
             Self::MigrationUnsound { .. } => row(StatusCode::BAD_GATEWAY, SERVER, "migration_unsound"),
             Self::PolicyFailed(_) => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "policy_failed"),
@@ -209,13 +237,13 @@ impl RequestError {
     pub(crate) fn response(&self, dialect: Dialect, to: Audience) -> Response {
         let mut response = (self.status(), Json(self.body(dialect, to))).into_response();
         let retry_after_ms = match self {
-            Self::Rejected(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
-            Self::NoWorker { .. } | Self::ModelsUnknown { .. } => Some(1000),
+            Self::Rejected(rejection) | Self::Shed(rejection) | Self::PolicyFailed(rejection) => rejection.retry_after_ms,
+            Self::NoWorker { .. } | Self::ModelsUnknown { .. } | Self::ShuttingDown => Some(1000),
+            Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
             _ => None,
         };
         if let Some(ms) = retry_after_ms {
-            // The header knows whole seconds: later rather than too early.
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(u64::from(ms).div_ceil(1000)));
+            response.headers_mut().insert(RETRY_AFTER, retry_after::value(Duration::from_millis(ms.into())));
         }
         if response.status() == StatusCode::UNAUTHORIZED {
             let given = if matches!(self, Self::MissingKey) { "" } else { ", error=\"invalid_token\"" };
@@ -240,10 +268,23 @@ impl RequestError {
             (Self::MigrationUnsound { failure, reason }, Audience::Client) => {
                 plain(&Self::MigrationUnsound { failure: unnamed(failure), reason }.to_string())
             }
-            (Self::Engine(_) | Self::MigrationUnsound { .. } | Self::Rejected(_), _) => plain(&self.to_string()),
+            (Self::Engine(_) | Self::MigrationUnsound { .. } | Self::Rejected(_) | Self::Shed(_), _) => plain(&self.to_string()),
             _ => self.to_string(),
         }
     }
+}
+
+/// Why there is no place in the queue, and what an operator can raise.
+fn full(refusal: Option<Refusal>) -> String {
+    let key = match refusal {
+        Some(Refusal::Tokens { .. }) => "queue.max_tokens",
+        _ => "queue.max_requests",
+    };
+    let reason = refusal.map_or_else(
+        || "the queue is full, and requests with a better claim have come".to_owned(),
+        |refusal| format!("{refusal}, and there is no room for more"),
+    );
+    format!("{reason}; the operator can raise {key}")
 }
 
 /// What can be posted, for people.

@@ -6,6 +6,7 @@
 mod account;
 mod admin;
 mod admit;
+mod audit;
 mod auth;
 mod body;
 pub mod cli;
@@ -33,8 +34,10 @@ mod receipts;
 mod relay;
 mod reload;
 mod request;
+mod retry_after;
 mod roster;
 mod serve;
+mod stop;
 mod tasks;
 mod telemetry;
 mod text;

@@ -1,39 +1,45 @@
 //! Listeners: connections are accepted and served HTTP/1.1, plain or with TLS, with a bound on their number and on every
 //! wait.
 //!
-//! Contract: a client that is slow to say what it wants, or reads nothing of what is there for it, loses its
-//! connection, and what that held is free again. When there are as many connections as may be, no more are accepted:
+//! Contract: a client that is slow to say what it wants, or reads next to nothing of what is there for it, loses its
+//! connection, and what that held is free again; so does one that has not taken its answer by its request's deadline.
+//! When there are as many connections as may be, no more are accepted:
 //! they wait in the system's backlog; one client's that are too many are told so and closed. The other waits of a request are the request's own.
 
+mod pace;
 mod seats;
 
-use std::{
-    io,
-    pin::{Pin, pin},
-    sync::Arc,
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::Router;
-use hyper::server::conn::http1;
+use http::{HeaderValue, Request, header::CONNECTION};
+use hyper::{
+    body::Incoming,
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use sha2::{Digest as _, Sha256};
+use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    sync::watch,
     task::{JoinError, JoinSet},
-    time::Sleep,
 };
 use tokio_rustls::TlsAcceptor;
 
-use self::seats::{Seat, Seats};
+pub(crate) use self::pace::TakenBy;
+use self::{
+    pace::{Impatient, Pace},
+    seats::{Seat, Seats},
+};
 use crate::{
     config::Limits,
     cores::{Core, Cores},
+    stop::{Phase, Stopping},
     tls::ServerTls,
 };
 
@@ -65,6 +71,16 @@ pub(crate) struct Server {
     pub(crate) tls: Option<Arc<ServerTls>>,
     /// Where connections live.
     pub(crate) cores: Cores,
+    /// Whether requests say whose they are, by a [`Peer`] among their extensions.
+    pub(crate) names_peers: bool,
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Peer {
+    pub(crate) address: Option<SocketAddr>,
+    /// SHA-256 of the certificate that it showed.
+    pub(crate) certificate: Option<String>,
 }
 
 /// How one connection is served.
@@ -76,12 +92,17 @@ struct Manner {
     /// How long a client may take to say what it wants, its TLS handshake included.
     header_timeout: Duration,
     write_stall: Duration,
-    stop: watch::Receiver<bool>,
+    names_peers: bool,
+    stopping: Stopping,
 }
 
-/// Serves until `stop`, then lets running requests end.
-pub(crate) async fn serve(server: Server, limits: &Limits, stop: watch::Receiver<bool>) {
-    let Server { what, listener, router, tls, cores } = server;
+/// Serves until it is over; then lets clients take their last words.
+pub(crate) async fn serve(server: Server, limits: &Limits, stopping: Stopping) {
+    let Server { what, listener, router, tls, cores, names_peers } = server;
+    // Accepted sockets inherit it.
+    if let Err(error) = SockRef::from(&listener).set_send_buffer_size(limits.client_buffer_bytes as usize) {
+        tracing::warn!(listener = what, "limits.client_buffer_bytes is not in force: {error}");
+    }
     let most = limits.max_connections as usize;
     let header_timeout = Duration::from_secs(limits.header_timeout_s);
     let mut http = http1::Builder::new();
@@ -90,16 +111,16 @@ pub(crate) async fn serve(server: Server, limits: &Limits, stop: watch::Receiver
         .max_headers(limits.max_headers as usize)
         .max_buf_size(limits.max_header_bytes as usize);
     let write_stall = Duration::from_secs(limits.write_stall_s);
-    let manner = Manner { http, router, tls, header_timeout, write_stall, stop: stop.clone() };
+    let manner = Manner { http, router, tls, header_timeout, write_stall, names_peers, stopping: stopping.clone() };
     let seats = Seats::new(limits.max_connections_per_client);
     let gauge = metrics::gauge!("dynamo_host_connections", "listener" => what);
     let refused = metrics::counter!("dynamo_host_connections_refused_total", "listener" => what);
-    let mut stopped = pin!(stopped(stop));
+    let mut over = pin!(stopping.reached(Phase::Over));
     let mut connections = JoinSet::new();
     let mut was_full = false;
     loop {
         tokio::select! {
-            () = &mut stopped => break,
+            () = &mut over => break,
             accepted = listener.accept(), if connections.len() < most => match accepted {
                 Ok((stream, address)) => {
                     match seats.take(address.ip()) {
@@ -143,33 +164,57 @@ async fn converse(manner: Manner, stream: TcpStream, _seat: Seat, _core: Core) {
     let Ok(stream) = stream.into_std().and_then(TcpStream::from_std) else { return };
     // A token must not wait for the next one to fill a segment. Best effort: a connection may be gone already.
     let _ = stream.set_nodelay(true);
+    let peer = Peer { address: stream.peer_addr().ok(), certificate: None };
+    let pace = Pace::new(manner.write_stall);
     let Some(tls) = manner.tls.clone() else {
-        let stream = Impatient::new(stream, manner.write_stall);
-        return exchange(manner, stream).await;
+        let stream = Impatient::new(stream, pace.clone());
+        return exchange(manner, stream, pace, peer).await;
     };
-    let (patience, write_stall) = (manner.header_timeout, manner.write_stall);
+    let patience = manner.header_timeout;
     let handshake = async {
         let mut first = [0];
         if stream.peek(&mut first).await? == 1 && first[0] != TLS_HANDSHAKE {
             tell(stream, SPEAK_TLS, patience).await;
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no TLS"));
         }
-        TlsAcceptor::from(tls.current()).accept(Impatient::new(stream, write_stall)).await
+        TlsAcceptor::from(tls.current()).accept(Impatient::new(stream, pace.clone())).await
     };
     match tokio::time::timeout(patience, handshake).await {
-        Ok(Ok(stream)) => exchange(manner, stream).await,
+        Ok(Ok(stream)) => {
+            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+            let certificate = shown.map(|shown| format!("{:x}", Sha256::digest(shown)));
+            exchange(manner, stream, pace, Peer { certificate, ..peer }).await;
+        }
         Ok(Err(error)) => tracing::debug!("a TLS handshake failed: {error}"),
         Err(_) => tracing::debug!("a TLS handshake was not done within {} s", patience.as_secs()),
     }
 }
 
 /// Serves what is said on a connection.
-async fn exchange<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(manner: Manner, stream: S) {
-    let mut connection = pin!(manner.http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(manner.router)));
+async fn exchange<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(manner: Manner, stream: S, pace: Pace, peer: Peer) {
+    let Manner { http, router, names_peers, stopping, .. } = manner;
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|mut request: Request<Incoming>| {
+        if names_peers {
+            request.extensions_mut().insert(peer.clone());
+        }
+        pace.take_by(None);
+        let (answer, stopping, pace) = (router.call(request), &stopping, &pace);
+        async move {
+            let mut answer = answer.await?;
+            pace.take_by(answer.extensions().get().copied());
+            if stopping.has_reached(Phase::Leaving) {
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, std::convert::Infallible>(answer)
+        }
+    });
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
-        () = stopped(manner.stop) => {
+        // It wakes what runs on this connection, which then sees that it is over.
+        () = stopping.reached(Phase::Over) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -192,11 +237,6 @@ async fn tell(mut stream: TcpStream, answer: &'static str, patience: Duration) {
     drop(tokio::time::timeout(patience.min(MAX_TELLING), told).await);
 }
 
-async fn stopped(mut stop: watch::Receiver<bool>) {
-    // A sender that is gone will not say it any more.
-    drop(stop.wait_for(|stop| *stop).await);
-}
-
 fn is_clients(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
@@ -206,83 +246,5 @@ fn look_at(ended: &Result<(), JoinError>) {
     if ended.as_ref().is_err_and(JoinError::is_panic) {
         metrics::counter!("dynamo_host_task_panics_total", "task" => "connection").increment(1);
         tracing::error!(task = "connection", "a connection's task panicked; the others go on");
-    }
-}
-
-/// A connection whose writes fail when its client takes nothing for a while: a body that nobody reads is not even
-/// polled any more, and would hold its engine for ever. Costs a timer per wait, not per write.
-struct Impatient<S> {
-    inner: S,
-    patience: Duration,
-    /// Runs while a write waits.
-    alarm: Option<Pin<Box<Sleep>>>,
-}
-
-impl<S> Impatient<S> {
-    fn new(inner: S, patience: Duration) -> Self {
-        Self { inner, patience, alarm: None }
-    }
-
-    fn bound<T>(&mut self, context: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.alarm = None;
-            return written;
-        }
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.patience)));
-        ready!(alarm.as_mut().poll(context));
-        let text = format!("the client read nothing for {} s", self.patience.as_secs());
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, text)))
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_read(context, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.inner).poll_write(context, bytes);
-        self.bound(context, written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.inner).poll_write_vectored(context, slices);
-        self.bound(context, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(context)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::AsyncReadExt as _;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn a_write_that_nobody_reads_fails_and_one_that_is_read_does_not() {
-        let (writer, mut reader) = tokio::io::duplex(4);
-        let mut writer = Impatient::new(writer, Duration::from_millis(1));
-        let error = writer.write_all(b"too much").await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-
-        reader.read_exact(&mut [0; 4]).await.unwrap();
-        writer.write_all(b"fits").await.unwrap();
     }
 }

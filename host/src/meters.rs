@@ -12,6 +12,9 @@ const ENGINE_SECONDS: &[f64] = &[
     1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7.5e-2, 1e-1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0,
     120.0,
 ];
+/// Buckets for what may be nothing or minutes.
+const QUEUE_SECONDS: &[f64] =
+    &[1e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0];
 /// Buckets for fuel.
 const FUEL: &[f64] = &[1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6];
 
@@ -35,7 +38,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_stage_seconds",
         Kind::Histogram(MICROSECONDS),
-        "The host's own overhead by stage: decode, tokenize, route, dispatch (all until the engine is asked, holds apart), relay (all chunks of a stream)",
+        "The host's own overhead by stage: decode, tokenize, admission, queue (the waiting apart), route, dispatch (all until the engine is asked, waiting and holds apart), relay (all chunks of a stream)",
     ),
     (
         "dynamo_host_prompts_tokenized_total",
@@ -50,6 +53,19 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("dynamo_host_tokenize_text_bytes_total", Kind::Counter, "Text of prompts by where its tokens came from: tokenizer or cache"),
     ("dynamo_host_token_cache_bytes", Kind::Gauge, "Memory of the cache of token runs"),
+    ("dynamo_host_admission_total", Kind::Counter, "Requests that were let in or shed, by verdict and class"),
+    (
+        "dynamo_host_shed_total",
+        Kind::Counter,
+        "Requests that were not let in, or waited for nothing, by reason: policy, requests and tokens (the queue is full), displaced (by others with a better claim), late (its deadline was over), timeout, no_worker, left (the client)",
+    ),
+    ("dynamo_host_queue_requests", Kind::Gauge, "Requests that wait for room, by model and class"),
+    ("dynamo_host_queue_tokens", Kind::Gauge, "Tokens of their prompts"),
+    (
+        "dynamo_host_queue_wait_seconds",
+        Kind::Histogram(QUEUE_SECONDS),
+        "How long requests waited for room, by class; most not at all",
+    ),
     ("dynamo_host_retries_total", Kind::Counter, "Requests that went on to another worker before their first token, by cause"),
     (
         "dynamo_host_migrations_total",
@@ -68,6 +84,12 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
     ("dynamo_host_connections_refused_total", Kind::Counter, "Connections that were one client's too many"),
+    (
+        "dynamo_host_slow_clients_total",
+        Kind::Counter,
+        "Clients that were hung up on since they did not take their answer, by cause: stalled, deadline",
+    ),
+    ("dynamo_host_audit_failures_total", Kind::Counter, "Changes that could not be written to the audit file"),
     ("dynamo_host_reload_failures_total", Kind::Counter, "Changed files that could not be read again, by what they hold"),
     (
         "dynamo_host_trace_spans_dropped_total",
@@ -152,6 +174,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("dynamo_host_policy_swaps_total", Kind::Counter, "Changes of a slot's policy"),
     ("dynamo_host_policy_swap_seconds", Kind::Histogram(MICROSECONDS), "Time of the swap itself, after loading"),
+    ("dynamo_host_policy_retry_after_cut_total", Kind::Counter, "Answers of policies whose Retry-After was cut to a day"),
     ("dynamo_host_policy_outcomes_dropped_total", Kind::Counter, "Outcomes that did not reach observe, since its queue was full"),
     ("dynamo_host_policy_telemetry_dropped_total", Kind::Counter, "Log lines and metric updates of policies over their quota"),
     ("dynamo_host_policy_counter_total", Kind::Counter, "Counters that policies keep, by policy and name"),
@@ -214,6 +237,8 @@ pub(crate) struct RequestMeters {
     pub(crate) prefix_reported: Counter,
     pub(crate) decode: Histogram,
     pub(crate) tokenize: Histogram,
+    pub(crate) admission: Histogram,
+    pub(crate) queue: Histogram,
     pub(crate) route: Histogram,
     pub(crate) dispatch: Histogram,
     pub(crate) relay: Histogram,
@@ -234,6 +259,8 @@ impl RequestMeters {
             prefix_reported: hit("reported"),
             decode: stage("decode"),
             tokenize: stage("tokenize"),
+            admission: stage("admission"),
+            queue: stage("queue"),
             route: stage("route"),
             dispatch: stage("dispatch"),
             relay: stage("relay"),

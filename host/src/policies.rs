@@ -13,7 +13,9 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use dynamo_host_core::{OnError, SlotKind, SlotName};
-use dynamo_host_policy::{LoadError, NoHistory, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport};
+use dynamo_host_policy::{
+    AdmissionSlot, LoadError, NoHistory, PolicyRuntime, PolicyVersion, RoutingSlot, SlotReport, VersionReport,
+};
 use dynamo_host_store::StoreError;
 use serde::Serialize;
 use tokio::sync::Mutex;
@@ -86,7 +88,7 @@ pub(crate) struct OnErrorChange {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct SlotStatus {
     #[serde(flatten)]
-    report: SlotReport,
+    pub(crate) report: SlotReport,
     /// Why it does not hold what it should: what the last start could not bring back. The next change ends it.
     trouble: Option<String>,
 }
@@ -95,6 +97,7 @@ pub(crate) struct SlotStatus {
 pub(crate) struct Policies {
     runtime: Arc<PolicyRuntime>,
     routing: Arc<RoutingSlot>,
+    admission: Arc<AdmissionSlot>,
     trouble: Arc<ArcSwapOption<String>>,
     /// Serializes changes, and owns the record of them.
     keeper: Arc<Mutex<Keeper>>,
@@ -109,12 +112,18 @@ impl Policies {
         let routing = Arc::new(RoutingSlot::new(SlotName::ROUTING));
         let keeper = Keeper::open(&runtime, &routing, state_dir, wishes)?;
         let trouble = Arc::new(ArcSwapOption::from_pointee(keeper.troubles()));
-        Ok(Self { runtime, routing, trouble, keeper: Arc::new(Mutex::new(keeper)) })
+        let admission = Arc::new(AdmissionSlot::new(SlotName::ADMISSION));
+        Ok(Self { runtime, routing, admission, trouble, keeper: Arc::new(Mutex::new(keeper)) })
     }
 
     /// The slot that routes.
     pub(crate) fn routing(&self) -> &Arc<RoutingSlot> {
         &self.routing
+    }
+
+    /// The slot that lets requests in.
+    pub(crate) fn admission(&self) -> &Arc<AdmissionSlot> {
+        &self.admission
     }
 
     /// Bytes that a component may have.

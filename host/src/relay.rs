@@ -27,6 +27,7 @@ use crate::{
     config::Limits,
     error::{Audience, RequestError},
     migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, is_movable, without_ids},
+    retry_after,
     text::plain,
 };
 
@@ -69,18 +70,18 @@ pub(crate) struct Patience {
     /// When it must have ended.
     pub(crate) deadline: Instant,
     /// The time from the request to its deadline, for people.
-    pub(crate) timeout_s: u64,
+    pub(crate) timeout: Duration,
 }
 
 impl Patience {
-    /// For a request that was accepted at this moment.
-    pub(crate) fn since(accepted: Instant, limits: &Limits) -> Self {
-        let deadline = accepted + limits.request_timeout();
-        Self { idle: limits.stream_idle(), deadline, timeout_s: limits.request_timeout_s }
+    /// For a request that was accepted at this moment, and that its client may give less time than it could have.
+    pub(crate) fn since(accepted: Instant, limits: &Limits, clients: Option<Duration>) -> Self {
+        let timeout = clients.unwrap_or(Duration::MAX).min(limits.request_timeout());
+        Self { idle: limits.stream_idle(), deadline: accepted + timeout, timeout }
     }
 
     pub(crate) fn exceeded(&self) -> RequestError {
-        RequestError::Deadline { seconds: self.timeout_s }
+        RequestError::Deadline { seconds: self.timeout.as_secs_f64() }
     }
 }
 
@@ -107,6 +108,7 @@ pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head
     let mut response = Response::new(Body::from(reply.body));
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;
+    retry_after::bound(response.headers_mut());
     head.apply(&mut response);
     response
 }
@@ -175,6 +177,7 @@ struct Relay {
 }
 
 /// Where the frames come from.
+#[expect(clippy::large_enum_variant, reason = "there is one for each stream, and nearly all are the large one")]
 enum Source {
     /// The worker that began, whose frames pass as they are.
     Worker {

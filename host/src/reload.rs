@@ -10,10 +10,19 @@ use std::{
 };
 
 use serde::Serialize;
+use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    clock::unix_ms, config::Config, request::Lane, roster::Roster, tasks, telemetry::LogLevel, text::plain, watch::Stamp,
+    audit::{Audit, Entry, Who},
+    clock::unix_ms,
+    config::Config,
+    request::Lane,
+    roster::Roster,
+    tasks,
+    telemetry::LogLevel,
+    text::plain,
+    watch::Stamp,
 };
 
 /// How often the file is looked at.
@@ -27,6 +36,7 @@ pub(crate) struct Reload {
     last: Config,
     roster: Arc<Roster>,
     lane: Arc<Lane>,
+    audit: Audit,
     log_level: LogLevel,
     status: ConfigStatus,
 }
@@ -61,13 +71,13 @@ impl ConfigStatus {
 }
 
 impl Reload {
-    pub(crate) fn new(start: Config, roster: Arc<Roster>, lane: Arc<Lane>, log_level: LogLevel) -> Self {
+    pub(crate) fn new(start: Config, roster: Arc<Roster>, lane: Arc<Lane>, audit: Audit, log_level: LogLevel) -> Self {
         let status = ConfigStatus::default();
         status.change(|report| {
             report.file = start.file().map(|path| path.display().to_string());
             report.loaded_unix_ms = unix_ms();
         });
-        Self { last: start.clone(), start, roster, lane, log_level, status }
+        Self { last: start.clone(), start, roster, lane, audit, log_level, status }
     }
 
     /// How the file stands, now and later.
@@ -130,6 +140,7 @@ impl Reload {
             self.roster.set_health(now.health.clone());
             self.lane.limits.store(Arc::new(now.limits.with_fixed_of(&self.start.limits)));
             self.lane.migration.store(Arc::new(now.migration.clone()));
+            self.lane.queue.configure(&now);
             if let Err(reason) = self.log_level.set(&now.log_level) {
                 tracing::warn!("{reason}; the log level stays as it was");
             }
@@ -139,6 +150,10 @@ impl Reload {
             if !needs_restart.is_empty() {
                 tracing::warn!("these keys count from the next start on: {}", needs_restart.join(", "));
             }
+            let file = self.start.file().map(|path| path.display().to_string());
+            let who = Who::System(if is_asked { "SIGHUP" } else { "the file has changed" });
+            let entry = Entry { to: json!({ "needs_restart": needs_restart }), ..Entry::new("config reload", who, file) };
+            self.audit.append_blocking(&entry);
             self.status.change(|report| {
                 report.trouble = None;
                 report.loaded_unix_ms = unix_ms();

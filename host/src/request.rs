@@ -22,11 +22,11 @@ use dynamo_host_core::{
     answer::{MAX_HOLD, MAX_HOLDS, Verdict},
 };
 use dynamo_host_index::Prompt;
-use dynamo_host_policy::{DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, RoutingSlot};
+use dynamo_host_policy::{AdmissionSlot, DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
-    admit,
+    admit::{self, Permit, Queue},
     auth::Caller,
     body,
     clock::{Clock, unix_ms},
@@ -41,6 +41,7 @@ use crate::{
     receipts::{Receipts, Recorder},
     relay::Patience,
     roster::{Roster, Snapshot},
+    stop::Stopping,
     trace,
 };
 
@@ -49,7 +50,9 @@ const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");
 
 /// What requests need of the host.
 pub(crate) struct Lane {
+    pub(crate) admission: Arc<AdmissionSlot>,
     pub(crate) routing: Arc<RoutingSlot>,
+    pub(crate) queue: Arc<Queue>,
     pub(crate) roster: Arc<Roster>,
     pub(crate) prefixes: Prefixes,
     pub(crate) clock: Clock,
@@ -61,6 +64,8 @@ pub(crate) struct Lane {
     pub(crate) observer: Observer,
     pub(crate) receipts: Receipts,
     pub(crate) expose_worker: bool,
+    /// Whether the host goes on.
+    pub(crate) stopping: Stopping,
     /// Numbers decisions; also their seed.
     pub(crate) decisions: AtomicU64,
 }
@@ -88,6 +93,8 @@ pub(crate) struct Arrival {
     /// The client's `x-request-id`, or one of ours.
     pub(crate) id: String,
     pub(crate) session_key: Option<u64>,
+    /// How long the client gives it, altogether.
+    pub(crate) timeout: Option<Duration>,
     pub(crate) caller: Caller,
     /// What goes with it to the engine.
     pub(crate) headers: HeaderMap,
@@ -102,11 +109,13 @@ pub(crate) struct Notes {
     pub(crate) model: Option<String>,
     /// Who decided last.
     pub(crate) policy: Option<String>,
+    /// For how long it waited for its turn, if it came so far.
+    pub(crate) queued: Option<Duration>,
 }
 
 /// Serves one request.
 pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes) -> Result<Response, RequestError> {
-    let Arrival { endpoint, id, session_key, caller, headers, body, at } = arrival;
+    let Arrival { endpoint, id, session_key, timeout, caller, headers, body, at } = arrival;
     let limits = lane.limits();
     let body = body::read(body, &limits).await?;
 
@@ -114,7 +123,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     let bounds = Bounds { max_output_tokens: limits.max_output_tokens, max_choices: limits.max_choices };
     let Decoded { mut facts, mut body, stream, returns_ids } = decode(endpoint, id, body, bounds)?;
     caller.vouch(&mut facts)?;
-    let patience = Patience::since(at, &limits);
+    let patience = Patience::since(at, &limits, timeout);
     facts.accepted_ms = lane.clock.at_ms(at);
     facts.deadline_ms = Some(lane.clock.at_ms(patience.deadline));
     facts.session_key = session_key;
@@ -135,7 +144,11 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
         trace::stage("tokenize", begun);
         (renamed, Arc::new(prompt))
     };
-    let permit = admit::enter(lane, &mut facts).await?;
+    let entering = Instant::now();
+    let entered = admit::enter(lane, &mut facts).await;
+    let queued = entered.as_ref().map_or_else(|_| entering.elapsed(), Permit::waited);
+    notes.queued = Some(queued);
+    let permit = entered?;
     let pinned = lane.routing.pin();
     let priority = facts.priority;
     let migration = lane.migration.load_full();
@@ -143,7 +156,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     let ask = GenerateRequest { headers, priority, wants_token_ids, ..GenerateRequest::new(endpoint, body, stream, request_id) };
     let recorder = lane.receipts.sample();
     let asked = Asked { ask, pinned, prompt, recorder, returns_ids };
-    let mut dispatch = Dispatch::new(lane, asked, permit, at, migration);
+    let mut dispatch = Dispatch::new(lane, asked, permit, at, patience, migration);
     loop {
         facts.decision_id = lane.next_decision();
         let Asked { pinned, prompt, recorder, .. } = dispatch.asked();
@@ -155,7 +168,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
             Err(error) => return Err(error),
         };
         if facts.attempt == 0 {
-            lane.meters.dispatch.record(begun.elapsed().saturating_sub(placing.held));
+            lane.meters.dispatch.record(begun.elapsed().saturating_sub(queued + placing.held));
         }
         let dispatched = Instant::now();
         let answered = dispatch.carry_out(&placing, &mut facts).await;
@@ -222,7 +235,7 @@ pub(crate) async fn place(
     for holds in 0..=MAX_HOLDS {
         let begun = Instant::now();
         let snapshot = lane.roster.snapshot();
-        let candidates = snapshot.candidates(facts)?;
+        let candidates = lane.queue.with_room(snapshot.candidates(facts)?, facts);
         facts.holds = holds;
         let overlap = lane.prefixes.overlap(facts, prompt);
         let call = RouteCall {
@@ -247,7 +260,8 @@ pub(crate) async fn place(
         notes.policy = Some(policy.clone());
         match verdict {
             Verdict::Place(ranking) => {
-                let rows = ranking.rows().to_vec();
+                let mut rows = ranking.rows().to_vec();
+                lane.queue.put_full_last(&mut rows, &candidates, facts);
                 let recorder = recorder.cloned();
                 return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
             }

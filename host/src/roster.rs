@@ -96,7 +96,6 @@ pub(crate) struct Roster {
     canaries: Semaphore,
     health: ArcSwap<HealthConfig>,
     retries: Mutex<RetryBudget>,
-    is_stopping: AtomicBool,
 }
 
 /// Engines that cannot be a roster.
@@ -164,7 +163,6 @@ impl Roster {
             canaries: Semaphore::new(canary::CANARIES),
             health: ArcSwap::default(),
             retries: Mutex::default(),
-            is_stopping: AtomicBool::new(false),
         })
     }
 
@@ -235,6 +233,11 @@ impl Roster {
         Ok(self.report_of(name).unwrap_or_default())
     }
 
+    /// Whether an operator drained it.
+    pub(crate) fn is_drained(&self, name: &str) -> bool {
+        lock(&self.drained).contains(name)
+    }
+
     /// A request could not reach a worker's engine: it is out of service until its probe says otherwise. Nothing happens to
     /// another engine that has its place by now. Waits for nobody who changes the roster.
     fn report_unreachable(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
@@ -253,16 +256,6 @@ impl Roster {
         if let Some(seat) = self.snapshot.load().find(worker) {
             seat.member.probe_now.notify_one();
         }
-    }
-
-    /// The host is about to stop: it is not ready for anything new.
-    pub(crate) fn stop(&self) {
-        self.is_stopping.store(true, Relaxed);
-    }
-
-    /// Whether it is.
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.is_stopping.load(Relaxed)
     }
 
     fn publish_soon(&self) {

@@ -12,10 +12,13 @@ use dynamo_host_index::{IndexLimits, PrefixIndexes};
 use dynamo_host_policy::{Limits as PolicyLimits, Now, PolicyRuntime, RuntimeError};
 use dynamo_host_store::StoreError;
 use dynamo_host_tokens::TokenizerError;
-use tokio::{net::TcpListener, sync::watch};
+use serde_json::json;
+use tokio::net::TcpListener;
 
 use crate::{
     admin::{self, Admin},
+    admit::Queue,
+    audit::{Audit, Entry, Who},
     auth::{Gate, Keys, KeysError},
     clock::{Clock, unix_ms},
     config::{Config, DoorConfig},
@@ -31,6 +34,7 @@ use crate::{
     reload::Reload,
     request::Lane,
     roster::{Roster, RosterError},
+    stop::{Signals, Stopping},
     tasks, telemetry,
     tls::{ServerTls, TlsError, TlsFiles},
     tokenize::Tokenizing,
@@ -40,8 +44,9 @@ use crate::{
 /// How long the first probes may delay the start.
 const FIRST_PROBES: Duration = Duration::from_secs(1);
 
-/// How long receipts that wait to be written may delay the end.
+/// How long receipts that wait to be written may delay the end, and one that was asked for twice.
 const LAST_RECEIPTS: Duration = Duration::from_secs(5);
+const LAST_RECEIPTS_AT_ONCE: Duration = Duration::from_millis(500);
 
 /// Why the host does not run.
 #[derive(Debug, thiserror::Error)]
@@ -62,14 +67,16 @@ pub(crate) enum ServeError {
     Tls { section: &'static str, error: TlsError },
     #[error(transparent)]
     Otlp(#[from] OtlpError),
+    #[error("signals to stop cannot be heard: {reason}")]
+    Signals { reason: String },
     #[error("discovery {text:?}: {reason}")]
     Discovery { text: String, reason: String },
     #[error("the {what} failed: {reason}")]
     Failed { what: &'static str, reason: String },
 }
 
-/// Runs a host until a stop signal.
-pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
+/// Runs a host until a stop signal. Returns the exit code: 0, or that of a second signal that cut the stop short.
+pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
     let prometheus = meters::install();
     let traces = config.door.otlp.as_ref().map(Traces::start).transpose()?.map(Arc::new);
     let log_level = telemetry::install(config.log, &config.log_level, traces.as_deref());
@@ -118,8 +125,13 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
         (Some(receipts), Some(state_dir)) => Receipts::start(receipts, state_dir, policies.routing().name()),
         _ => Receipts::off(),
     };
+    let stopping = Stopping::serving();
+    let queue = Queue::start(&roster, clock, &config);
     let lane = Arc::new(Lane {
+        stopping: stopping.clone(),
+        admission: Arc::clone(policies.admission()),
         routing: Arc::clone(policies.routing()),
+        queue: Arc::clone(&queue),
         roster: Arc::clone(&roster),
         prefixes: Prefixes::new(Arc::clone(&indexes), config.kv.approximate, tokenizing),
         clock,
@@ -141,11 +153,13 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
             upkeep.run_upkeep();
         }
     });
-    let still_there = Arc::clone(&roster);
-    let reload = Reload::new(config.clone(), Arc::clone(&roster), Arc::clone(&lane), log_level);
+    let audit = Audit::open(config.state_dir.as_deref());
+    let reload = Reload::new(config.clone(), Arc::clone(&roster), Arc::clone(&lane), audit.clone(), log_level);
     let admin = Admin {
-        policies,
+        policies: Arc::clone(&policies),
         roster,
+        audit: audit.clone(),
+        queue,
         config: reload.status(),
         started: Instant::now(),
         token: config.admin_token.as_deref().map(Arc::from),
@@ -153,47 +167,59 @@ pub(crate) async fn run(config: Config) -> Result<(), ServeError> {
     };
 
     reload.start();
+    let mut signals = Signals::hear().map_err(|error| ServeError::Signals { reason: error.to_string() })?;
+    audit.append(Entry { to: admin::standings(&policies), ..Entry::new("start", Who::Host, None) }).await;
+    tasks::spawn("audit of quarantines", admin::audit_quarantines(audit.clone(), policies));
     announce("front door", &door_listener, door_tls.is_some());
     announce("admin", &admin_listener, admin_tls.is_some());
-    let (stop, stopping) = watch::channel(false);
     let limits = &config.limits;
     let door = door::router(Door { lane, gate, prometheus, traces: traces.clone() }, config.door.cors.as_ref());
     let cores =
         Cores::start().map_err(|error| ServeError::Failed { what: "start of a thread per core", reason: error.to_string() })?;
-    let door = Server { what: "front door", listener: door_listener, router: door, tls: door_tls, cores };
+    let door = Server { what: "front door", listener: door_listener, router: door, tls: door_tls, cores, names_peers: false };
     let admin = Server {
         what: "admin API",
         listener: admin_listener,
         router: admin::router(admin),
         tls: admin_tls,
         cores: Cores::here(),
+        names_peers: true,
     };
     let door = listener::serve(door, limits, stopping.clone());
-    let admin = listener::serve(admin, limits, stopping);
+    let admin = listener::serve(admin, limits, stopping.clone());
     let servers = async { tokio::join!(door, admin) };
     tokio::pin!(servers);
-    tokio::select! {
+    let signal = tokio::select! {
         _ = &mut servers => unreachable!("listeners end only when they are told to"),
-        () = stop_signal() => {}
-    }
-    tracing::info!("stopping: no new requests, running ones have {} s", config.limits.drain_s);
-    still_there.stop();
-    let _ = stop.send(true);
-    let patience = async {
+        signal = signals.next() => signal,
+    };
+    let (delay, grace) = (Duration::from_secs(limits.stop_delay_s), Duration::from_secs(limits.drain_s));
+    tracing::info!("stopping on {}: no new requests in {delay:?}, running ones have {grace:?} then", signal.name());
+    let entry = Entry { to: json!(signal.name()), ..Entry::new("stop", Who::System("signal"), None) };
+    let noted = tokio::task::spawn_blocking(move || audit.append_blocking(&entry));
+    let mut second = None;
+    let last_words = async {
+        let last_words;
+        (last_words, second) = stopping.wind_down(delay, grace, &mut signals).await;
         tokio::select! {
-            () = tokio::time::sleep(Duration::from_secs(config.limits.drain_s)) => {}
-            () = stop_signal() => {}
+            () = tokio::time::sleep(last_words) => {}
+            again = signals.next() => second = second.or(Some(again)),
         }
     };
     tokio::select! {
-        _ = servers => {}
-        () = patience => tracing::warn!("stopped with requests still running"),
+        _ = &mut servers => {}
+        () = last_words => {}
     }
-    receipts.flush(LAST_RECEIPTS).await;
+    let patience = if second.is_some() { LAST_RECEIPTS_AT_ONCE } else { LAST_RECEIPTS };
+    let (_, ()) = tokio::join!(tokio::time::timeout(patience, noted), receipts.flush(patience));
+    if let Some(signal) = second {
+        tracing::warn!("stopped at once, on a second signal");
+        return Ok(signal.exit_code());
+    }
     if let Some(traces) = traces {
         traces.stop().await;
     }
-    Ok(())
+    Ok(0)
 }
 
 /// How requests are let in; keys are read again when they change.

@@ -3,7 +3,7 @@
 //! Sizes fit a small machine; `DYNAMO_HOST_TEST_SCALE=4` makes them four times as large. Figures are printed with
 //! `--nocapture`; only bounds that are far from them are asserted.
 
-use std::{fs, time::Instant};
+use std::time::Instant;
 
 use futures_util::{StreamExt as _, stream};
 use hyper::body::Bytes;
@@ -40,9 +40,7 @@ fn allow_connections(wanted: usize) {
 
 /// Bytes of memory that a process holds.
 fn resident(host: &Host) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", host.process.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().strip_suffix(" kB").unwrap().trim().parse::<u64>().unwrap() * 1024
+    host.process.memory()
 }
 
 /// What was borne, and at what price.

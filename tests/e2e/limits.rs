@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::harness::{
     client::Client,
+    eventually,
     host::{Host, chat, streamed},
     scripted::{STREAM_HEAD, Scripted, http_chunk, token_event},
     soon,
@@ -66,6 +67,58 @@ async fn a_client_that_stops_reading_its_stream_frees_the_engine() {
     socket.write_all(request.as_bytes()).await.unwrap();
     soon("the host leaves the engine", has_left.wait_for(|left| *left)).await.unwrap();
     assert!(!host.process.panicked());
+}
+
+#[tokio::test]
+async fn a_client_that_reads_a_little_now_and_then_does_not_outlast_its_request() {
+    let (left, mut has_left) = tokio::sync::watch::channel(false);
+    let engine = Scripted::start(move |mut connection| {
+        let left = left.clone();
+        async move {
+            let plenty = http_chunk(&token_event(0).repeat(1000));
+            connection.write(STREAM_HEAD).await;
+            while connection.is_open() {
+                connection.write(&plenty).await;
+            }
+            left.send_replace(true);
+        }
+    })
+    .await;
+    // By the stall alone it would have an hour.
+    let host = host_with("request_timeout_s = 2\nwrite_stall_s = 3600", &engine.worker()).await;
+    let body = streamed(chat(9)).to_string();
+    let mut socket = host.http.socket().await;
+    let request = format!("POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let sip = async {
+        while socket.read(&mut [0; 1]).await.is_ok_and(|length| length > 0) {
+            // Other work between two sips.
+            host.http.get("/live").await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = sip => unreachable!("it never ends"),
+        left = soon("the host leaves the engine", has_left.wait_for(|left| *left)) => drop(left.unwrap()),
+    }
+    eventually("its request is in the books no more", async || {
+        (host.http.metric("dynamo_host_requests_in_flight", &[]).await == 0.0).then_some(())
+    })
+    .await;
+    assert!(!host.process.panicked());
+}
+
+#[tokio::test]
+async fn how_long_an_engine_tells_clients_to_stay_away_is_bounded() {
+    for (said, told) in [("31536000000000", "86400"), ("7", "7"), ("Fri, 31 Dec 9999 23:59:59 GMT", "86400"), ("a while", "")] {
+        let body = r#"{"error":{"message":"busy"}}"#;
+        let head = format!("HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nretry-after: {said}\r\n");
+        let engine =
+            Scripted::answering(format!("{head}content-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())).await;
+        let host = Host::start(&["--worker", &engine.worker()]).await;
+        let reply = host.http.post(CHAT, chat(3).to_string()).await;
+        assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (429, told), "{said}");
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 
 mod abuse;
 mod anthropic_client;
+mod audit;
 mod authors;
 mod bad_input;
 mod books;
@@ -28,16 +29,19 @@ mod models;
 mod on_error;
 mod openai_client;
 mod outcomes;
+mod overload;
 mod persistence;
 mod policies;
 mod profile;
 mod quarantine;
+mod queue;
 mod receipts;
 mod refusals;
 mod reload;
 mod requests;
 mod retries;
 mod simulate;
+mod stop;
 mod swap;
 mod tls;
 mod tokens;

@@ -11,7 +11,7 @@ use crate::{paths, wasm::Toolchain};
 pub(crate) const POLICIES: &[&str] =
     &["adaptive", "composed", "kv-aware", "least-loaded", "power-of-two", "round-robin", "session-affinity", "two-tier"];
 /// Crates under `tests/guests/`.
-pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness"];
+pub(crate) const GUESTS: &[&str] = &["hostile", "kv-cost", "witness", "witness-admission"];
 
 /// Builds all of them; returns what they were built with.
 pub(crate) fn build() -> Result<Toolchain> {

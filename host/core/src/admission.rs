@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::{Rejection, Role, UNKNOWN};
+use crate::{Rejection, RequestFacts, Role, UNKNOWN};
 
 /// Longest name of a class, in bytes: it becomes a metric label.
 pub const MAX_CLASS_BYTES: usize = 64;
+
+/// Longest time after which a client that was shed is told to try again: a day.
+pub const MAX_RETRY_AFTER_MS: u32 = 24 * 60 * 60 * 1000;
 
 /// Tiers that there are: 0 to this less one, 0 served first.
 pub const TIERS: u32 = 16;
@@ -77,6 +80,14 @@ pub struct Admitted {
     pub deadline_ms: Option<u32>,
 }
 
+impl Admitted {
+    /// How a request is let in of which nothing else is said: by its own priority.
+    #[must_use]
+    pub fn of(request: &RequestFacts) -> Self {
+        Self { priority: request.priority as f32, ..Self::default() }
+    }
+}
+
 impl Default for Admitted {
     fn default() -> Self {
         Self { class: None, tier: 0, class_weight: 1.0, tenant_weight: 1.0, priority: 0.0, deadline_ms: None }
@@ -92,7 +103,119 @@ pub enum Verdict {
     Shed(Rejection),
 }
 
-/// Whether a weight may be used.
+/// What a policy said, as it said it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// Let it in.
+    Admit,
+    /// An error for the client.
+    Shed(Rejection),
+}
+
+/// An answer that cannot be carried out.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum AnswerFault {
+    /// The policy returned without an answer.
+    #[error("it returned without an answer; call admit or shed before returning")]
+    NoAnswer,
+    /// It named a class that cannot be a metric label.
+    #[error("it named the class {class:?}; a class has 1 to {MAX_CLASS_BYTES} letters, digits, `.`, `_` or `-`")]
+    Class {
+        /// The class, cut.
+        class: String,
+    },
+    /// It named a tier that does not exist.
+    #[error("it chose tier {tier}; there are 0 to {last}, 0 served first", last = TIERS - 1)]
+    Tier {
+        /// The tier.
+        tier: u32,
+    },
+    /// It gave a weight that is out of bounds or no number.
+    #[error("it gave the {of} a weight of {weight}; a weight is from {} to {}", WEIGHTS.start(), WEIGHTS.end())]
+    Weight {
+        /// Class or tenant.
+        of: &'static str,
+        /// The weight.
+        weight: f32,
+    },
+    /// It gave a priority that is no number.
+    #[error("it gave a priority of {priority}; a priority is a finite number")]
+    Priority {
+        /// The priority.
+        priority: f32,
+    },
+    /// It gave a deadline that has passed.
+    #[error("it gave a deadline of 0 ms from now; give at least 1, or shed the request")]
+    Deadline,
+    /// It shed with a status that is not an error.
+    #[error("it shed the request with status {status}; that takes 400 to 599")]
+    Status {
+        /// The status.
+        status: u16,
+    },
+}
+
+impl AnswerFault {
+    /// Metric label of the cause.
+    #[must_use]
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::NoAnswer => "no-answer",
+            Self::Class { .. } => "answer-class",
+            Self::Tier { .. } => "answer-tier",
+            Self::Weight { .. } => "answer-weight",
+            Self::Priority { .. } => "answer-priority",
+            Self::Deadline => "answer-deadline",
+            Self::Status { .. } => "answer-status",
+        }
+    }
+}
+
+/// Checks an answer; `admitted` is where the request stands if it is let in. A longer [`Rejection::retry_after_ms`] than
+/// [`MAX_RETRY_AFTER_MS`] is left to the caller.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn validate(answer: Option<Answer>, admitted: Admitted) -> Result<Verdict, AnswerFault> {
+    match answer.ok_or(AnswerFault::NoAnswer)? {
+        Answer::Admit => admitted.check().map(Verdict::Admit),
+        Answer::Shed(rejection) if (400..600).contains(&rejection.status) => Ok(Verdict::Shed(rejection)),
+        Answer::Shed(rejection) => Err(AnswerFault::Status { status: rejection.status }),
+    }
+}
+
+impl Admitted {
+    fn check(self) -> Result<Self, AnswerFault> {
+        if let Some(class) = self.class.as_deref().filter(|class| !is_class(class)) {
+            let cut = class.floor_char_boundary(MAX_CLASS_BYTES);
+            return Err(AnswerFault::Class { class: class[..cut].to_owned() });
+        }
+        if self.tier >= TIERS {
+            return Err(AnswerFault::Tier { tier: self.tier });
+        }
+        for (of, weight) in [("class", self.class_weight), ("tenant", self.tenant_weight)] {
+            if !is_weight(weight) {
+                return Err(AnswerFault::Weight { of, weight });
+            }
+        }
+        if !self.priority.is_finite() {
+            return Err(AnswerFault::Priority { priority: self.priority });
+        }
+        if self.deadline_ms == Some(0) {
+            return Err(AnswerFault::Deadline);
+        }
+        Ok(self)
+    }
+}
+
+/// Whether a class may be used: a name that is safe as a metric label.
+#[must_use]
+pub fn is_class(class: &str) -> bool {
+    let is_safe = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=MAX_CLASS_BYTES).contains(&class.len()) && class.bytes().all(is_safe)
+}
+
+/// Whether a weight may be used. NaN may not.
 #[must_use]
 pub fn is_weight(weight: f32) -> bool {
     WEIGHTS.contains(&weight)
@@ -115,5 +238,43 @@ mod tests {
         for nothing in [quantiles.at(-1.0), quantiles.at(f32::NAN), quantiles.at(101.0), Quantiles::default().at(50.0)] {
             assert!(nothing.is_nan());
         }
+    }
+
+    #[track_caller]
+    fn check(admitted: Admitted, expected: Result<(), &str>) {
+        let checked = validate(Some(Answer::Admit), admitted);
+        assert_eq!(checked.as_ref().map(|_| ()).map_err(AnswerFault::cause), expected);
+    }
+
+    #[test]
+    fn whoever_is_let_in_has_a_class_a_tier_and_weights_that_a_queue_can_work_with() {
+        let plain = Admitted::default;
+        check(plain(), Ok(()));
+        for class in ["batch", "team-7_b.x", &"x".repeat(64)] {
+            check(Admitted { class: Some(class.into()), ..plain() }, Ok(()));
+        }
+        for class in ["", "a b", "a\"b", "\n", "é", &"x".repeat(65), &"é".repeat(1000)] {
+            check(Admitted { class: Some(class.into()), ..plain() }, Err("answer-class"));
+        }
+        check(Admitted { tier: 15, ..plain() }, Ok(()));
+        check(Admitted { tier: 16, ..plain() }, Err("answer-tier"));
+        for weight in [0.0, -1.0, 1001.0, f32::INFINITY, f32::NAN] {
+            check(Admitted { class_weight: weight, ..plain() }, Err("answer-weight"));
+            check(Admitted { tenant_weight: weight, ..plain() }, Err("answer-weight"));
+        }
+        check(Admitted { priority: f32::NAN, ..plain() }, Err("answer-priority"));
+        check(Admitted { deadline_ms: Some(0), ..plain() }, Err("answer-deadline"));
+        check(Admitted { class_weight: 1000.0, tenant_weight: 0.001, priority: -3.5, deadline_ms: Some(1), ..plain() }, Ok(()));
+    }
+
+    #[test]
+    fn whoever_is_shed_gets_an_error_wherever_it_would_have_stood() {
+        let shed = |status| Some(Answer::Shed(Rejection { status, retry_after_ms: None, reason: String::new() }));
+        let nonsense = Admitted { tier: 99, ..Admitted::default() };
+        assert!(matches!(validate(shed(429), nonsense.clone()), Ok(Verdict::Shed(Rejection { status: 429, .. }))));
+        for status in [0, 200, 399, 600] {
+            assert_eq!(validate(shed(status), nonsense.clone()), Err(AnswerFault::Status { status }));
+        }
+        assert_eq!(validate(None, nonsense), Err(AnswerFault::NoAnswer));
     }
 }

@@ -208,6 +208,19 @@ impl Candidates {
         (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows, self.have_adapter)))
     }
 
+    /// Those that are to be kept by their slot on the load board and the requests that they have; the same set if all are,
+    /// `None` if nothing remains.
+    #[must_use]
+    pub fn kept(self: &Arc<Self>, keep: impl Fn(u32, u32) -> bool) -> Option<Arc<Self>> {
+        let active = self.board.gather(Load::ActiveRequests, &self.slots);
+        let is_kept = |place: usize| keep(self.slots[place], active[place]);
+        if (0..self.rows.len()).all(is_kept) {
+            return Some(Arc::clone(self));
+        }
+        let rows: Vec<u32> = (0..self.rows.len()).filter(|&place| is_kept(place)).map(|place| self.rows[place]).collect();
+        (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows, self.have_adapter)))
+    }
+
     /// A column of identities.
     #[must_use]
     pub fn u64_column(&self, column: U64Column) -> Arc<[u64]> {

@@ -46,9 +46,11 @@ pub enum Reported {
     KvTokensFree,
     /// Tokens per KV block.
     BlockSize,
+    /// Requests that the engine works on, of whomever.
+    RunningRequests,
 }
 
-const REPORTED: usize = 6;
+const REPORTED: usize = 7;
 
 /// How many engines a host asks for their load in a second: with more engines each is read less often, and its age says so.
 pub const READINGS_PER_SECOND: f64 = 2000.0;
@@ -56,6 +58,8 @@ pub const READINGS_PER_SECOND: f64 = 2000.0;
 /// What an engine says of one worker's load at one moment. What it does not say is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
+    /// Requests that the engine works on, of whomever.
+    pub running_requests: Option<u32>,
     /// Requests that wait inside the engine.
     pub queued_requests: Option<u32>,
     /// Requests that the engine runs at once at most.
@@ -242,6 +246,7 @@ impl LoadSlot {
     /// Takes down what the engine reports now, by the host's clock.
     pub fn report(&self, report: &LoadReport, now_ms: u64) {
         let &LoadReport {
+            running_requests,
             queued_requests,
             max_running_requests,
             max_batched_tokens,
@@ -250,6 +255,7 @@ impl LoadSlot {
             block_size,
         } = report;
         for (reported, value) in [
+            (Reported::RunningRequests, running_requests),
             (Reported::QueuedRequests, queued_requests),
             (Reported::MaxRunningRequests, max_running_requests),
             (Reported::MaxBatchedTokens, max_batched_tokens),

@@ -39,6 +39,8 @@ pub struct SlotName {
 impl SlotName {
     /// The slot that routes every model without a slot of its own.
     pub const ROUTING: Self = Self { kind: SlotKind::Routing, model: None };
+    /// The slot that admits requests for every model without a slot of its own.
+    pub const ADMISSION: Self = Self { kind: SlotKind::Admission, model: None };
 }
 
 impl fmt::Display for SlotName {
@@ -79,8 +81,9 @@ impl FromStr for SlotName {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
-    /// The native fallback decides.
+    /// The native fallback decides. Where that lets everything in, as in admission, it is also called `open`.
     #[default]
+    #[serde(alias = "open")]
     Fallback,
     /// The newest earlier version of the slot that is sound decides; the native fallback if there is none, or if that
     /// fails too.
@@ -112,13 +115,16 @@ impl fmt::Display for OnError {
 
 /// A text that names no [`OnError`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("on-error {0:?} is not known; use fallback, last-good or closed")]
+#[error("on-error {0:?} is not known; use fallback (or open, which is the same), last-good or closed")]
 pub struct OnErrorError(String);
 
 impl FromStr for OnError {
     type Err = OnErrorError;
 
     fn from_str(text: &str) -> Result<Self, OnErrorError> {
+        if text == "open" {
+            return Ok(Self::Fallback);
+        }
         Self::ALL.into_iter().find(|mode| mode.as_str() == text).ok_or_else(|| OnErrorError(text.to_owned()))
     }
 }
@@ -132,8 +138,9 @@ mod tests {
         for mode in OnError::ALL {
             assert_eq!(mode.to_string().parse(), Ok(mode));
         }
-        let error = "open".parse::<OnError>().unwrap_err().to_string();
-        assert!(error.contains("\"open\"") && error.contains("fallback, last-good or closed"), "{error}");
+        assert_eq!("open".parse(), Ok(OnError::Fallback));
+        let error = "ajar".parse::<OnError>().unwrap_err().to_string();
+        assert!(error.contains("\"ajar\"") && error.contains("last-good or closed"), "{error}");
     }
 
     #[test]

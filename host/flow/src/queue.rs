@@ -1,12 +1,52 @@
 //! The queue of one host: bounded in requests and in tokens, in front of pools with room for so much at once.
+//!
+//! **Order.** In each pool for itself, since work of one takes nothing from another: strict tiers; in a tier classes, and in a
+//! class tenants, share by weight, in tokens of work; a tenant's own requests go by priority, then by the earliest deadline, then
+//! as they came. Shares are kept by start-time fair queueing ([`shares`]), chosen over
+//! - deficit round-robin, which is O(1), but serves a newcomer after a whole round, and a round of long prompts is seconds;
+//! - weighted fair queueing by finish tags, which needs to know beforehand what a request will be, and lets a tenant gain by saying less;
+//! - stride or lottery scheduling over requests, which counts a prompt of ten tokens like one of a hundred thousand.
+//!
+//! A request is charged when it starts, also if it never waited, with what it is expected to be, and settled when it ends with
+//! what it was: what a client claims of its request changes when it is charged, not how much. Who was away brings
+//! no credit, and finds nobody before it for that. Between two classes of a tier, or tenants of a class, with requests waiting all the
+//! time, work started per weight differs by no more than one's and the other's largest request per weight.
+//!
+//! **Room.** Only the request that is next in its pool may start. If the pool's room in tokens is too small for it, the pool
+//! waits until it fits, so that small ones do not pass it for ever; that lasts as long as prompts that are being
+//! computed take, since what decodes counts as a request only.
+//!
+//! **Bounds** hold over all pools. When the queue is full, an arrival takes the places of requests with less claim, who are told
+//! by [`Action::Refuse`]: of any later tier; in its own tier of whoever has most of the queue for its weight (the pool, in it the
+//! class, in that the tenant), as long as that keeps no less than the arrival's own then has; of its own tenant, those that
+//! would be served after it. So neither a pool nor a tenant that floods the queue gets others refused.
+//!
+//! **Cost.** Nothing depends on how many wait but by a logarithm; what is waiting, running, or lately gone takes memory.
 
-use std::collections::{BTreeMap, HashMap};
+mod audit;
+mod pool;
+mod shares;
+mod slots;
+#[cfg(test)]
+mod tests;
 
-use dynamo_host_core::Admitted;
+use std::collections::{BTreeSet, HashMap};
+
+use dynamo_host_core::{Admitted, admission::TIERS, id};
+
+pub use self::pool::{PoolLoad, Room};
+use self::{
+    pool::Pool,
+    shares::{Shares, Standing},
+    slots::{NONE, Request, Slots, Stage},
+};
 
 /// One request's place, from its arrival to its end. Never given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Ticket(u64);
+pub struct Ticket {
+    number: u64,
+    slot: u32,
+}
 
 /// What a request asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,7 +61,7 @@ pub struct Demand {
     pub prompt_tokens: u32,
     /// Tokens of work that it is expected to be, prompt and output: what fair shares are counted in.
     pub work: u32,
-    /// When it must have been started, in milliseconds of the host's clock.
+    /// When it must have been started, in milliseconds of the host's clock; or sooner, if it was admitted for less.
     pub deadline_ms: u64,
 }
 
@@ -32,18 +72,6 @@ pub struct Bounds {
     pub max_requests: u32,
     /// Tokens of prompts that wait at most.
     pub max_tokens: u64,
-}
-
-/// What a pool can run at once. `None`: nothing limits it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Room {
-    /// Workers that accept requests. Without any nothing starts.
-    pub workers: u32,
-    /// Requests, over all workers.
-    pub requests: Option<u32>,
-    /// Tokens of prompts that are not computed yet, over all workers. A request that is larger starts when none other is
-    /// waiting for its prefill.
-    pub tokens: Option<u32>,
 }
 
 /// What became of a request that arrived.
@@ -82,48 +110,49 @@ pub enum Action {
     Start(Ticket),
     /// Its deadline is over.
     Expire(Ticket),
-}
-
-/// A pool's part of the flow.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct PoolLoad {
-    /// Requests that run.
-    pub running: u32,
-    /// Requests that could start at once; `None`: nothing limits them.
-    pub free: Option<u32>,
-    /// Requests that wait.
-    pub queued: u32,
-    /// Tokens of their prompts.
-    pub queued_tokens: u64,
-    /// Age of the oldest in milliseconds; 0 if none waits.
-    pub oldest_age_ms: u32,
-    /// What a request of no special standing would wait, in milliseconds; NaN if that cannot be said yet.
-    pub predicted_wait_ms: f32,
+    /// The queue is full, and another with a better claim has taken its place.
+    Refuse(Ticket),
 }
 
 /// The queue and what runs.
 #[derive(Debug)]
 pub struct Flow {
     bounds: Bounds,
-    next: u64,
-    pools: HashMap<u64, Pool>,
-    waiting: BTreeMap<Ticket, (Demand, u64)>,
-    running: HashMap<Ticket, Demand>,
+    slots: Slots,
+    shares: Shares,
+    pools: Vec<Option<Pool>>,
+    pool_places: HashMap<u64, u32>,
+    /// Pools whose next request may start.
+    ready: BTreeSet<u32>,
+    /// Waiting requests by deadline.
+    deadlines: BTreeSet<(u64, u32)>,
+    /// Requests that have lost their places, and do not know.
+    displaced: BTreeSet<Ticket>,
+    waiting: u32,
     waiting_tokens: u64,
-}
-
-#[derive(Debug, Default)]
-struct Pool {
-    room: Room,
+    /// What waits in each tier: requests and tokens.
+    tiers: [(u32, u64); TIERS as usize],
     running: u32,
-    prefill_tokens: u64,
 }
 
 impl Flow {
     /// An empty one, with pools that have no workers.
     #[must_use]
     pub fn new(bounds: Bounds) -> Self {
-        Self { bounds, next: 0, pools: HashMap::new(), waiting: BTreeMap::new(), running: HashMap::new(), waiting_tokens: 0 }
+        Self {
+            bounds,
+            slots: Slots::default(),
+            shares: Shares::default(),
+            pools: Vec::new(),
+            pool_places: HashMap::new(),
+            ready: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            displaced: BTreeSet::new(),
+            waiting: 0,
+            waiting_tokens: 0,
+            tiers: [(0, 0); TIERS as usize],
+            running: 0,
+        }
     }
 
     /// Bounds that hold for whoever arrives from now on.
@@ -131,119 +160,357 @@ impl Flow {
         self.bounds = bounds;
     }
 
-    /// What a pool can run from now on. What runs beyond it goes on.
+    /// What a pool can run from now on. What runs beyond it goes on. A pool without workers is forgotten when it is empty.
     pub fn set_room(&mut self, pool: u64, room: Room) {
-        self.pools.entry(pool).or_default().room = room;
+        let place = self.pool_place(pool);
+        self.at_mut(place).room = room;
+        self.refresh(place);
     }
 
-    /// A request comes: it runs at once if there is room and nobody waits before it.
+    /// A request comes: it runs at once if there is room and nobody waits before it. If it has to wait, [`select`](Self::select)
+    /// may find something to do at once.
     ///
     /// # Errors
     /// Why it cannot wait.
     pub fn arrive(&mut self, demand: Demand, now_ms: u64) -> Result<Arrival, Refusal> {
-        if demand.deadline_ms <= now_ms {
+        let Demand { pool, tenant, admitted, prompt_tokens, work, deadline_ms } = demand;
+        let deadline_ms =
+            admitted.deadline_ms.map_or(deadline_ms, |within| deadline_ms.min(now_ms.saturating_add(within.into())));
+        if deadline_ms <= now_ms {
             return Err(Refusal::Late);
         }
-        let ticket = Ticket(self.next);
-        let is_first = !self.waiting.values().any(|(waiting, _)| waiting.pool == demand.pool);
-        if is_first && self.has_room(&demand) {
-            self.next += 1;
-            self.start(ticket, demand);
+        let standing = standing(&admitted, tenant);
+        let place = self.pool_place(pool);
+        let ticket = self.slots.ticket();
+        let request = Request {
+            ticket,
+            stage: Stage::Waiting,
+            pool: place,
+            tenant: self.shares.tenant(self.at(place).root, &standing),
+            tier: standing.tier,
+            prompt_tokens,
+            work,
+            part: self.part(prompt_tokens),
+            rank: [sooner_first(admitted.priority), deadline_ms, ticket.number],
+            deadline_ms,
+            since_ms: now_ms,
+            older: NONE,
+            newer: NONE,
+        };
+        let pool = self.at(place);
+        if pool.queued == 0 && pool.has_room(prompt_tokens) {
+            self.slots.put(request);
+            self.shares.start(request.tenant, ticket.number, work);
+            self.run(ticket.slot, now_ms);
             return Ok(Arrival::Started(ticket));
         }
-        let Bounds { max_requests, max_tokens } = self.bounds;
-        if self.waiting.len() >= max_requests as usize {
-            return Err(Refusal::Requests { max: max_requests });
+        match self.yielding(&request) {
+            Ok(yielding) => {
+                self.slots.put(request);
+                self.queue(ticket.slot);
+                self.make_way(yielding);
+                Ok(Arrival::Queued(ticket))
+            }
+            Err(refusal) => {
+                self.shares.release(request.tenant);
+                self.refresh(place);
+                Err(refusal)
+            }
         }
-        if self.waiting_tokens + u64::from(demand.prompt_tokens) > max_tokens {
-            return Err(Refusal::Tokens { max: max_tokens });
-        }
-        self.next += 1;
-        self.waiting_tokens += u64::from(demand.prompt_tokens);
-        self.waiting.insert(ticket, (demand, now_ms));
-        Ok(Arrival::Queued(ticket))
     }
 
     /// What is to be done now, the most urgent first; `None`: nothing.
     #[must_use]
     pub fn select(&self, now_ms: u64) -> Option<Action> {
-        let expired = self.waiting.iter().find(|(_, (demand, _))| demand.deadline_ms <= now_ms);
-        let startable = || self.waiting.iter().find(|(_, (demand, _))| self.has_room(demand));
-        expired.map(|(&ticket, _)| Action::Expire(ticket)).or_else(|| startable().map(|(&ticket, _)| Action::Start(ticket)))
+        if let Some(&ticket) = self.displaced.first() {
+            return Some(Action::Refuse(ticket));
+        }
+        if let Some(&(deadline_ms, slot)) = self.deadlines.first()
+            && deadline_ms <= now_ms
+        {
+            return Some(Action::Expire(self.slots.at(slot).ticket));
+        }
+        let pool = *self.ready.first()?;
+        self.next(pool).map(|request| Action::Start(request.ticket))
     }
 
-    /// Does what was selected.
-    pub fn apply(&mut self, action: Action) {
+    /// Does what was selected, at that time.
+    pub fn apply(&mut self, action: Action, now_ms: u64) {
         match action {
             Action::Start(ticket) => {
-                if let Some(demand) = self.unqueue(ticket) {
-                    self.start(ticket, demand);
+                if let Some(&Request { stage: Stage::Waiting, tenant, work, .. }) = self.slots.get(ticket) {
+                    self.shares.start(tenant, ticket.number, work);
+                    self.unqueue(ticket.slot);
+                    self.run(ticket.slot, now_ms);
                 }
             }
-            Action::Expire(ticket) => drop(self.unqueue(ticket)),
+            Action::Expire(ticket) | Action::Refuse(ticket) => self.leave(ticket),
         }
     }
 
     /// When there may be something to do though nothing happens, in milliseconds of the host's clock.
     #[must_use]
     pub fn wake_at(&self) -> Option<u64> {
-        self.waiting.values().map(|(demand, _)| demand.deadline_ms).min()
+        self.deadlines.first().map(|&(deadline_ms, _)| deadline_ms)
     }
 
     /// The prompt of one that runs has been computed.
     pub fn prefilled(&mut self, ticket: Ticket) {
-        if let Some(demand) = self.running.get_mut(&ticket)
-            && let Some(pool) = self.pools.get_mut(&demand.pool)
-        {
-            pool.prefill_tokens -= u64::from(std::mem::take(&mut demand.prompt_tokens));
+        if let Some(&Request { stage: Stage::Prefilling, pool, prompt_tokens, .. }) = self.slots.get(ticket) {
+            self.slots.at_mut(ticket.slot).stage = Stage::Running;
+            self.at_mut(pool).prefill_tokens -= u64::from(prompt_tokens);
+            self.refresh(pool);
         }
     }
 
     /// One that runs has ended, and was this many tokens of work; or one that waits is gone.
-    pub fn finish(&mut self, ticket: Ticket, _work: u32, _now_ms: u64) {
+    pub fn finish(&mut self, ticket: Ticket, work: u32, now_ms: u64) {
         self.prefilled(ticket);
-        if let Some(demand) = self.running.remove(&ticket) {
-            self.pools.entry(demand.pool).or_default().running -= 1;
+        let Some(&request) = self.slots.get(ticket) else { return };
+        if request.stage != Stage::Running {
+            return self.leave(ticket);
         }
-        self.unqueue(ticket);
+        let pool = self.at_mut(request.pool);
+        pool.running -= 1;
+        pool.running_work -= u64::from(request.work);
+        pool.ended(request.work, now_ms.saturating_sub(request.since_ms));
+        self.running -= 1;
+        self.shares.end(request.tenant, ticket.number, request.work, work);
+        self.forget(ticket.slot);
     }
 
     /// A pool's part.
     #[must_use]
     pub fn pool(&self, key: u64, now_ms: u64) -> PoolLoad {
-        let waiting = self.waiting.values().filter(|(demand, _)| demand.pool == key);
-        let pool = self.pools.get(&key);
-        let running = pool.map_or(0, |pool| pool.running);
-        let oldest = waiting.clone().map(|(_, since)| now_ms.saturating_sub(*since)).max();
+        let Some(pool) = self.pool_places.get(&key).map(|&place| self.at(place)) else {
+            return PoolLoad { free: Some(0), predicted_wait_ms: f32::NAN, ..PoolLoad::default() };
+        };
+        let oldest = (pool.oldest != NONE).then(|| now_ms.saturating_sub(self.slots.at(pool.oldest).since_ms));
         PoolLoad {
-            running,
-            free: pool.and_then(|pool| Some(pool.room.requests?.saturating_sub(running))),
-            queued: waiting.clone().count() as u32,
-            queued_tokens: waiting.map(|(demand, _)| u64::from(demand.prompt_tokens)).sum(),
-            oldest_age_ms: oldest.unwrap_or(0) as u32,
-            predicted_wait_ms: f32::NAN,
+            running: pool.running,
+            free: pool.free(),
+            queued: pool.queued,
+            queued_tokens: pool.queued_tokens,
+            oldest_age_ms: oldest.unwrap_or(0).try_into().unwrap_or(u32::MAX),
+            predicted_wait_ms: pool.wait_ms(pool.queued_work as f64),
         }
     }
 
-    fn has_room(&self, demand: &Demand) -> bool {
-        self.pools.get(&demand.pool).is_some_and(|pool| {
-            let tokens = pool.prefill_tokens + u64::from(demand.prompt_tokens);
-            pool.room.workers > 0
-                && pool.room.requests.is_none_or(|max| pool.running < max)
-                && (pool.prefill_tokens == 0 || pool.room.tokens.is_none_or(|max| tokens <= u64::from(max)))
+    /// What a request of this standing would wait in a pool, in milliseconds; NaN if that cannot be said yet.
+    #[must_use]
+    pub fn predicted_wait_ms(&self, pool: u64, tenant: u64, admitted: &Admitted) -> f32 {
+        self.pool_places.get(&pool).map_or(f32::NAN, |&place| {
+            let pool = self.at(place);
+            pool.wait_ms(self.shares.before(pool.root, &standing(admitted, tenant)))
         })
     }
 
-    fn start(&mut self, ticket: Ticket, demand: Demand) {
-        let pool = self.pools.entry(demand.pool).or_default();
-        pool.running += 1;
-        pool.prefill_tokens += u64::from(demand.prompt_tokens);
-        self.running.insert(ticket, demand);
+    /// Requests that wait.
+    #[must_use]
+    pub fn waiting(&self) -> u32 {
+        self.waiting
     }
 
-    fn unqueue(&mut self, ticket: Ticket) -> Option<Demand> {
-        let (demand, _) = self.waiting.remove(&ticket)?;
-        self.waiting_tokens -= u64::from(demand.prompt_tokens);
-        Some(demand)
+    /// Tokens of their prompts.
+    #[must_use]
+    pub fn waiting_tokens(&self) -> u64 {
+        self.waiting_tokens
     }
+
+    /// Requests that run.
+    #[must_use]
+    pub fn running(&self) -> u32 {
+        self.running
+    }
+
+    fn at(&self, place: u32) -> &Pool {
+        self.pools[place as usize].as_ref().expect("a pool is there while its requests are")
+    }
+
+    fn at_mut(&mut self, place: u32) -> &mut Pool {
+        self.pools[place as usize].as_mut().expect("a pool is there while its requests are")
+    }
+
+    fn pool_place(&mut self, key: u64) -> u32 {
+        if let Some(&place) = self.pool_places.get(&key) {
+            return place;
+        }
+        let place = self.pools.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.pools.push(None);
+            self.pools.len() - 1
+        });
+        self.pools[place] = Some(Pool::new(key, self.shares.add_pool()));
+        self.pool_places.insert(key, place as u32);
+        place as u32
+    }
+
+    /// What a request takes of the queue: of its places and of its tokens.
+    fn part(&self, prompt_tokens: u32) -> u64 {
+        let Bounds { max_requests, max_tokens } = self.bounds;
+        (1 << 32) / u64::from(max_requests.max(1)) + (u64::from(prompt_tokens) << 32) / max_tokens.max(1)
+    }
+
+    /// The request that is next in a pool.
+    fn next(&self, pool: u32) -> Option<&Request> {
+        self.shares.next(self.at(pool).root).map(|slot| self.slots.at(slot))
+    }
+
+    /// Finds out anew whether a pool's next request may start, and whether there is a pool at all.
+    fn refresh(&mut self, place: u32) {
+        let pool = self.at(place);
+        let (key, root, is_gone) = (pool.key, pool.root, pool.is_gone());
+        if self.next(place).is_some_and(|next| pool.has_room(next.prompt_tokens)) {
+            self.ready.insert(place);
+        } else {
+            self.ready.remove(&place);
+        }
+        if is_gone {
+            self.pool_places.remove(&key);
+            self.shares.remove_pool(root);
+            self.pools[place as usize] = None;
+        }
+    }
+
+    /// Requests of an arrival's own tier that have to make room for it, besides all that there is of later tiers.
+    fn yielding(&self, arrival: &Request) -> Result<Vec<u32>, Refusal> {
+        let Bounds { max_requests, max_tokens } = self.bounds;
+        let later = self.tiers[arrival.tier as usize + 1..].iter();
+        let (later_requests, later_tokens) = later.fold((0, 0), |sum, tier| (sum.0 + tier.0, sum.1 + tier.1));
+        let mut requests = (self.waiting - later_requests + 1).saturating_sub(max_requests);
+        let mut tokens = (self.waiting_tokens - later_tokens + u64::from(arrival.prompt_tokens)).saturating_sub(max_tokens);
+        let mut slots = Vec::new();
+        if (requests, tokens) == (0, 0) {
+            return Ok(slots);
+        }
+        let refusal = if requests > 0 { Refusal::Requests { max: max_requests } } else { Refusal::Tokens { max: max_tokens } };
+        let mut yielding = self.shares.yielding(arrival.tenant, &arrival.item());
+        while requests > 0 || tokens > 0 {
+            let slot = yielding.next(|slot| self.slots.at(slot).part).ok_or(refusal)?;
+            requests = requests.saturating_sub(1);
+            tokens = tokens.saturating_sub(self.slots.at(slot).prompt_tokens.into());
+            slots.push(slot);
+        }
+        Ok(slots)
+    }
+
+    /// Takes these requests out of the queue, and of later tiers what is over the bounds then.
+    fn make_way(&mut self, yielding: Vec<u32>) {
+        yielding.into_iter().for_each(|slot| self.displace(slot));
+        while self.waiting > self.bounds.max_requests || self.waiting_tokens > self.bounds.max_tokens {
+            let worst = self.shares.worst().expect("what is over the bounds waits");
+            self.displace(worst);
+        }
+    }
+
+    fn displace(&mut self, slot: u32) {
+        let (tenant, pool) = (self.slots.at(slot).tenant, self.slots.at(slot).pool);
+        self.unqueue(slot);
+        self.shares.release(tenant);
+        self.refresh(pool);
+        let request = self.slots.at_mut(slot);
+        request.stage = Stage::Displaced;
+        self.displaced.insert(request.ticket);
+    }
+
+    /// One that does not run is gone.
+    fn leave(&mut self, ticket: Ticket) {
+        match self.slots.get(ticket).map(|request| request.stage) {
+            Some(Stage::Waiting) => {
+                self.unqueue(ticket.slot);
+                self.forget(ticket.slot);
+            }
+            Some(Stage::Displaced) => {
+                self.displaced.remove(&ticket);
+                self.slots.remove(ticket.slot);
+            }
+            _ => (),
+        }
+    }
+
+    fn forget(&mut self, slot: u32) {
+        let &Request { tenant, pool, .. } = self.slots.at(slot);
+        self.slots.remove(slot);
+        self.shares.release(tenant);
+        self.refresh(pool);
+    }
+
+    fn run(&mut self, slot: u32, now_ms: u64) {
+        let request = *self.slots.at(slot);
+        let pool = self.at_mut(request.pool);
+        pool.running += 1;
+        pool.running_work += u64::from(request.work);
+        pool.prefill_tokens += u64::from(request.prompt_tokens);
+        self.running += 1;
+        let running = self.slots.at_mut(slot);
+        (running.stage, running.since_ms) = (Stage::Prefilling, now_ms);
+        self.refresh(request.pool);
+    }
+
+    fn queue(&mut self, slot: u32) {
+        let request = *self.slots.at(slot);
+        self.shares.push(request.tenant, &request.item());
+        self.deadlines.insert((request.deadline_ms, slot));
+        let pool = self.at_mut(request.pool);
+        let older = std::mem::replace(&mut pool.newest, slot);
+        if older == NONE {
+            pool.oldest = slot;
+        }
+        pool.queued += 1;
+        pool.queued_work += u64::from(request.work);
+        pool.queued_tokens += u64::from(request.prompt_tokens);
+        self.slots.at_mut(slot).older = older;
+        if older != NONE {
+            self.slots.at_mut(older).newer = slot;
+        }
+        self.waiting += 1;
+        self.waiting_tokens += u64::from(request.prompt_tokens);
+        let tier = &mut self.tiers[request.tier as usize];
+        *tier = (tier.0 + 1, tier.1 + u64::from(request.prompt_tokens));
+        self.refresh(request.pool);
+    }
+
+    fn unqueue(&mut self, slot: u32) {
+        let request = *self.slots.at(slot);
+        self.shares.pop(request.tenant, &request.item());
+        self.deadlines.remove(&(request.deadline_ms, slot));
+        let Request { older, newer, .. } = request;
+        let pool = self.at_mut(request.pool);
+        if older == NONE {
+            pool.oldest = newer;
+        }
+        if newer == NONE {
+            pool.newest = older;
+        }
+        pool.queued -= 1;
+        pool.queued_work -= u64::from(request.work);
+        pool.queued_tokens -= u64::from(request.prompt_tokens);
+        if older != NONE {
+            self.slots.at_mut(older).newer = newer;
+        }
+        if newer != NONE {
+            self.slots.at_mut(newer).older = older;
+        }
+        self.waiting -= 1;
+        self.waiting_tokens -= u64::from(request.prompt_tokens);
+        let tier = &mut self.tiers[request.tier as usize];
+        *tier = (tier.0 - 1, tier.1 - u64::from(request.prompt_tokens));
+    }
+}
+
+fn standing(admitted: &Admitted, tenant: u64) -> Standing {
+    Standing {
+        tier: admitted.tier.min(TIERS - 1),
+        class: admitted.class.as_deref().map_or(0, |class| id::key(class.as_bytes())),
+        class_weight: admitted.class_weight,
+        tenant,
+        tenant_weight: admitted.tenant_weight,
+    }
+}
+
+/// A rank by which higher priorities come first; what is no number is no priority.
+fn sooner_first(priority: f32) -> u64 {
+    // Without the sign of 0; and in the order of their bits, as IEEE 754 has it.
+    let bits = if priority.is_nan() { 0.0f32 } else { priority + 0.0 }.to_bits();
+    let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+    u64::from(!ascending)
 }

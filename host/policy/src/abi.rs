@@ -4,10 +4,12 @@
 //! way. A test links a component that imports the whole world, so that a function
 //! that is missing or has another type cannot be released.
 
-mod answer;
+mod admission_answer;
+mod admission_pools;
 mod candidates;
 mod outcomes;
 mod request;
+mod routing_answer;
 mod services;
 #[cfg(test)]
 mod tests;
@@ -21,25 +23,21 @@ use crate::{call::Guest, limits::Limits};
 
 /// Package and version of the contract that this host speaks. Older 0.1 guests link against it, since the host
 /// only ever adds imports.
-pub(crate) const VERSION: &str = "0.1.1";
-
-/// Interfaces that a routing policy may import.
-pub(crate) const ROUTER_IMPORTS: &[&str] =
-    &["request", "candidates", "routing-answer", "outcomes", "state", "clock", "entropy", "telemetry"];
-
-/// Interfaces that a routing policy exports.
-pub(crate) const ROUTER_EXPORTS: &[&str] = &["lifecycle", "routing"];
+pub(crate) const VERSION: &str = "0.1.2";
 
 /// The full name of an interface.
 pub(crate) fn interface(name: &str) -> String {
     format!("dynamo:policy/{name}@{VERSION}")
 }
 
-/// All that a routing policy may import.
-pub(crate) fn link_router(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
+/// All that policies may import, of whatever world: which of it is allowed to one is checked before it is compiled, and a
+/// function that is called out of its place refuses to work.
+pub(crate) fn link(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
     request::link(&mut linker.instance(&interface("request"))?)?;
     candidates::link(&mut linker.instance(&interface("candidates"))?)?;
-    answer::link(&mut linker.instance(&interface("routing-answer"))?)?;
+    routing_answer::link(&mut linker.instance(&interface("routing-answer"))?)?;
+    admission_pools::link(&mut linker.instance(&interface("admission-pools"))?)?;
+    admission_answer::link(&mut linker.instance(&interface("admission-answer"))?)?;
     outcomes::link(&mut linker.instance(&interface("outcomes"))?)?;
     services::link_state(&mut linker.instance(&interface("state"))?)?;
     services::link_clock(&mut linker.instance(&interface("clock"))?)?;

@@ -8,10 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_host_core::native;
 use serde::Serialize;
 
-use crate::{fault::PolicyFault, synthetic, version::PolicyVersion};
+use crate::{fault::PolicyFault, question::Question, version::PolicyVersion, world::World};
 
 /// Samples per size.
 const SAMPLES: usize = 300;
@@ -21,8 +20,8 @@ const SAMPLE: Duration = Duration::from_micros(500);
 /// Cost of one decision at one size.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cost {
-    /// Candidates.
-    pub candidates: u32,
+    /// Rows of its columns: candidates, or pools.
+    pub rows: u32,
     /// Median over samples, in nanoseconds per decision.
     pub median_ns: f64,
     /// 99th percentile over samples, in nanoseconds per decision.
@@ -35,27 +34,37 @@ pub struct Cost {
 ///
 /// # Errors
 /// If it fails to decide.
-pub fn policy(version: &Arc<PolicyVersion>, candidates: u32) -> Result<Cost, PolicyFault> {
-    let fleet = synthetic::fleet(candidates);
-    let mut call = synthetic::route_call(&fleet, 1);
-    let mut trial = version.trial()?;
-    let fuel = trial.route(&call)?.fuel;
-    let (median_ns, p99_ns) = measure(|seed| {
-        call.seed = seed;
-        trial.route(&call).map(|routed| drop(std::hint::black_box(routed.verdict)))
-    })?;
-    Ok(Cost { candidates, median_ns, p99_ns, fuel })
+pub fn policy(version: &Arc<PolicyVersion>, rows: u32) -> Result<Cost, PolicyFault> {
+    (version.world().tried.bench)(version, rows)
 }
 
-/// Measures the native fallback at one size.
+/// Measures what decides in a world without a policy, at one size.
 #[must_use]
-pub fn native_fallback(candidates: u32) -> Cost {
-    let fleet = synthetic::fleet(candidates);
+pub fn native_fallback(world: &World, rows: u32) -> Cost {
+    (world.tried.bench_native)(rows)
+}
+
+pub(crate) fn of_policy<Q: Question>(version: &Arc<PolicyVersion>, rows: u32) -> Result<Cost, PolicyFault> {
+    let scene = Q::scene(rows);
+    let mut trial = version.trial()?;
+    let mut call = Q::plain(&scene, 1, false);
+    let fuel = trial.decide(&call)?.fuel;
+    let (median_ns, p99_ns) = measure(|seed| {
+        call.set_seed(seed);
+        trial.decide(&call).map(|decided| drop(std::hint::black_box(decided.verdict)))
+    })?;
+    Ok(Cost { rows, median_ns, p99_ns, fuel })
+}
+
+pub(crate) fn of_native<Q: Question>(rows: u32) -> Cost {
+    let scene = Q::scene(rows);
+    let mut call = Q::plain(&scene, 1, false);
     let Ok((median_ns, p99_ns)) = measure::<std::convert::Infallible>(|seed| {
-        std::hint::black_box(native::least_loaded(&fleet.candidates, seed));
+        call.set_seed(seed);
+        std::hint::black_box(call.native());
         Ok(())
     });
-    Cost { candidates, median_ns, p99_ns, fuel: 0 }
+    Cost { rows, median_ns, p99_ns, fuel: 0 }
 }
 
 /// Median and 99th percentile of samples, in nanoseconds per call.

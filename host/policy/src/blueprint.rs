@@ -4,20 +4,22 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::answer::{self, Verdict};
+use dynamo_host_core::answer;
 use wasmtime::{
     Store,
     component::{ComponentExportIndex, InstancePre, TypedFunc},
 };
 
 use crate::{
-    call::{Explanation, Guest, Reading, RouteCall, Subject},
+    call::{Explanation, Guest, Reading, Subject},
     fault::{FaultCause, PolicyFault},
     inspect::Inspection,
     limits::Limits,
     pool::{Instance, Permit},
+    question::Question,
     runtime::{Now, Shared},
     state::SlotState,
+    world::LIFECYCLE,
 };
 
 /// Ticks of the backstop that setting up may take: about a second.
@@ -38,7 +40,7 @@ pub(crate) struct Blueprint {
 struct Exports {
     configure: ComponentExportIndex,
     settings_schema: ComponentExportIndex,
-    route: ComponentExportIndex,
+    decide: ComponentExportIndex,
     observe: ComponentExportIndex,
 }
 
@@ -52,9 +54,9 @@ pub(crate) enum SetupError {
 
 /// What a policy decided, and what that took.
 #[derive(Debug)]
-pub struct Routed {
+pub struct Decided<V = answer::Verdict> {
     /// The answer, checked.
-    pub verdict: Verdict,
+    pub verdict: V,
     /// Its reasons, if they were asked for.
     pub explanations: Vec<Explanation>,
     /// What it read of the candidates, if that was asked for.
@@ -86,11 +88,12 @@ impl Blueprint {
                 .and_then(|instance| component.get_export_index(Some(&instance), function))
                 .ok_or_else(|| wasmtime::format_err!("it does not export {interface}.{function}"))
         };
+        let (interface, function) = inspection.world.decides;
         let exports = Exports {
-            configure: export("lifecycle", "configure")?,
-            settings_schema: export("lifecycle", "settings-schema")?,
-            route: export("routing", "route")?,
-            observe: export("routing", "observe")?,
+            configure: export(LIFECYCLE, "configure")?,
+            settings_schema: export(LIFECYCLE, "settings-schema")?,
+            decide: export(interface, function)?,
+            observe: export(interface, "observe")?,
         };
         let label = inspection.name.to_string().into();
         Ok(Self { inspection, settings, label, shared, pre, exports, state })
@@ -112,16 +115,16 @@ impl Blueprint {
         let set_up = self.pre.instantiate(&mut store).and_then(|instance| {
             let configure = instance.get_typed_func::<(&str,), (Result<(), String>,)>(&mut store, self.exports.configure)?;
             let (configured,) = configure.call(&mut store, (&self.settings,))?;
-            let route = instance.get_typed_func(&mut store, self.exports.route)?;
+            let decide = instance.get_typed_func(&mut store, self.exports.decide)?;
             let observe = instance.get_typed_func(&mut store, self.exports.observe)?;
-            Ok((configured, route, observe))
+            Ok((configured, decide, observe))
         });
         match set_up {
-            Ok((Ok(()), route, observe)) => {
+            Ok((Ok(()), decide, observe)) => {
                 if purpose == Purpose::Decide {
                     store.data_mut().go_live(Arc::clone(&self.state));
                 }
-                Ok(Instance { store, route, observe, _permit: permit })
+                Ok(Instance { store, decide, observe, _permit: permit })
             }
             Ok((Err(reason), ..)) => Err(SetupError::Refused(store.data().printable(&reason))),
             Err(error) => Err(SetupError::Fault(PolicyFault::of(&error, store.data_mut().said.take()))),
@@ -173,14 +176,15 @@ pub(crate) enum Failure {
     Answer(PolicyFault),
 }
 
-pub(crate) fn decide(instance: &mut Instance, call: RouteCall, now: Now, seed: u64, limits: &Limits) -> Result<Routed, Failure> {
-    let count = call.candidates.count();
-    let route = instance.route;
-    let fuel = run(instance, route, Subject::Route(call), now, seed, limits).map_err(Failure::Guest)?;
+/// Has an instance decide.
+pub(crate) fn decide<Q: Question>(instance: &mut Instance, call: Q, limits: &Limits) -> Result<Decided<Q::Verdict>, Failure> {
+    let (rows, now, seed) = (call.rows(), call.now(), call.seed());
+    let function = instance.decide;
+    let fuel = run(instance, function, call.into_subject(), now, seed, limits).map_err(Failure::Guest)?;
     let guest = instance.store.data_mut();
     let (explanations, readings) = (std::mem::take(&mut guest.explanations), std::mem::take(&mut guest.readings));
-    let verdict = answer::validate(guest.answer.take(), count).map_err(|fault| Failure::Answer(fault.into()))?;
-    Ok(Routed { verdict, explanations, readings, fuel })
+    let verdict = Q::verdict(guest, rows).map_err(Failure::Answer)?;
+    Ok(Decided { verdict, explanations, readings, fuel })
 }
 
 /// Calls into an instance under the bounds of one decision; returns the fuel that it took.

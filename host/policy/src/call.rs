@@ -2,37 +2,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use dynamo_host_core::{Answer, Candidates, Column, Overlap, RequestFacts};
+use dynamo_host_core::{Admitted, Answer, Column, Rejection, RequestFacts, admission};
 use wasmtime::ResourceLimiter;
 
-use crate::{fault::Refusal, limits::Limits, runtime::Now, state::SlotState};
-
-/// Everything that a routing decision reads. It holds no prompt text.
-#[derive(Clone, Debug)]
-pub struct RouteCall {
-    /// Facts of the request.
-    pub request: Arc<RequestFacts>,
-    /// The workers that may serve it.
-    pub candidates: Arc<Candidates>,
-    /// What workers hold of its prompt's prefix; `None` if nobody has looked.
-    pub overlap: Option<Arc<Overlap>>,
-    /// The host's monotonic clock.
-    pub now_ms: u64,
-    /// Wall clock.
-    pub unix_ms: u64,
-    /// Seed of the decision's randomness.
-    pub seed: u64,
-    /// Whether what the policy reads, and its reasons, are recorded.
-    pub explain: bool,
-}
-
-impl RouteCall {
-    /// The time of the decision.
-    #[must_use]
-    pub fn now(&self) -> Now {
-        Now { monotonic_ms: self.now_ms, unix_ms: self.unix_ms }
-    }
-}
+use crate::{
+    fault::Refusal,
+    limits::Limits,
+    question::{AdmissionCall, Question, RouteCall},
+    runtime::Now,
+    state::SlotState,
+};
 
 /// What was read of the candidates for one decision, as it was read: columns of load may be others a moment later.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,17 +34,19 @@ pub struct Explanation {
     pub values: Vec<f32>,
 }
 
-/// What became of one request.
+/// What became of one attempt of a request, or of one that came to no worker.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OutcomeRow {
-    /// The decision that placed it.
+    /// The decision that placed it, or let it in.
     pub decision_id: u64,
-    /// The worker that served it last.
+    /// The worker; `u64::MAX` if it came to none.
     pub worker_id: u64,
     /// Time to first token; NaN without one.
     pub ttft_ms: f32,
     /// Mean time between tokens; NaN below two.
     pub itl_ms: f32,
+    /// Time that it waited in the host's queue; NaN where nobody knows.
+    pub queue_ms: f32,
     /// Tokens of output.
     pub output_tokens: u32,
     /// Code of how it ended (`outcomes.end`).
@@ -86,18 +67,20 @@ pub type OutcomeBatch = Arc<[OutcomeRow]>;
 
 /// What the present call is about. Import functions refuse to work outside of their place.
 #[derive(Debug)]
-pub(crate) enum Subject {
+pub enum Subject {
     /// `configure`, `settings-schema` or instantiation.
     Setup,
     /// `route`.
     Route(RouteCall),
+    /// `admit`.
+    Admit(AdmissionCall),
     /// `observe`.
     Observe(OutcomeBatch),
 }
 
 /// A guest's store data.
 #[derive(Debug)]
-pub(crate) struct Guest {
+pub struct Guest {
     limits: Arc<Limits>,
     /// The slot's, or a scratch one on trial and during set-up.
     pub(crate) state: Arc<SlotState>,
@@ -108,7 +91,12 @@ pub(crate) struct Guest {
     pub(crate) subject: Subject,
     pub(crate) now: Now,
     random: u64,
-    pub(crate) answer: Option<Answer>,
+    /// What was answered to `route`.
+    pub(crate) routing: Option<Answer>,
+    /// What was answered to `admit`.
+    pub(crate) admission: Option<admission::Answer>,
+    /// Where the request stands if it is admitted.
+    pub(crate) admitted: Admitted,
     pub(crate) explanations: Vec<Explanation>,
     pub(crate) readings: Vec<Reading>,
     /// The last message at level error: a panic's text.
@@ -129,7 +117,9 @@ impl Guest {
             subject: Subject::Setup,
             now,
             random: 0,
-            answer: None,
+            routing: None,
+            admission: None,
+            admitted: Admitted::default(),
             explanations: Vec::new(),
             readings: Vec::new(),
             said: None,
@@ -148,8 +138,13 @@ impl Guest {
     pub(crate) fn begin(&mut self, subject: Subject, now: Now, seed: u64) {
         self.now = now;
         self.random = seed;
+        self.admitted = match &subject {
+            Subject::Admit(call) => call.native.clone(),
+            _ => Admitted::default(),
+        };
         self.subject = subject;
-        self.answer = None;
+        self.routing = None;
+        self.admission = None;
         self.explanations.clear();
         self.readings.clear();
         self.said = None;
@@ -162,7 +157,24 @@ impl Guest {
         self.subject = Subject::Setup;
     }
 
-    /// The decision under way.
+    /// The request that is decided about, and the time.
+    pub(crate) fn asked(&self, function: &'static str) -> wasmtime::Result<(&RequestFacts, Now)> {
+        match &self.subject {
+            Subject::Route(call) => Ok((&call.request, call.now())),
+            Subject::Admit(call) => Ok((&call.request, call.now())),
+            _ => Err(wasmtime::Error::new(Refusal::OutOfPlace { function, allowed: "a decision" })),
+        }
+    }
+
+    /// The admission decision under way.
+    pub(crate) fn admit(&self, function: &'static str) -> wasmtime::Result<&AdmissionCall> {
+        match &self.subject {
+            Subject::Admit(call) => Ok(call),
+            _ => Err(wasmtime::Error::new(Refusal::OutOfPlace { function, allowed: "admit" })),
+        }
+    }
+
+    /// The routing decision under way.
     pub(crate) fn route(&self, function: &'static str) -> wasmtime::Result<&RouteCall> {
         match &self.subject {
             Subject::Route(call) => Ok(call),
@@ -199,6 +211,16 @@ impl Guest {
     pub(crate) fn printable(&self, message: &str) -> String {
         let cut = &message[..message.floor_char_boundary(self.limits.log_line_bytes)];
         cut.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    }
+
+    /// An error for the client as a policy wants it; when to try again is cut to its bound, and counted.
+    pub(crate) fn rejection(&self, status: u16, retry_after_ms: Option<u32>, reason: &str) -> Rejection {
+        if retry_after_ms.is_some_and(|ms| ms > admission::MAX_RETRY_AFTER_MS) && !self.is_muted {
+            let labels = [("slot", self.state.slot().to_string()), ("policy", self.label.to_string())];
+            metrics::counter!("dynamo_host_policy_retry_after_cut_total", &labels).increment(1);
+        }
+        let retry_after_ms = retry_after_ms.map(|ms| ms.min(admission::MAX_RETRY_AFTER_MS));
+        Rejection { status, retry_after_ms, reason: self.printable(reason) }
     }
 
     /// Whether the call may log one more line, by its own quota and by its slot's.

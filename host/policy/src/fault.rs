@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use dynamo_host_core::AnswerFault;
+use dynamo_host_core::{AnswerFault, admission};
 use wasmtime::Trap;
 
 /// Why a policy did not decide. The text of each is a metric label.
@@ -87,6 +87,12 @@ pub struct PolicyFault {
 
 impl From<AnswerFault> for PolicyFault {
     fn from(fault: AnswerFault) -> Self {
+        Self { cause: FaultCause::Answer(fault.cause()), detail: fault.to_string() }
+    }
+}
+
+impl From<admission::AnswerFault> for PolicyFault {
+    fn from(fault: admission::AnswerFault) -> Self {
         Self { cause: FaultCause::Answer(fault.cause()), detail: fault.to_string() }
     }
 }

@@ -3,13 +3,15 @@
 use serde::Serialize;
 use wasmparser::{Parser, Payload};
 
-use crate::{abi, identity::Digest, identity::PolicyName, load::LoadError};
+use crate::{
+    abi,
+    identity::{Digest, PolicyName},
+    load::LoadError,
+    world::{LIFECYCLE, World},
+};
 
 /// Name of the custom section that names a policy.
 const SECTION: &str = "dynamo:policy";
-
-/// The worlds of the contract, by the interface that only their policies export.
-const WORLDS: &[(&str, &str)] = &[("routing", "router"), ("admitting", "admission"), ("autoscaling", "autoscaler")];
 
 /// What a component says of itself.
 #[derive(Clone, Debug, Serialize)]
@@ -23,7 +25,7 @@ pub struct Inspection {
     /// Its size.
     pub bytes: usize,
     /// The world that it is for.
-    pub world: &'static str,
+    pub world: &'static World,
     /// Interfaces that it imports: what it can read and say.
     pub imports: Vec<String>,
     /// Interfaces that it exports.
@@ -47,10 +49,10 @@ impl Inspection {
     }
 }
 
-/// Inspects a routing policy.
+/// Inspects a policy.
 ///
 /// # Errors
-/// Says why the bytes are not a routing policy that this host can run, and what to do about it.
+/// Says why the bytes are not a policy that this host can run, and what to do about it.
 pub fn inspect(bytes: &[u8], max_bytes: usize) -> Result<Inspection, LoadError> {
     let sections = read_sections(bytes, max_bytes)?;
     let name = match sections.description {
@@ -66,29 +68,32 @@ pub fn inspect(bytes: &[u8], max_bytes: usize) -> Result<Inspection, LoadError> 
         name,
     };
     let policy = || inspection.name.name.clone();
-    if inspection.world != "router" {
-        return Err(LoadError::WrongWorld { policy: policy(), found: inspection.world.to_owned() });
-    }
     for import in &inspection.imports {
         match contract_interface(import) {
-            Ok(interface) if abi::ROUTER_IMPORTS.contains(&interface) => {}
+            Ok(interface) if inspection.world.imports.contains(&interface) => {}
             Err(Some(version)) => return Err(LoadError::ContractVersion { policy: policy(), found: version.to_owned() }),
-            _ => return Err(LoadError::ForbiddenImport { policy: policy(), import: import.clone() }),
+            _ => {
+                return Err(LoadError::ForbiddenImport { policy: policy(), world: inspection.world, import: import.clone() });
+            }
         }
     }
-    for interface in abi::ROUTER_EXPORTS {
+    for interface in [LIFECYCLE, inspection.world.decides.0] {
         if inspection.export(interface).is_none() {
-            return Err(LoadError::MissingExport { policy: policy(), export: abi::interface(interface) });
+            return Err(LoadError::MissingExport {
+                policy: policy(),
+                world: inspection.world,
+                export: abi::interface(interface),
+            });
         }
     }
     Ok(inspection)
 }
 
-fn world(policy: &PolicyName, exports: &[String]) -> Result<&'static str, LoadError> {
+fn world(policy: &PolicyName, exports: &[String]) -> Result<&'static World, LoadError> {
     for export in exports {
         match contract_interface(export) {
             Ok(interface) => {
-                if let Some((_, world)) = WORLDS.iter().find(|(marker, _)| *marker == interface) {
+                if let Some(world) = World::ALL.into_iter().find(|world| world.decides.0 == interface) {
                     return Ok(world);
                 }
             }
@@ -99,7 +104,7 @@ fn world(policy: &PolicyName, exports: &[String]) -> Result<&'static str, LoadEr
         }
     }
     let found = if exports.is_empty() { "nothing".to_owned() } else { exports.join(", ") };
-    Err(LoadError::WrongWorld { policy: policy.name.clone(), found })
+    Err(LoadError::NoWorld { policy: policy.name.clone(), found })
 }
 
 /// The interface that a full name stands for, if it is one of the contract in a version that this host speaks. Error:

@@ -19,6 +19,7 @@ mod inspect;
 mod limits;
 mod load;
 mod pool;
+mod question;
 mod record;
 mod runtime;
 mod slot;
@@ -27,19 +28,22 @@ mod state;
 pub mod synthetic;
 mod trial;
 mod version;
+mod world;
 
-pub use blueprint::Routed;
-pub use call::{Explanation, OUTCOMES_AT_ONCE, OUTCOMES_EVERY, OUTCOMES_WAITING, OutcomeBatch, OutcomeRow, Reading, RouteCall};
+pub use blueprint::Decided;
+pub use call::{Explanation, OUTCOMES_AT_ONCE, OUTCOMES_EVERY, OUTCOMES_WAITING, OutcomeBatch, OutcomeRow, Reading};
 pub use fault::{FaultCause, PolicyFault};
 pub use identity::{Digest, PolicyName};
 pub use inspect::{Inspection, inspect};
 pub use limits::{Limits, QuarantineLimits};
 pub use load::{LoadError, read_component};
+pub use question::{AdmissionCall, Question, RouteCall, native_route};
 pub use runtime::{Clock, Now, PolicyRuntime, RuntimeError};
 pub use slot::{
-    DecidedBy, Decision, Failed, NoHistory, Pinned, QuarantineReport, RoutingSlot, SlotReport, VersionReport, VersionState,
-    native_route,
+    AdmissionSlot, DecidedBy, Decision, Failed, Lifecycle, NoHistory, Pinned, QuarantineReport, RoutingSlot, Slot, SlotReport,
+    VersionReport, VersionState,
 };
 pub use state::SlotState;
 pub use trial::{MemoryDependence, Trial};
 pub use version::PolicyVersion;
+pub use world::World;

@@ -12,13 +12,13 @@ use wasmtime::component::Component;
 use crate::{
     abi,
     blueprint::{Blueprint, SetupError},
-    call::RouteCall,
     fault::PolicyFault,
     inspect::inspect,
     runtime::PolicyRuntime,
     state::SlotState,
-    synthetic,
+    trial::ProbeFailure,
     version::PolicyVersion,
+    world::World,
 };
 
 /// Why bytes cannot be activated as a policy. Each says what to do.
@@ -65,22 +65,40 @@ pub enum LoadError {
         /// What is wrong with it.
         reason: String,
     },
-    /// For another slot.
+    /// Of no world, or of one that this host does not run.
     #[error(
-        "policy {policy:?} does not export what the world `router` does (it exports: {found}); \
-         implement the SDK's Router, or activate it in the slot that it was written for"
+        "policy {policy:?} does not export what a policy of the world {} does (it exports: {found}); \
+         implement one of the SDK's traits and register it",
+        worlds()
     )]
-    WrongWorld {
+    NoWorld {
         /// The policy.
         policy: String,
         /// What it exports instead.
         found: String,
     },
-    /// Half a router.
-    #[error("policy {policy:?} does not export {export}; build it against the world `router` of dynamo:policy@{}", abi::VERSION)]
+    /// For another slot.
+    #[error(
+        "policy {policy:?} is of the world `{found}`, and slot {slot} takes the world `{expected}`; \
+         activate it in its own slot: dynamo-host policy activate {} FILE", found.slot.as_str()
+    )]
+    WrongWorld {
+        /// The policy.
+        policy: String,
+        /// Its world.
+        found: &'static World,
+        /// The slot that it was meant for.
+        slot: Arc<str>,
+        /// The slot's world.
+        expected: &'static World,
+    },
+    /// Half a policy.
+    #[error("policy {policy:?} does not export {export}; build it against the world `{world}` of dynamo:policy@{}", abi::VERSION)]
     MissingExport {
         /// The policy.
         policy: String,
+        /// Its world.
+        world: &'static World,
         /// What is missing.
         export: String,
     },
@@ -97,14 +115,16 @@ pub enum LoadError {
     },
     /// Reaches for what is outside of the sandbox.
     #[error(
-        "policy {policy:?} imports {import}, which a routing policy may not; allowed: dynamo:policy/{{{}}}@{}. \
+        "policy {policy:?} imports {import}, which a policy of the world `{world}` may not; allowed: dynamo:policy/{{{}}}@{}. \
          Rebuild it for wasm32-unknown-unknown, without WASI",
-        abi::ROUTER_IMPORTS.join(","),
+        world.imports.join(","),
         abi::VERSION
     )]
     ForbiddenImport {
         /// The policy.
         policy: String,
+        /// Its world.
+        world: &'static World,
         /// What it imports.
         import: String,
     },
@@ -154,12 +174,14 @@ pub enum LoadError {
         fault: PolicyFault,
     },
     /// It fails on made-up requests.
-    #[error("policy {policy:?} failed its probe, a made-up request with {candidates} candidates: {fault}")]
+    #[error("policy {policy:?} failed its probe, a made-up request with {rows} {}: {fault}", world.rows)]
     Probe {
         /// The policy.
         policy: String,
+        /// Its world.
+        world: &'static World,
         /// Size of the probe.
-        candidates: u32,
+        rows: u32,
         /// What happened.
         fault: PolicyFault,
     },
@@ -177,7 +199,7 @@ impl LoadError {
             Self::CoreModule => "core-module",
             Self::Malformed { .. } => "malformed",
             Self::Description { .. } => "description",
-            Self::WrongWorld { .. } => "wrong-world",
+            Self::NoWorld { .. } | Self::WrongWorld { .. } => "wrong-world",
             Self::MissingExport { .. } => "missing-export",
             Self::ContractVersion { .. } => "contract-version",
             Self::ForbiddenImport { .. } => "forbidden-import",
@@ -211,8 +233,10 @@ pub fn read_component(path: &Path, max_bytes: usize) -> Result<Vec<u8>, LoadErro
     Ok(bytes)
 }
 
-/// Sizes of the made-up fleets that a policy must decide for before it is activated.
-const PROBES: [u32; 3] = [1, 4, 64];
+/// The worlds that this host runs, for people.
+fn worlds() -> String {
+    World::ALL.map(|world| format!("`{world}`")).join(" or ")
+}
 
 impl PolicyRuntime {
     /// Makes a policy version that is ready to decide. `settings` is a JSON object.
@@ -231,6 +255,11 @@ impl PolicyRuntime {
 
     fn load_uncounted(&self, bytes: &[u8], settings: &str, state: Arc<SlotState>) -> Result<Arc<PolicyVersion>, LoadError> {
         let inspection = inspect(bytes, self.limits().component_bytes)?;
+        let world = inspection.world;
+        if let Some(expected) = state.world().filter(|expected| expected.slot != world.slot) {
+            let (policy, slot) = (inspection.name.name, Arc::clone(state.slot()));
+            return Err(LoadError::WrongWorld { policy, found: world, slot, expected });
+        }
         let policy = || inspection.name.name.clone();
         let _: serde_json::Map<String, serde_json::Value> = serde_json::from_str(settings)
             .map_err(|error| LoadError::SettingsSyntax { policy: policy(), reason: error.to_string() })?;
@@ -251,15 +280,10 @@ impl PolicyRuntime {
             },
             SetupError::Fault(fault) => LoadError::Start { policy: policy(), fault },
         })?;
-        let mut trial = version.trial().map_err(|fault| LoadError::Start { policy: policy(), fault })?;
-        for candidates in PROBES {
-            let fleet = synthetic::fleet(candidates);
-            // With its reasons too: a host that writes receipts asks for them.
-            for explain in [false, true] {
-                let call = RouteCall { explain, ..synthetic::route_call(&fleet, 1) };
-                trial.route(&call).map_err(|fault| LoadError::Probe { policy: policy(), candidates, fault })?;
-            }
-        }
+        (world.tried.probe)(&version).map_err(|failure| match failure {
+            ProbeFailure { rows: None, fault } => LoadError::Start { policy: policy(), fault },
+            ProbeFailure { rows: Some(rows), fault } => LoadError::Probe { policy: policy(), world, rows, fault },
+        })?;
         Ok(version)
     }
 }

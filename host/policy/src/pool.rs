@@ -18,7 +18,7 @@ use crate::call::Guest;
 /// A guest that is configured and ready.
 pub(crate) struct Instance {
     pub(crate) store: Store<Guest>,
-    pub(crate) route: TypedFunc<(), ()>,
+    pub(crate) decide: TypedFunc<(), ()>,
     pub(crate) observe: TypedFunc<(), ()>,
     /// Held for as long as the instance exists.
     pub(crate) _permit: Permit,

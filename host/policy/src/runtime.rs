@@ -91,7 +91,7 @@ impl PolicyRuntime {
         };
         tick(engine.weak());
         let mut linker = Linker::new(&engine);
-        abi::link_router(&mut linker).map_err(|error| RuntimeError::Engine(format!("{error:#}")))?;
+        abi::link(&mut linker).map_err(|error| RuntimeError::Engine(format!("{error:#}")))?;
         let shared = Shared { limits: Arc::new(limits), clock, instances: Arc::default(), shards, tending: tend_pools() };
         Ok(Self { engine, linker, shared })
     }

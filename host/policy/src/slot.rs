@@ -1,30 +1,76 @@
 //! A slot: which policy decides now, which one did before, and what decides when it cannot.
 //!
+//! [`Lifecycle`] is what all slots have in common, whatever their policies are asked; a [`Slot`] is one with the question that
+//! is decided in it.
+//!
 //! A change is one atomic pointer swap. A request pins the version that it began with and keeps it to its end, unless
 //! that version is rolled back, quarantined or bypassed: then something else decides the rest of it.
 
 mod decide;
 mod report;
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
+use std::{
+    marker::PhantomData,
+    ops::Deref,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
+    },
 };
 
 use arc_swap::ArcSwapOption;
 use dynamo_host_core::{OnError, SlotName};
 
 pub use self::{
-    decide::{DecidedBy, Decision, Failed, native_route},
+    decide::{DecidedBy, Decision, Failed},
     report::{QuarantineReport, SlotReport, VersionReport, VersionState},
 };
-use crate::{state::SlotState, version::PolicyVersion};
+use crate::{
+    question::{AdmissionCall, Question, RouteCall},
+    state::SlotState,
+    version::PolicyVersion,
+};
 
 /// Versions that can be rolled back to.
 const MAX_HISTORY: usize = 8;
 
+/// A place where questions of one kind are decided.
+pub struct Slot<Q> {
+    lifecycle: Arc<Lifecycle>,
+    question: PhantomData<fn(Q)>,
+}
+
 /// The place where routing is decided.
-pub struct RoutingSlot {
+pub type RoutingSlot = Slot<RouteCall>;
+
+/// The place where admission is decided.
+pub type AdmissionSlot = Slot<AdmissionCall>;
+
+impl<Q: Question> Slot<Q> {
+    /// A slot that decides natively until a policy is activated.
+    #[must_use]
+    pub fn new(name: SlotName) -> Self {
+        debug_assert_eq!(name.kind, Q::WORLD.slot, "policies of another world would be loaded for it");
+        Self { lifecycle: Arc::new(Lifecycle::new(name)), question: PhantomData }
+    }
+
+    /// What it holds, whatever is asked in it.
+    #[must_use]
+    pub fn lifecycle(&self) -> &Arc<Lifecycle> {
+        &self.lifecycle
+    }
+}
+
+impl<Q> Deref for Slot<Q> {
+    type Target = Lifecycle;
+
+    fn deref(&self) -> &Lifecycle {
+        &self.lifecycle
+    }
+}
+
+/// What a slot holds: its policy and those before it, its kill switch, and what happens when the policy fails.
+pub struct Lifecycle {
     name: SlotName,
     state: Arc<SlotState>,
     active: ArcSwapOption<PolicyVersion>,
@@ -54,10 +100,8 @@ pub struct NoHistory {
     slot: SlotName,
 }
 
-impl RoutingSlot {
-    /// A slot that decides natively until a policy is activated.
-    #[must_use]
-    pub fn new(name: SlotName) -> Self {
+impl Lifecycle {
+    fn new(name: SlotName) -> Self {
         let meters = Meters {
             bypass: metrics::gauge!("dynamo_host_policy_bypass", "slot" => name.to_string()),
             bypassed: metrics::counter!("dynamo_host_policy_bypassed_total", "slot" => name.to_string()),

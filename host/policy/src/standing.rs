@@ -69,7 +69,7 @@ pub(crate) struct Quarantine {
 }
 
 /// Whether a request may ask.
-pub(crate) enum Admission<'a> {
+pub(crate) enum Leave<'a> {
     /// It may.
     Open,
     /// It may, and what comes of it ends the quarantine or prolongs it.
@@ -84,27 +84,27 @@ impl Standing {
         Self { limits, gate: AtomicU64::new(OPEN), calls, skipped: AtomicU64::new(0), record: Mutex::default() }
     }
 
-    /// Lets a request in or not, and counts it.
-    pub(crate) fn admit(&self, now_ms: u64) -> Admission<'_> {
+    /// Whether a request may ask now; counts it.
+    pub(crate) fn ask(&self, now_ms: u64) -> Leave<'_> {
         match self.gate.load(Relaxed) {
             OPEN => {
                 self.calls.count(now_ms);
-                Admission::Open
+                Leave::Open
             }
-            gate => self.admit_to_shut(gate, now_ms),
+            gate => self.ask_the_shut(gate, now_ms),
         }
     }
 
-    fn admit_to_shut(&self, gate: u64, now_ms: u64) -> Admission<'_> {
+    fn ask_the_shut(&self, gate: u64, now_ms: u64) -> Leave<'_> {
         if gate == REVOKED {
-            return Admission::Shut(FaultCause::Revoked);
+            return Leave::Shut(FaultCause::Revoked);
         }
         if now_ms >= gate && self.gate.compare_exchange(gate, ON_TRIAL, Relaxed, Relaxed).is_ok() {
             self.calls.count(now_ms);
-            return Admission::Trial(Trial { standing: self, now_ms, is_over: false });
+            return Leave::Trial(Trial { standing: self, now_ms, is_over: false });
         }
         self.skipped.fetch_add(1, Relaxed);
-        Admission::Shut(FaultCause::Quarantined)
+        Leave::Shut(FaultCause::Quarantined)
     }
 
     /// Takes note that a call of an open version failed; the quarantine, if that leads to one.

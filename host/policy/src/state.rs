@@ -9,6 +9,8 @@ use std::{
 
 use dynamo_host_core::SlotName;
 
+use crate::world::World;
+
 const MAX_KEY_BYTES: usize = 128;
 const MAX_VALUE_BYTES: usize = 4096;
 const MAX_ENTRIES: usize = 65_536;
@@ -65,6 +67,8 @@ struct Entries {
 pub struct SlotState {
     /// The slot's name; empty for scratch state.
     slot: Arc<str>,
+    /// The world whose policies decide in the slot; `None` for scratch state.
+    world: Option<&'static World>,
     entries: Mutex<Entries>,
     metrics: Mutex<BTreeSet<String>>,
     /// Log lines that may be written now, and when that was.
@@ -75,7 +79,12 @@ impl SlotState {
     /// Empty state of a slot.
     #[must_use]
     pub fn of(slot: &SlotName) -> Self {
-        Self { slot: slot.to_string().into(), ..Self::default() }
+        Self { slot: slot.to_string().into(), world: World::of_slot(slot.kind), ..Self::default() }
+    }
+
+    /// The world whose policies may have it; `None`: all may.
+    pub(crate) fn world(&self) -> Option<&'static World> {
+        self.world
     }
 
     /// The slot's name.
@@ -118,7 +127,7 @@ impl SlotState {
         })
     }
 
-    /// Within: what remains, or milliseconds until the amount is there (`u32::MAX`: never).
+    /// Within: what remains, or milliseconds until the amount is there (`u32::MAX`: never). A negative amount gives back.
     pub(crate) fn take(
         &self,
         key: &str,
@@ -127,7 +136,7 @@ impl SlotState {
         burst: f64,
         now_ms: u64,
     ) -> Result<Result<f64, u32>, StateError> {
-        let sane = [amount, per_second, burst].iter().all(|value| value.is_finite() && *value >= 0.0);
+        let sane = amount.is_finite() && [per_second, burst].iter().all(|value| value.is_finite() && *value >= 0.0);
         if !sane || amount > burst {
             return Ok(Err(u32::MAX));
         }
@@ -140,7 +149,7 @@ impl SlotState {
             // Casts saturate: a refill of next to nothing is "never".
             let ms_until = |target: f64, level: f64| ((target - level) / per_second * 1000.0).ceil();
             let taken = if *level >= amount {
-                *level -= amount;
+                *level = (*level - amount).min(burst);
                 Ok(*level)
             } else {
                 Err(ms_until(amount, *level) as u32)
@@ -273,6 +282,8 @@ mod tests {
         assert_eq!(state.take("b", 3.0, 2.0, 4.0, 1000), Ok(Ok(0.0)));
         assert_eq!(state.take("b", 5.0, 2.0, 4.0, 0), Ok(Err(u32::MAX)), "more than the burst never fits");
         assert_eq!(state.take("b", f64::NAN, 2.0, 4.0, 0), Ok(Err(u32::MAX)));
+        assert_eq!(state.take("b", -1.5, 2.0, 4.0, 1000), Ok(Ok(1.5)), "what was not used is given back");
+        assert_eq!(state.take("b", -100.0, 2.0, 4.0, 1000), Ok(Ok(4.0)), "up to the burst");
         assert_eq!(state.take("c", 1.0, 0.0, 1.0, 0), Ok(Ok(0.0)));
         assert_eq!(state.take("c", 1.0, 0.0, 1.0, 5), Ok(Err(u32::MAX)), "without refill it never comes");
         state.add("n", 1, 0, 0).unwrap();

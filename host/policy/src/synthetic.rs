@@ -1,12 +1,13 @@
-//! Made-up fleets and requests: what policies are probed and measured with.
+//! Made-up fleets, pools and requests: what policies are probed and measured with.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use dynamo_host_core::{
-    Candidates, Endpoint, Fleet, LoadBoard, RequestFacts, Role, TokenCount, Worker, WorkerSpec, WorkerState, load::InFlight,
+    Admitted, Candidates, Endpoint, Fleet, LoadBoard, PoolState, RequestFacts, Role, Slo, TokenCount, Worker, WorkerSpec,
+    WorkerState, admission::Quantiles, load::InFlight,
 };
 
-use crate::call::RouteCall;
+use crate::question::{AdmissionCall, RouteCall};
 
 /// Model that the made-up workers serve.
 const MODEL: &str = "synthetic";
@@ -67,13 +68,26 @@ fn labels(worker: u32) -> BTreeMap<String, String> {
     labels
 }
 
-/// A decision about a made-up request of 1,000 prompt tokens.
-#[must_use]
-pub fn route_call(fleet: &SyntheticFleet, seed: u64) -> RouteCall {
+/// A made-up request of 1,000 prompt tokens.
+fn request() -> RequestFacts {
     let mut request = RequestFacts::new("synthetic", MODEL, Endpoint::ChatCompletions);
     request.prompt = TokenCount { tokens: 1000, exact: false };
+    request
+}
+
+/// Makes the `nth` of a series of requests one of a few sessions and prompts that come again.
+pub(crate) fn vary(request: &mut RequestFacts, nth: u64) {
+    request.decision_id = nth;
+    request.session_key = Some(nth % 3);
+    request.prefix_key = nth % 5;
+    request.prompt.tokens = 100 + 700 * (nth as u32 % 4);
+}
+
+/// A decision about where a made-up request goes.
+#[must_use]
+pub fn route_call(fleet: &SyntheticFleet, seed: u64) -> RouteCall {
     RouteCall {
-        request: Arc::new(request),
+        request: Arc::new(request()),
         candidates: Arc::clone(&fleet.candidates),
         overlap: None,
         now_ms: 1,
@@ -81,4 +95,33 @@ pub fn route_call(fleet: &SyntheticFleet, seed: u64) -> RouteCall {
         seed,
         explain: false,
     }
+}
+
+/// Pools that get fuller from the first, which has room for more, to the last. The same for the same count.
+#[must_use]
+pub fn pools(count: u32) -> Arc<[PoolState]> {
+    let pool = |i: u32| PoolState {
+        key: u64::from(i) + 1,
+        role: [Role::Aggregated, Role::Prefill, Role::Decode][i as usize % 3],
+        ready_workers: 4,
+        running_requests: 16 * (i + 1),
+        free_requests: 64u32.saturating_sub(16 * (i + 1)),
+        queued_requests: 10 * i,
+        queued_tokens: 10_000 * i,
+        oldest_age_ms: 100 * i,
+        predicted_wait_ms: 150.0 * i as f32,
+        shed_rate: (i as f32 / 10.0).min(1.0),
+        ttft: Quantiles([20.0, 50.0, 80.0, 120.0, 400.0].into()),
+        itl: Quantiles([5.0, 8.0, 10.0, 15.0, 60.0].into()),
+    };
+    (0..count).map(pool).collect()
+}
+
+/// A decision about whether a made-up request with targets is let in.
+#[must_use]
+pub fn admission_call(pools: &Arc<[PoolState]>, seed: u64) -> AdmissionCall {
+    let mut request = request();
+    request.slo = Slo { ttft_ms: Some(500.0), itl_ms: Some(50.0) };
+    let native = Admitted::of(&request);
+    AdmissionCall { request: Arc::new(request), pools: Arc::clone(pools), native, now_ms: 1, unix_ms: 1, seed }
 }

@@ -1,18 +1,16 @@
 //! Trials: a policy decides for a probe or a bench, on scratch state, heard by nobody, and not counted.
 //!
-//! Also what a trial can find out: whether a policy's answers depend on what its instance remembers.
+//! Also what a trial can find out: whether a policy decides at all, and whether its answers depend on what its instance
+//! remembers.
 
 use std::sync::Arc;
 
-use dynamo_host_core::answer::Verdict;
-
 use crate::{
-    blueprint::{Failure, Purpose, Routed, SetupError, decide},
-    call::RouteCall,
+    blueprint::{Decided, Failure, Purpose, SetupError, decide},
     fault::{FaultCause, PolicyFault},
     pool::Instance,
+    question::Question,
     state::SlotState,
-    synthetic::{self, SyntheticFleet},
     version::PolicyVersion,
 };
 
@@ -20,7 +18,7 @@ use crate::{
 const TRIES: u32 = 5;
 /// Made-up requests that a policy decides twice to see whether it decides alike: enough to fill what it may remember.
 const REMEMBERED_CALLS: u64 = 24;
-/// Sizes of the fleets of those.
+/// Numbers of rows of those.
 const REMEMBERED_SIZES: [u32; 2] = [5, 16];
 
 /// An instance that decides on trial, see [`PolicyVersion::trial`].
@@ -30,30 +28,35 @@ pub struct Trial {
     instance: Instance,
 }
 
-/// A policy that answers otherwise when its instance is new: what [`Trial::memory_dependence`] found.
+/// A policy that answers otherwise when its instance is new: what [`PolicyVersion::memory_dependence`] found.
 ///
 /// The host may replace an instance between any two calls, and runs several side by side, so that such a policy's
 /// decisions depend on which one a request meets. What must last belongs into `state`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryDependence {
     /// Which of the made-up requests it first showed at, from 0.
     pub call: u64,
-    /// Candidates of that request.
-    pub candidates: u32,
+    /// Rows of that request's columns.
+    pub rows: u32,
     /// What the instance answered that had decided all requests before.
-    pub warm: Verdict,
+    pub warm: String,
     /// What a new instance answered, with the same state.
-    pub fresh: Verdict,
+    pub fresh: String,
+}
+
+/// A policy that did not decide what it was probed with.
+#[derive(Debug)]
+pub(crate) struct ProbeFailure {
+    /// With how many rows; `None`: it could not even be asked.
+    pub(crate) rows: Option<u32>,
+    pub(crate) fault: PolicyFault,
 }
 
 impl Trial {
     /// # Errors
     /// Why an instance cannot be set up.
     pub(crate) fn new(version: Arc<PolicyVersion>) -> Result<Self, PolicyFault> {
-        Self::with_state(version, Arc::default())
-    }
-
-    fn with_state(version: Arc<PolicyVersion>, state: Arc<SlotState>) -> Result<Self, PolicyFault> {
+        let state = Arc::default();
         let instance = instantiate(&version, &state)?;
         Ok(Self { version, state, instance })
     }
@@ -62,10 +65,10 @@ impl Trial {
     ///
     /// # Errors
     /// Why it did not decide. The trial is over then.
-    pub fn route(&mut self, call: &RouteCall) -> Result<Routed, PolicyFault> {
+    pub fn decide<Q: Question>(&mut self, call: &Q) -> Result<Decided<Q::Verdict>, PolicyFault> {
         for tries_left in (0..TRIES).rev() {
-            match decide(&mut self.instance, call.clone(), call.now(), call.seed, &self.version.blueprint().shared.limits) {
-                Ok(routed) => return Ok(routed),
+            match decide(&mut self.instance, call.clone(), &self.version.blueprint().shared.limits) {
+                Ok(decided) => return Ok(decided),
                 Err(Failure::Guest(fault)) if fault.cause == FaultCause::HostStall && tries_left > 0 => self.renew()?,
                 Err(Failure::Guest(fault) | Failure::Answer(fault)) => return Err(fault),
             }
@@ -78,6 +81,16 @@ impl Trial {
         self.instance = instantiate(&self.version, &self.state)?;
         Ok(())
     }
+}
+
+impl PolicyVersion {
+    /// An instance for probes and benches: on scratch state, heard by nobody, and not counted.
+    ///
+    /// # Errors
+    /// Why it cannot be set up.
+    pub fn trial(self: &Arc<Self>) -> Result<Trial, PolicyFault> {
+        Trial::new(Arc::clone(self))
+    }
 
     /// Whether the policy's answers depend on its instance's memory: it decides a series of made-up requests with one
     /// instance, and the same series with a new instance for each. Both keep what they put into `state`, so that a policy
@@ -85,39 +98,43 @@ impl Trial {
     ///
     /// # Errors
     /// Why it did not decide one of them.
-    pub fn memory_dependence(version: &Arc<PolicyVersion>) -> Result<Option<MemoryDependence>, PolicyFault> {
-        let fleets = REMEMBERED_SIZES.map(synthetic::fleet);
-        let (mut warm, mut fresh) = (Self::new(Arc::clone(version))?, Self::new(Arc::clone(version))?);
-        for call in 0..REMEMBERED_CALLS {
-            // Two of each size in a row: what was remembered of a fleet is used, and outlived.
-            let fleet = &fleets[(call / 2) as usize % fleets.len()];
-            let made_up = made_up(fleet, call);
-            let (of_warm, of_fresh) = (warm.route(&made_up)?.verdict, fresh.route(&made_up)?.verdict);
-            if of_warm != of_fresh {
-                let candidates = made_up.candidates.count();
-                return Ok(Some(MemoryDependence { call, candidates, warm: of_warm, fresh: of_fresh }));
-            }
-            fresh.renew()?;
-        }
-        Ok(None)
+    pub fn memory_dependence(self: &Arc<Self>) -> Result<Option<MemoryDependence>, PolicyFault> {
+        (self.world().tried.memory)(self)
     }
+}
+
+/// Whether it decides made-up requests, of each size that its world is probed with.
+pub(crate) fn probe<Q: Question>(version: &Arc<PolicyVersion>) -> Result<(), ProbeFailure> {
+    let mut trial = version.trial().map_err(|fault| ProbeFailure { rows: None, fault })?;
+    for &rows in Q::WORLD.probes {
+        let scene = Q::scene(rows);
+        // With its reasons too: a host that writes receipts asks for them.
+        for explain in [false, true] {
+            let call = Q::plain(&scene, 1, explain);
+            trial.decide(&call).map_err(|fault| ProbeFailure { rows: Some(rows), fault })?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn memory_dependence<Q: Question>(version: &Arc<PolicyVersion>) -> Result<Option<MemoryDependence>, PolicyFault> {
+    let scenes = REMEMBERED_SIZES.map(Q::scene);
+    let (mut warm, mut fresh) = (version.trial()?, version.trial()?);
+    for nth in 0..REMEMBERED_CALLS {
+        // Two of each size in a row: what was remembered of a fleet is used, and outlived.
+        let call = Q::nth(&scenes[(nth / 2) as usize % scenes.len()], nth);
+        let (of_warm, of_fresh) = (warm.decide(&call)?.verdict, fresh.decide(&call)?.verdict);
+        if of_warm != of_fresh {
+            let [warm, fresh] = [of_warm, of_fresh].map(|verdict| format!("{verdict:?}"));
+            return Ok(Some(MemoryDependence { call: nth, rows: call.rows(), warm, fresh }));
+        }
+        fresh.renew()?;
+    }
+    Ok(None)
 }
 
 fn instantiate(version: &PolicyVersion, state: &Arc<SlotState>) -> Result<Instance, PolicyFault> {
     let mut instance = version.blueprint().instantiate(Purpose::Try).map_err(SetupError::into_fault)?;
     instance.store.data_mut().state = Arc::clone(state);
     Ok(instance)
-}
-
-/// Requests of a few sessions and prompts that come again, a moment apart.
-fn made_up(fleet: &SyntheticFleet, call: u64) -> RouteCall {
-    let mut made_up = synthetic::route_call(fleet, call + 1);
-    let request = Arc::make_mut(&mut made_up.request);
-    request.decision_id = call;
-    request.session_key = Some(call % 3);
-    request.prefix_key = call % 5;
-    request.prompt.tokens = 100 + 700 * (call as u32 % 4);
-    made_up.now_ms += call * 10;
-    made_up.unix_ms += call * 10;
-    made_up
 }

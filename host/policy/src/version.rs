@@ -9,19 +9,18 @@ use std::{
     time::Instant,
 };
 
-use dynamo_host_core::answer::Verdict;
-
 use crate::{
-    blueprint::{Blueprint, Failure, Purpose, Routed, SetupError, decide, run},
-    call::{OutcomeBatch, RouteCall, Subject},
+    blueprint::{Blueprint, Decided, Failure, Purpose, SetupError, decide, run},
+    call::{OutcomeBatch, Subject},
     fault::{FaultCause, PolicyFault},
     identity::{Digest, PolicyName},
     inspect::Inspection,
     pool::{Instance, KEPT_PER_SHARD, Pool},
+    question::Question,
     record::{FaultRecord, Instead},
     runtime::Now,
-    standing::{Admission, Standing},
-    trial::Trial,
+    standing::{Leave, Standing},
+    world::World,
 };
 
 /// A component with its settings: what decides, and what a request is pinned to.
@@ -117,6 +116,12 @@ impl PolicyVersion {
     #[must_use]
     pub fn settings(&self) -> &str {
         &self.blueprint.settings
+    }
+
+    /// The world of questions that it answers.
+    #[must_use]
+    pub fn world(&self) -> &'static World {
+        self.blueprint.inspection.world
     }
 
     /// What it says of itself.
@@ -252,21 +257,21 @@ impl PolicyVersion {
     ///
     /// # Errors
     /// Why it did not decide. The fault is not recorded here: the slot does, with what it did instead.
-    pub fn route(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
-        self.try_route(call).map_err(Undecided::into_fault)
+    pub fn decide<Q: Question>(&self, call: Q) -> Result<Decided<Q::Verdict>, PolicyFault> {
+        self.try_decide(call).map_err(Undecided::into_fault)
     }
 
     /// Decides one request, if it may be asked.
-    pub(crate) fn try_route(&self, call: RouteCall) -> Result<Routed, Undecided> {
-        match self.standing.admit(call.now_ms) {
-            Admission::Open => self.route_metered(call).map_err(Undecided::Fault),
-            Admission::Shut(cause) => Err(Undecided::NotAsked(cause)),
-            Admission::Trial(trial) => {
-                let now_ms = call.now_ms;
-                let routed = self.route_metered(call);
-                match &routed {
+    pub(crate) fn try_decide<Q: Question>(&self, call: Q) -> Result<Decided<Q::Verdict>, Undecided> {
+        let now_ms = call.now().monotonic_ms;
+        match self.standing.ask(now_ms) {
+            Leave::Open => self.decide_metered(call).map_err(Undecided::Fault),
+            Leave::Shut(cause) => Err(Undecided::NotAsked(cause)),
+            Leave::Trial(trial) => {
+                let decided = self.decide_metered(call);
+                match &decided {
                     // It asks for more time: nothing is known yet.
-                    Ok(Routed { verdict: Verdict::Hold { .. }, .. }) => {}
+                    Ok(decided) if Q::is_put_off(&decided.verdict) => {}
                     Ok(_) => {
                         if let Some(quarantine) = trial.passed() {
                             self.record.leave_quarantine();
@@ -280,35 +285,26 @@ impl PolicyVersion {
                     Err(fault) if fault.cause.is_the_policys_own() => trial.failed(fault.cause),
                     Err(_) => {}
                 }
-                routed.map_err(Undecided::Fault)
+                decided.map_err(Undecided::Fault)
             }
         }
     }
 
-    fn route_metered(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
+    fn decide_metered<Q: Question>(&self, call: Q) -> Result<Decided<Q::Verdict>, PolicyFault> {
         self.meters.calls.increment(1);
         let start = Instant::now();
-        let routed = self.route_unmetered(call);
+        let decided = self.decide_unmetered(call);
         self.meters.seconds.record(start.elapsed().as_secs_f64());
-        if let Ok(routed) = &routed {
-            self.meters.fuel.record(routed.fuel as f64);
+        if let Ok(decided) = &decided {
+            self.meters.fuel.record(decided.fuel as f64);
         }
-        routed
+        decided
     }
 
-    fn route_unmetered(&self, call: RouteCall) -> Result<Routed, PolicyFault> {
+    fn decide_unmetered<Q: Question>(&self, call: Q) -> Result<Decided<Q::Verdict>, PolicyFault> {
         let mut instance = self.take()?;
-        let (now, seed) = (call.now(), call.seed);
-        let decided = decide(&mut instance, call, now, seed, &self.blueprint.shared.limits);
+        let decided = decide(&mut instance, call, &self.blueprint.shared.limits);
         self.give_back(instance, decided)
-    }
-
-    /// An instance for probes and benches: on scratch state, heard by nobody, and not counted.
-    ///
-    /// # Errors
-    /// Why it cannot be set up.
-    pub fn trial(self: &Arc<Self>) -> Result<Trial, PolicyFault> {
-        Trial::new(Arc::clone(self))
     }
 
     /// Lets it learn from what has ended. Its decisions are not judged by that: failures here are counted apart and lead

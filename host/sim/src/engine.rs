@@ -90,6 +90,7 @@ impl Engine {
         let (waiting, free_blocks) = (self.model.waiting(), self.model.free_blocks());
         let tokens = |blocks: u32| Some(blocks.saturating_mul(profile.block_size));
         let report = LoadReport {
+            running_requests: None,
             queued_requests: Some(waiting),
             max_running_requests: Some(profile.max_num_seqs),
             max_batched_tokens: Some(profile.max_num_batched_tokens),

@@ -431,6 +431,7 @@ impl<'a> Run<'a> {
                 worker_id: placed.worker_id,
                 ttft_ms: ttft_ms as f32,
                 itl_ms: itl_ms as f32,
+                queue_ms: f32::NAN,
                 output_tokens: placed.tokens,
                 end: 0,
             };

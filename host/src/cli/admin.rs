@@ -63,6 +63,7 @@ pub(super) async fn bypass(slot: &str, is_on: bool, admin: &AdminFlags, output: 
     }
     let what = if is_on { "bypassed, the native fallback decides" } else { "not bypassed, its policy decides" };
     println!("{slot}: {what}");
+    print_not_audited(&answer);
     if answer["not_kept"].is_string() {
         println!("a restart will forget that: {}", text(&answer["not_kept"]));
     }
@@ -77,6 +78,7 @@ pub(super) async fn on_error(slot: &str, mode: OnError, admin: &AdminFlags, outp
         println!("{answer:#}");
     } else {
         println!("{slot}: when its policy fails: {}", describe_on_error(&answer["on_error"]));
+        print_not_audited(&answer);
     }
     Ok(())
 }
@@ -100,6 +102,7 @@ pub(super) async fn status(admin: &AdminFlags, output: Output) -> Result<(), Str
     println!("dynamo-host {}, up {} s", text(&answer["version"]), answer["uptime_s"]);
     print_slots(&answer);
     print_config(&answer["config"]);
+    print_queue(&answer["queue"]);
     super::worker::print_workers(&answer);
     Ok(())
 }
@@ -114,6 +117,33 @@ fn print_config(config: &Value) {
     let needs_restart: Vec<String> = list_of(&config["needs_restart"]).iter().map(text).collect();
     if !needs_restart.is_empty() {
         println!("{:<10} count from the next start on: {}", "", needs_restart.join(", "));
+    }
+}
+
+/// What runs and waits, one line for each model; and of those that wait, whose they are.
+fn print_queue(queue: &Value) {
+    for pool in list_of(&queue["pools"]) {
+        let ms = |key: &str| pool[key].as_f64().map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0} ms"));
+        println!(
+            "{:<10} {}: {} run, room for {}, {} wait ({} tokens, the oldest for {}, predicted {}), first token p50 {}, p99 {}",
+            "queue",
+            text(&pool["model"]),
+            pool["running"],
+            pool["free"].as_u64().map_or_else(|| "any number".to_owned(), |free| free.to_string()),
+            pool["queued"],
+            pool["queued_tokens"],
+            ms("oldest_age_ms"),
+            ms("predicted_wait_ms"),
+            ms("ttft_p50_ms"),
+            ms("ttft_p99_ms"),
+        );
+        for key in ["classes", "tenants"] {
+            let counts = pool[key].as_object().into_iter().flatten();
+            let counts: Vec<String> = counts.map(|(name, count)| format!("{} {count}", plain(name))).collect();
+            if !counts.is_empty() {
+                println!("{:<12}waiting by {key}: {}", "", counts.join(", "));
+            }
+        }
     }
 }
 
@@ -136,6 +166,7 @@ fn print_change(change: &Value, output: Output) {
         change["store_ms"].as_f64().unwrap_or_default(),
         change["swap_us"].as_f64().unwrap_or_default()
     );
+    print_not_audited(change);
 }
 
 fn print_slots(answer: &Value) {
@@ -252,4 +283,11 @@ pub(super) async fn call(admin: &AdminFlags, method: Method, path: &str, body: B
     tokio::time::timeout(PATIENCE, exchange)
         .await
         .unwrap_or_else(|_| Err(format!("the admin API at {base} did not answer within {} s", PATIENCE.as_secs())))
+}
+
+/// A change counts though it could not be written down, and whoever made it must know.
+pub(super) fn print_not_audited(answer: &Value) {
+    if answer["not_audited"].is_string() {
+        println!("it is done, but not in the audit file: {}", text(&answer["not_audited"]));
+    }
 }

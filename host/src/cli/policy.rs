@@ -84,18 +84,21 @@ pub(super) fn bench(file: &Path, settings: Option<&str>, sizes: &[u32], rounds: 
     let version = load(&read(file)?, &read_given(settings)?).map_err(|error| named(file, &error))?;
     let limit = Limits::default().decision_fuel;
     let mut rows = Vec::new();
-    for &candidates in sizes {
+    let world = version.world();
+    for &size in sizes {
         let (mut policy, mut native) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
-            policy.push(bench::policy(&version, candidates).map_err(|fault| {
-                format!("it failed with {candidates} candidates: {}; --candidates chooses others", plain(&fault.to_string()))
+            policy.push(bench::policy(&version, size).map_err(|fault| {
+                format!("it failed with {size} {}: {}; --candidates chooses others", world.rows, plain(&fault.to_string()))
             })?);
-            native.push(bench::native_fallback(candidates));
+            native.push(bench::native_fallback(world, size));
         }
         rows.push((median(policy), median(native)));
     }
     if output == Output::Json {
-        let results: Vec<_> = rows.iter().map(|(policy, native)| json!({ "policy": policy, "native": native })).collect();
+        let told = |cost: &bench::Cost| json!({ world.rows: cost.rows, "median_ns": cost.median_ns, "p99_ns": cost.p99_ns, "fuel": cost.fuel });
+        let results: Vec<_> =
+            rows.iter().map(|(policy, native)| json!({ "policy": told(policy), "native": told(native) })).collect();
         let (policy, digest) = (version.label().to_string(), version.digest().to_string());
         println!(
             "{:#}",
@@ -103,15 +106,15 @@ pub(super) fn bench(file: &Path, settings: Option<&str>, sizes: &[u32], rounds: 
         );
         return Ok(());
     }
-    println!("{} beside the native fallback (least-loaded), per decision, columns built:", version.label());
+    println!("{} beside the native fallback, per decision, columns built:", version.label());
     println!(
         "{:>12} {:>14} {:>12} {:>10} {:>8} {:>16} {:>12}",
-        "candidates", "policy median", "p99", "fuel", "of it", "native median", "p99"
+        world.rows, "policy median", "p99", "fuel", "of it", "native median", "p99"
     );
     for (policy, native) in rows {
         println!(
             "{:>12} {:>11.2} µs {:>9.2} µs {:>10} {:>6.1} % {:>13.2} µs {:>9.2} µs",
-            policy.candidates,
+            policy.rows,
             policy.median_ns / 1e3,
             policy.p99_ns / 1e3,
             policy.fuel,
@@ -193,9 +196,10 @@ fn print_report(report: &Report) {
     }
     for decided in &report.decisions {
         println!(
-            "  {:<21} {:>6} candidates: {:<22} fuel {:>8}, {:>5.2} % of its bound",
+            "  {:<21} {:>6} {}: {:<22} fuel {:>8}, {:>5.2} % of its bound",
             decided.probe,
-            decided.candidates,
+            decided.rows.count,
+            decided.rows.of,
             decided.answer,
             decided.fuel,
             100.0 * decided.fuel as f64 / report.fuel_limit as f64

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{
     AdminFlags, Output,
-    admin::{call, list_of, path_segment, text},
+    admin::{call, list_of, path_segment, print_not_audited, text},
 };
 
 /// How often is looked whether a drained worker has finished.
@@ -64,6 +64,7 @@ fn print(answer: &Value, output: Output) {
         println!("{answer:#}");
     } else {
         print_workers(answer);
+        print_not_audited(answer);
     }
 }
 

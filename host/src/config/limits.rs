@@ -31,9 +31,13 @@ pub(crate) struct Limits {
     pub(crate) request_timeout_s: u64,
     /// How long an engine's stream may be silent.
     pub(crate) stream_idle_s: u64,
-    /// How long a client may read nothing of what is there for it.
+    /// How long a client may read next to nothing of what is there for it.
     pub(crate) write_stall_s: u64,
-    /// How long running requests may go on after a stop signal.
+    /// Bytes that the system keeps for one client that has not read them yet; what it grants may be less.
+    pub(crate) client_buffer_bytes: u32,
+    /// How long all is served on after a stop signal, for balancers that have to see first that the host is not ready.
+    pub(crate) stop_delay_s: u64,
+    /// How long running requests may go on then.
     pub(crate) drain_s: u64,
     /// Largest `max_tokens`.
     pub(crate) max_output_tokens: u64,
@@ -56,6 +60,8 @@ impl Default for Limits {
             request_timeout_s: 3600,
             stream_idle_s: 300,
             write_stall_s: 60,
+            client_buffer_bytes: 256 << 10,
+            stop_delay_s: 0,
             drain_s: 30,
             max_output_tokens: 1_000_000,
             max_choices: 128,
@@ -76,7 +82,7 @@ impl Limits {
     /// These limits where a running host can take them over, and its own where it cannot.
     pub(crate) fn with_fixed_of(&self, running: &Self) -> Self {
         let &Self { max_connections, max_connections_per_client, max_headers, max_header_bytes, .. } = running;
-        let &Self { header_timeout_s, write_stall_s, drain_s, max_workers, .. } = running;
+        let &Self { header_timeout_s, write_stall_s, client_buffer_bytes, stop_delay_s, drain_s, max_workers, .. } = running;
         Self {
             max_connections,
             max_connections_per_client,
@@ -84,6 +90,8 @@ impl Limits {
             max_header_bytes,
             header_timeout_s,
             write_stall_s,
+            client_buffer_bytes,
+            stop_delay_s,
             drain_s,
             max_workers,
             ..self.clone()
@@ -99,6 +107,8 @@ impl Limits {
             ("limits.max_header_bytes", self.max_header_bytes != running.max_header_bytes),
             ("limits.header_timeout_s", self.header_timeout_s != running.header_timeout_s),
             ("limits.write_stall_s", self.write_stall_s != running.write_stall_s),
+            ("limits.client_buffer_bytes", self.client_buffer_bytes != running.client_buffer_bytes),
+            ("limits.stop_delay_s", self.stop_delay_s != running.stop_delay_s),
             ("limits.drain_s", self.drain_s != running.drain_s),
             ("limits.max_workers", self.max_workers != running.max_workers),
         ]
@@ -120,6 +130,8 @@ impl Limits {
             ("request_timeout_s", self.request_timeout_s, seconds.clone()),
             ("stream_idle_s", self.stream_idle_s, seconds.clone()),
             ("write_stall_s", self.write_stall_s, seconds),
+            ("client_buffer_bytes", u64::from(self.client_buffer_bytes), 4096..=1 << 30),
+            ("stop_delay_s", self.stop_delay_s, 0..=3600),
             ("drain_s", self.drain_s, 0..=MAX_SECONDS),
             // What policies see of these two has 32 bits.
             ("max_output_tokens", self.max_output_tokens, 1..=u64::from(u32::MAX)),
@@ -152,7 +164,7 @@ mod tests {
         // Each key with a value of its own.
         let now: Limits = toml::from_str(
             "max_connections = 9\nmax_connections_per_client = 8\nmax_headers = 99\nmax_header_bytes = 9999\nheader_timeout_s = 7\n\
-             max_body_bytes = 6\nbody_timeout_s = 5\nrequest_timeout_s = 4\nstream_idle_s = 3\nwrite_stall_s = 2\ndrain_s = 1\n\
+             max_body_bytes = 6\nbody_timeout_s = 5\nrequest_timeout_s = 4\nstream_idle_s = 3\nwrite_stall_s = 2\nclient_buffer_bytes = 4097\nstop_delay_s = 14\ndrain_s = 1\n\
              max_output_tokens = 11\nmax_choices = 12\nmax_workers = 13\n",
         )
         .unwrap();
@@ -164,6 +176,8 @@ mod tests {
             "max_header_bytes",
             "header_timeout_s",
             "write_stall_s",
+            "client_buffer_bytes",
+            "stop_delay_s",
             "drain_s",
             "max_workers",
         ];

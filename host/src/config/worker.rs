@@ -18,9 +18,11 @@ const MAX_BEARER_BYTES: usize = 16 << 10;
 pub(crate) const MAX_RANKS: u32 = 1024;
 /// Most tokens of a KV block.
 const MAX_BLOCK_SIZE: u32 = 1 << 20;
+/// Most requests that a worker runs at once.
+const MAX_RUNNING: u32 = 1_000_000;
 
 /// The form of `--worker`.
-pub(super) const FLAG_FORM: &str = "write URL[,KEY=VALUE…] with the keys name, model, role, kind, ranks, block_size, bearer_env, \
+pub(super) const FLAG_FORM: &str = "write URL[,KEY=VALUE…] with the keys name, model, role, kind, ranks, block_size, max_running, bearer_env, \
                                     bearer_file, ca_file, forward_priority, profile, kv_events, kv_replay, kv_topic, label.NAME";
 
 /// Where the token that an engine demands comes from.
@@ -83,6 +85,7 @@ pub(crate) struct WrittenWorker {
     pub(crate) kind: Option<Kind>,
     pub(crate) ranks: Option<u32>,
     pub(crate) block_size: Option<u32>,
+    pub(crate) max_running: Option<u32>,
     pub(crate) bearer: Option<String>,
     pub(crate) bearer_file: Option<PathBuf>,
     pub(crate) bearer_env: Option<String>,
@@ -111,6 +114,8 @@ pub(crate) struct WorkerConfig {
     pub(crate) ranks: Option<u32>,
     /// Tokens per KV block; learnt from the engine if `None`.
     pub(crate) block_size: Option<u32>,
+    /// Requests that each of its workers is given at once; what the engine reports counts if `None`.
+    pub(crate) max_running: Option<u32>,
     pub(crate) bearer: Option<Bearer>,
     /// Certificates that this engine's is verified against, beside the system's.
     pub(crate) ca_file: Option<PathBuf>,
@@ -147,7 +152,19 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
     fn try_from(written: WrittenWorker) -> Result<Self, String> {
         let kv = KvEventsConfig::of(&written)?;
         let WrittenWorker {
-            url, name, model, role, kind, ranks, block_size, ca_file, forward_priority, profile, mut labels, ..
+            url,
+            name,
+            model,
+            role,
+            kind,
+            ranks,
+            block_size,
+            max_running,
+            ca_file,
+            forward_priority,
+            profile,
+            mut labels,
+            ..
         } = written;
         if !url.contains("://") {
             return Err(format!("url {url:?} is no URL such as http://127.0.0.1:8000"));
@@ -163,7 +180,9 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
         if role != Role::Aggregated {
             return Err(format!("role {role} of worker {name:?} is not served by this release; use aggregated"));
         }
-        for (key, value, most) in [("ranks", ranks, MAX_RANKS), ("block_size", block_size, MAX_BLOCK_SIZE)] {
+        for (key, value, most) in
+            [("ranks", ranks, MAX_RANKS), ("block_size", block_size, MAX_BLOCK_SIZE), ("max_running", max_running, MAX_RUNNING)]
+        {
             if let Some(value) = value
                 && !(1..=most).contains(&value)
             {
@@ -187,7 +206,7 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
             // What the operator says of a worker stands.
             labels.entry(label).or_insert(value);
         }
-        Ok(Self { url, name, model, role, kind, ranks, block_size, bearer, ca_file, forward_priority, kv, labels })
+        Ok(Self { url, name, model, role, kind, ranks, block_size, max_running, bearer, ca_file, forward_priority, kv, labels })
     }
 }
 
@@ -237,6 +256,7 @@ impl FromStr for WorkerConfig {
                 "kind" => worker.kind = Some(value.parse().map_err(|error: UnknownKind| error.to_string())?),
                 "ranks" => worker.ranks = Some(number()?),
                 "block_size" => worker.block_size = Some(number()?),
+                "max_running" => worker.max_running = Some(number()?),
                 // Whoever lists processes sees the command line.
                 "bearer" => return Err("a token has no place on the command line; use bearer_env or bearer_file".to_owned()),
                 "bearer_env" => worker.bearer_env = Some(value.to_owned()),
@@ -280,12 +300,13 @@ mod tests {
     #[test]
     fn a_worker_is_a_url_with_what_is_known_of_it() {
         let parsed = worker(
-            "http://10.0.0.1:8000/v1,model=m,label.zone=a,label.price=1.5,kind=vllm,ranks=4,block_size=32,bearer_env=T,\
+            "http://10.0.0.1:8000/v1,model=m,label.zone=a,label.price=1.5,kind=vllm,ranks=4,block_size=32,max_running=9,bearer_env=T,\
              ca_file=/c.pem,forward_priority=true",
         )
         .unwrap();
         assert_eq!((parsed.name.as_str(), parsed.model.as_deref(), parsed.kind), ("10.0.0.1:8000", Some("m"), Some(Kind::Vllm)));
         assert_eq!((parsed.ranks, parsed.block_size, parsed.forward_priority), (Some(4), Some(32), true));
+        assert_eq!(parsed.max_running, Some(9));
         assert_eq!((parsed.labels["price"].as_str(), parsed.ca_file), ("1.5", Some("/c.pem".into())));
         assert_eq!(parsed.bearer, Some(Bearer::Environment("T".to_owned())));
         assert_eq!(worker("mock://a?model=m&speedup=10").unwrap().name, "a");
@@ -305,6 +326,7 @@ mod tests {
             ("mock://h,kind=vllm", "remove it from a mock engine"),
             ("http://h,ranks=0", "ranks is 0; use 1 to 1024"),
             ("http://h,ranks=two", "use a whole number"),
+            ("http://h,max_running=0", "max_running is 0; use 1 to 1000000"),
             ("http://h,bearer=s3cret", "bearer_env or bearer_file"),
             ("http://h,forward_priority=yes", "use true or false"),
             ("http://h,kv_events=5557", "bind:tcp://ADDRESS:PORT"),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use http::{HeaderValue, Method};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
+use super::QUEUE_MS;
 use crate::{
     config::Cors,
     relay::{POLICY, REQUEST_ID, WORKER},
@@ -21,6 +22,6 @@ pub(super) fn layer(cors: &Cors) -> CorsLayer {
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST])
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([REQUEST_ID, POLICY, WORKER])
+        .expose_headers([REQUEST_ID, POLICY, WORKER, QUEUE_MS])
         .max_age(Duration::from_secs(u64::from(cors.max_age_s)))
 }

@@ -17,6 +17,7 @@ use super::Door;
 use crate::{
     error::Audience,
     roster::{Roster, WorkerReport},
+    stop::Phase,
 };
 
 /// How many workers of a model there are, by how they stand.
@@ -63,7 +64,8 @@ struct Standing {
 }
 
 impl Standing {
-    fn of(roster: &Roster) -> Self {
+    fn of(door: &Door) -> Self {
+        let roster: &Roster = &door.lane.roster;
         let snapshot = roster.latest();
         let mut models: BTreeMap<String, Pool> = BTreeMap::new();
         for worker in snapshot.fleet().workers() {
@@ -73,7 +75,7 @@ impl Standing {
         let others = snapshot.fleet().workers().len() - ready;
         let required = &roster.health().required_models;
         let missing = required.iter().filter(|model| !snapshot.is_served(model)).cloned().collect();
-        Self { models, ready, others, missing, is_stopping: roster.is_stopping() }
+        Self { models, ready, others, missing, is_stopping: door.lane.stopping.has_reached(Phase::Leaving) }
     }
 
     fn is_ready(&self) -> bool {
@@ -94,7 +96,7 @@ impl Standing {
 
 /// 200 while at least one worker can serve, and one for each model that is required.
 pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
-    let standing = Standing::of(&door.lane.roster);
+    let standing = Standing::of(&door);
     let (status, word) =
         if standing.is_ready() { (StatusCode::OK, "ready") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready") };
     (status, Json(json!({ "status": word, "ready_workers": standing.ready, "reason": standing.reason() }))).into_response()
@@ -103,9 +105,10 @@ pub(super) async fn ready(State(door): State<Arc<Door>>) -> Response {
 /// What is wrong, if anything is; 503 when nothing can be served. Which worker it is and what it said is for those only who
 /// may know workers: anybody may ask here.
 pub(super) async fn health(State(door): State<Arc<Door>>) -> Response {
-    let standing = Standing::of(&door.lane.roster);
+    let standing = Standing::of(&door);
     let is_well = standing.others == 0 && standing.models.values().all(|pool| pool.suspect == 0) && standing.is_ready();
     let (status, word) = match standing.ready {
+        _ if standing.is_stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         0 => (StatusCode::SERVICE_UNAVAILABLE, "down"),
         _ if is_well => (StatusCode::OK, "healthy"),
         _ => (StatusCode::OK, "degraded"),

@@ -247,6 +247,7 @@ impl Member {
             };
             let Some(load) = load else { continue };
             let report = LoadReport {
+                running_requests: load.running,
                 queued_requests: load.queued,
                 max_running_requests: load.max_running,
                 max_batched_tokens: load.max_batched_tokens,

@@ -83,6 +83,11 @@ impl Snapshot {
         self.listings.max_model_len(request.adapter.as_ref().unwrap_or(&request.model))
     }
 
+    /// Requests that a worker of the fleet, by its place, is to be given at once, if the operator says so.
+    pub(crate) fn max_running(&self, place: usize) -> Option<u32> {
+        self.seats.get(place)?.member.config.max_running
+    }
+
     /// How the KV of a worker of this snapshot is known.
     pub(crate) fn feed(&self, worker: WorkerId) -> &KvFeed {
         &self.seat(worker).feed

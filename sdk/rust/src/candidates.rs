@@ -4,7 +4,7 @@ use std::{cell::OnceCell, ops::Range};
 
 use crate::{
     Candidate, UNKNOWN,
-    bindings::dynamo::policy::candidates as host,
+    bindings::router::dynamo::policy::candidates as host,
     codes::{role, worker_state},
     testing::Given,
 };

@@ -85,4 +85,6 @@ pub mod end {
     pub const FAILED: u32 = 2;
     /// The engine refused it as the client's mistake: it says nothing about the worker.
     pub const REFUSED: u32 = 3;
+    /// Its time to wait ran out in the host's queue: it came to no worker. Told to admission alone.
+    pub const EXPIRED: u32 = 4;
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{bindings::dynamo::policy::routing_answer as host, testing::services as native};
+use crate::{bindings::router::dynamo::policy::routing_answer as host, testing::services as native};
 
 /// What a routing policy decides. Later hosts may offer further kinds of decision.
 #[derive(Clone, Debug, PartialEq)]

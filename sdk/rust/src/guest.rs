@@ -1,9 +1,13 @@
-//! What [`register!`](crate::register) expands to: the glue between the contract's exports and a [`Router`].
+//! What [`register!`](crate::register) expands to: the glue between the contract's exports and a [`Router`] or an
+//! [`Admission`] policy.
 
 use std::cell::OnceCell;
 
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+
 use crate::{
-    Candidates, Outcomes, Request, Router,
+    Admission, Candidates, Outcomes, Pools, Request, Router,
     bindings::dynamo::policy::telemetry::{Level, log},
 };
 
@@ -13,41 +17,54 @@ pub use wit_bindgen::rt as wit_bindgen_rt;
 ///
 /// # Errors
 /// What is wrong with the settings, for the operator.
-pub fn configure<R: Router>(policy: &OnceCell<R>, settings: &str) -> Result<(), String> {
+pub fn configure<P, S: DeserializeOwned>(
+    policy: &OnceCell<P>,
+    new: fn(S) -> Result<P, String>,
+    settings: &str,
+) -> Result<(), String> {
     // A panic ends the instance; its text is all that the operator gets to see of it.
     std::panic::set_hook(Box::new(|panic| log(Level::Error, &panic.to_string())));
     // With the path to the key that is wrong; serde_json alone gives its column.
     let deserializer = &mut serde_json::Deserializer::from_str(settings);
     let settings = serde_path_to_error::deserialize(deserializer).map_err(|error| error.to_string())?;
-    let _ = policy.set(R::new(settings)?);
+    let _ = policy.set(new(settings)?);
     Ok(())
 }
 
-/// Decides one request.
+/// JSON Schema of the settings that `new` takes.
+#[must_use]
+pub fn settings_schema<P, S: JsonSchema>(_new: fn(S) -> Result<P, String>) -> String {
+    schemars::schema_for!(S).as_value().to_string()
+}
+
+/// Decides where one request goes.
 pub fn route<R: Router>(policy: &OnceCell<R>) {
     configured(policy).route(&Request::default(), &Candidates::default()).answer();
 }
 
-/// Learns from what has ended.
-pub fn observe<R: Router>(policy: &OnceCell<R>) {
-    configured(policy).observe(&Outcomes::default());
+/// Decides whether one request is let in.
+pub fn admit<A: Admission>(policy: &OnceCell<A>) {
+    configured(policy).admit(&Request::default(), &Pools::default()).answer();
 }
 
-/// JSON Schema of the settings.
-#[must_use]
-pub fn settings_schema<R: Router>() -> String {
-    schemars::schema_for!(R::Settings).as_value().to_string()
+/// Learns from what has ended.
+pub fn observe<P>(policy: &OnceCell<P>, observe: fn(&P, &Outcomes)) {
+    observe(configured(policy), &Outcomes::default());
 }
 
 /// Compiles for a policy that can be registered.
 pub fn is_router<R: Router>() {}
 
+/// Compiles for a policy that can be registered.
+pub fn is_admission<A: Admission>() {}
+
 fn configured<R>(policy: &OnceCell<R>) -> &R {
     policy.get().expect("the host configures an instance before it calls it")
 }
 
-/// Makes a type that implements [`Router`](crate::Router) the policy of this crate, with the crate's name, version
-/// and authors as the policy's.
+/// Makes a type the policy of this crate, with the crate's name, version and authors as the policy's: `register!(Type)` where
+/// it implements [`Router`](crate::Router), `register!(Type as Admission)` where it implements
+/// [`Admission`](crate::Admission).
 ///
 /// What it expands to is glue between WebAssembly and the trait, and unsafe: a crate that says
 /// `#![forbid(unsafe_code)]` cannot hold it, since a forbidden lint cannot be allowed again. `#![deny(unsafe_code)]` does
@@ -55,8 +72,29 @@ fn configured<R>(policy: &OnceCell<R>) -> &R {
 #[macro_export]
 macro_rules! register {
     ($policy:ty) => {
+        $crate::register!($policy as Router);
+    };
+    ($policy:ty as Router) => {
+        $crate::__register! {
+            $policy, Router, is_router, router, $crate::bindings::router::exports::dynamo::policy::routing::Guest, route,
+            export_router
+        }
+    };
+    ($policy:ty as Admission) => {
+        $crate::__register! {
+            $policy, Admission, is_admission, admission,
+            $crate::bindings::admission::exports::dynamo::policy::admitting::Guest, admit, export_admission
+        }
+    };
+}
+
+/// What is alike for all worlds.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __register {
+    ($policy:ty, $trait:ident, $is:ident, $world:ident, $decides:path, $decide:ident, $export:ident) => {
         // Natively, in tests, a policy is only its trait: the exports' names are none that a native linker takes.
-        const _: fn() = $crate::guest::is_router::<$policy>;
+        const _: fn() = $crate::guest::$is::<$policy>;
 
         #[cfg(target_arch = "wasm32")]
         #[allow(unsafe_code, missing_docs)]
@@ -69,25 +107,27 @@ macro_rules! register {
 
             impl $crate::bindings::exports::dynamo::policy::lifecycle::Guest for Component {
                 fn settings_schema() -> ::std::string::String {
-                    $crate::guest::settings_schema::<$policy>()
+                    $crate::guest::settings_schema(<$policy as $crate::$trait>::new)
                 }
 
                 fn configure(settings: ::std::string::String) -> ::std::result::Result<(), ::std::string::String> {
-                    POLICY.with(|policy| $crate::guest::configure(policy, &settings))
+                    let new = <$policy as $crate::$trait>::new;
+                    POLICY.with(|policy| $crate::guest::configure(policy, new, &settings))
                 }
             }
 
-            impl $crate::bindings::exports::dynamo::policy::routing::Guest for Component {
-                fn route() {
-                    POLICY.with($crate::guest::route);
+            impl $decides for Component {
+                fn $decide() {
+                    POLICY.with($crate::guest::$decide);
                 }
 
                 fn observe() {
-                    POLICY.with($crate::guest::observe);
+                    POLICY.with(|policy| $crate::guest::observe(policy, <$policy as $crate::$trait>::observe));
                 }
             }
 
-    $crate::bindings::export_router!(Component with_types_in $crate::bindings);
+    $crate::bindings::export_lifecycle!(Component with_types_in $crate::bindings);
+    $crate::bindings::$world::$export!(Component with_types_in $crate::bindings::$world);
 
             const DESCRIPTION: &str = concat!(
                 "name: ",

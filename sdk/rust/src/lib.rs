@@ -25,6 +25,8 @@
 //! assert_eq!(ShortestQueue.route(&Request::test(), &candidates), Decision::Place(vec![1, 2, 0]));
 //! ```
 //!
+//! An [`Admission`] policy, which lets requests in or sheds them, is registered by `register!(MyPolicy as Admission)`.
+//!
 //! `dynamo-host policy new` writes a crate to start from, and `dynamo-host policy build` makes the component of it. Policies
 //! from parts, scorers with weights, are in [`compose`]. The same code runs natively in your tests: there, facts and columns
 //! are what the test gives, and the host's services are stand-ins within the test's thread, see [`testing`].
@@ -38,31 +40,37 @@
 // The generated bindings name this crate as their users do.
 extern crate self as dynamo_policy_sdk;
 
+mod admission;
 mod candidate;
 mod candidates;
 mod codes;
 pub mod compose;
 mod decision;
 mod outcomes;
+mod pools;
 pub mod rank;
 mod request;
 mod router;
 mod services;
 pub mod testing;
+mod verdict;
 
 #[doc(hidden)]
 pub mod bindings;
 #[doc(hidden)]
 pub mod guest;
 
+pub use admission::Admission;
 pub use candidate::Candidate;
 pub use candidates::Candidates;
 pub use codes::{end, endpoint, flags, role, stage, topology, worker_state};
 pub use decision::{Decision, explain, explain_wanted};
 pub use outcomes::{Outcome, Outcomes};
+pub use pools::Pools;
 pub use request::Request;
 pub use router::{NoSettings, Router};
 pub use services::{clock, entropy, state, telemetry};
+pub use verdict::{Admit, Shed, Verdict};
 
 /// Derives a settings type's JSON Schema; re-exported so that a policy needs no dependency of its own.
 pub use schemars;

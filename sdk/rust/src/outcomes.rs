@@ -1,11 +1,12 @@
-//! What became of what was placed, as columns.
+//! What became of what was decided, as columns.
 
 use std::{cell::OnceCell, ops::Range};
 
 use crate::{UNKNOWN, bindings::dynamo::policy::outcomes as host, codes::end};
 
-/// What became of what was placed: columns, one value per attempt on a worker that has ended. A request that failed on
-/// one worker and was served by another is two rows, of one decision or of two.
+/// What became of what was decided: columns, one value per attempt on a worker that has ended. A request that failed on
+/// one worker and was served by another is two rows, of one decision or of two. Admission decides once for all attempts,
+/// and is told of a request that ended in the queue too.
 ///
 /// Each column is asked of the host when a policy first reads it.
 ///
@@ -34,6 +35,7 @@ pub struct Outcomes {
     pub(crate) worker_id: OnceCell<Vec<u64>>,
     pub(crate) ttft_ms: OnceCell<Vec<f32>>,
     pub(crate) itl_ms: OnceCell<Vec<f32>>,
+    pub(crate) queue_ms: OnceCell<Vec<f32>>,
     pub(crate) output_tokens: OnceCell<Vec<u32>>,
     pub(crate) end: OnceCell<Vec<u32>>,
 }
@@ -59,12 +61,12 @@ impl Outcomes {
         cell.get_or_init(|| if cfg!(target_arch = "wasm32") { host() } else { vec![unknown; self.count() as usize] })
     }
 
-    /// The decision that placed it: its [`Request::decision_id`](crate::Request::decision_id).
+    /// The decision that placed it, or let it in: its [`Request::decision_id`](crate::Request::decision_id).
     pub fn decision_id(&self) -> &[u64] {
         self.pull(&self.decision_id, host::decision_id, u64::MAX)
     }
 
-    /// The worker.
+    /// The worker; `u64::MAX` if it came to none.
     pub fn worker_id(&self) -> &[u64] {
         self.pull(&self.worker_id, host::worker_id, u64::MAX)
     }
@@ -77,6 +79,11 @@ impl Outcomes {
     /// Mean time between tokens; NaN below two tokens.
     pub fn itl_ms(&self) -> &[f32] {
         self.pull(&self.itl_ms, host::itl_ms, f32::NAN)
+    }
+
+    /// Time that the request waited in the host's queue; NaN where nobody knows.
+    pub fn queue_ms(&self) -> &[f32] {
+        self.pull(&self.queue_ms, host::queue_ms, f32::NAN)
     }
 
     /// Tokens of output.
@@ -126,6 +133,12 @@ impl Outcome<'_> {
     #[must_use]
     pub fn itl_ms(self) -> f32 {
         self.outcomes.itl_ms()[self.row as usize]
+    }
+
+    /// See [`Outcomes::queue_ms`].
+    #[must_use]
+    pub fn queue_ms(self) -> f32 {
+        self.outcomes.queue_ms()[self.row as usize]
     }
 
     /// See [`Outcomes::output_tokens`].

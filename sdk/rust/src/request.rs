@@ -154,7 +154,8 @@ impl Request {
         *ask(&self.multimodal_bytes, host::multimodal_bytes, 0)
     }
 
-    /// Strict tier that admission chose: a lower tier is served first. 0 without admission.
+    /// Strict tier that admission chose: a lower tier is served first. 0 without admission. While admission decides: the one
+    /// that the host's configuration gives.
     pub fn priority_tier(&self) -> u32 {
         *ask(&self.priority_tier, host::priority_tier, 0)
     }
@@ -164,7 +165,7 @@ impl Request {
         *ask(&self.priority, host::priority, 0.0)
     }
 
-    /// Class that admission chose.
+    /// Class that admission chose. While admission decides: the one that the host's configuration gives.
     pub fn class(&self) -> Option<&str> {
         ask(&self.class, host::class, None).as_deref()
     }

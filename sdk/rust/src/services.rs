@@ -135,6 +135,15 @@ pub mod state {
             native::take(key, amount, per_second, burst).map(Taken::from)
         }
     }
+
+    /// Gives back to a token bucket what was taken and not used, up to `burst`; `per_second` and `burst` as they were for
+    /// [`take`]. A host before 0.1.2 of the contract does not know of it: there, what was taken stays taken.
+    ///
+    /// # Errors
+    /// If the bucket could not be kept.
+    pub fn give_back(key: &str, amount: f64, per_second: f64, burst: f64) -> Result<(), StateError> {
+        take(key, -amount, per_second, burst).map(|_| ())
+    }
 }
 
 /// Time, constant during one call.

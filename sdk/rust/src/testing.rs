@@ -1,6 +1,6 @@
-//! For a policy's own tests: requests, candidates and outcomes as a test gives them, and a host to go with them.
+//! For a policy's own tests: requests, candidates, pools and outcomes as a test gives them, and a host to go with them.
 //!
-//! `Request::test()`, `Candidates::test(count)` and `Outcomes::test(count)` make them; a `with_` function for each fact
+//! `Request::test()`, `Candidates::test(count)`, `Pools::test(count)` and `Outcomes::test(count)` make them; a `with_` function for each fact
 //! and column gives its values. What a test does not give is unknown, as it may be in production. Where the contract
 //! has a value for "nothing of the kind", it is that: no tenant, no flags, the first attempt, a healthy worker.
 //!
@@ -34,12 +34,14 @@
 
 mod candidates;
 mod outcomes;
+mod pools;
 mod request;
 pub(crate) mod services;
 
 use std::cell::OnceCell;
 
 pub(crate) use candidates::Given;
+pub(crate) use pools::GivenQuantiles;
 pub use services::{
     advance, clear_state, counter, explanations, gauge, log_lines, reset, seed, set_explain_wanted, set_now_ms, set_state_error,
 };

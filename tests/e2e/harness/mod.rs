@@ -6,6 +6,7 @@
 pub(crate) mod client;
 pub(crate) mod components;
 pub(crate) mod host;
+pub(crate) mod load;
 pub(crate) mod process;
 pub(crate) mod scripted;
 pub(crate) mod sse;

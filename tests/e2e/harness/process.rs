@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::{PATIENCE, eventually, eventually_within};
 
 /// The binary under test.
@@ -59,9 +61,18 @@ impl Process {
 
     /// The most memory that it has had, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
+        self.status_bytes("VmHWM:")
+    }
+
+    /// The memory that it has now, in bytes.
+    pub(crate) fn memory(&self) -> u64 {
+        self.status_bytes("VmRSS:")
+    }
+
+    fn status_bytes(&self, key: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
-        peak.unwrap_or_else(|| panic!("no VmHWM in {status}")).trim().parse::<u64>().unwrap() * 1024
+        let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_suffix("kB"));
+        value.unwrap_or_else(|| panic!("no {key} in {status}")).trim().parse::<u64>().unwrap() * 1024
     }
 
     /// What it wrote to stderr so far.
@@ -89,6 +100,12 @@ impl Process {
     pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([format!("-{name}"), self.id().to_string()]).status().unwrap();
         assert!(sent.success(), "kill -{name} {}: {sent}", self.id());
+    }
+
+    /// Asks it to stop.
+    pub(crate) fn terminate(&self) {
+        let id = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
+        kill_process(id, Signal::TERM).unwrap();
     }
 
     /// Waits until it has ended by itself.

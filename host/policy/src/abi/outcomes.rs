@@ -9,6 +9,7 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     column(interface, "worker-id", |row| row.worker_id)?;
     column(interface, "ttft-ms", |row| row.ttft_ms)?;
     column(interface, "itl-ms", |row| row.itl_ms)?;
+    column(interface, "queue-ms", |row| row.queue_ms)?;
     column(interface, "output-tokens", |row| row.output_tokens)?;
     column(interface, "end", |row| row.end)
 }

@@ -3,7 +3,7 @@
 use dynamo_host_core::{RequestFacts, UNKNOWN};
 
 use super::{Interface, define};
-use crate::call::{Guest, RouteCall};
+use crate::{call::Guest, runtime::Now};
 
 /// What an unknown 64-bit amount is.
 const UNKNOWN_U64: u64 = u64::MAX;
@@ -31,8 +31,8 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "priority-tier", |request| request.tier)?;
     fact(interface, "priority", |request| request.priority as f32)?;
     text(interface, "class", |request| request.class.as_deref(), |text| text)?;
-    timed(interface, "age-ms", |call| saturate(call.now_ms.saturating_sub(call.request.accepted_ms)))?;
-    timed(interface, "deadline-ms", |call| Some(saturate(call.request.deadline_ms?.saturating_sub(call.now_ms))))?;
+    timed(interface, "age-ms", |request, now| saturate(now.monotonic_ms.saturating_sub(request.accepted_ms)))?;
+    timed(interface, "deadline-ms", |request, now| Some(saturate(request.deadline_ms?.saturating_sub(now.monotonic_ms))))?;
     fact(interface, "slo-ttft-ms", |request| request.slo.ttft_ms.unwrap_or(f32::NAN))?;
     fact(interface, "slo-itl-ms", |request| request.slo.itl_ms.unwrap_or(f32::NAN))?;
     fact(interface, "attempt", |request| request.attempt)?;
@@ -42,7 +42,7 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
     fact(interface, "affinity-worker", |_| None::<u64>)?;
     fact(interface, "tags", |_| Vec::<String>::new())?;
     define(interface, "attribute", |guest: &mut Guest, (key,): (String,)| {
-        let value = guest.route("attribute")?.request.attributes.get(&key).cloned();
+        let value = guest.asked("attribute")?.0.attributes.get(&key).cloned();
         let bytes = key.len() + value.as_ref().map_or(0, String::len);
         Ok((value, bytes))
     })
@@ -61,19 +61,22 @@ fn fact<R>(
 where
     R: wasmtime::component::Lower + wasmtime::component::ComponentType + 'static,
 {
-    timed(interface, name, move |call| read(&call.request))
+    timed(interface, name, move |request, _| read(request))
 }
 
 /// A fact that also depends on the time.
 fn timed<R>(
     interface: &mut Interface<'_>,
     name: &'static str,
-    read: impl Fn(&RouteCall) -> R + Send + Sync + 'static,
+    read: impl Fn(&RequestFacts, Now) -> R + Send + Sync + 'static,
 ) -> wasmtime::Result<()>
 where
     R: wasmtime::component::Lower + wasmtime::component::ComponentType + 'static,
 {
-    define(interface, name, move |guest: &mut Guest, (): ()| Ok((read(guest.route(name)?), 0)))
+    define(interface, name, move |guest: &mut Guest, (): ()| {
+        let (request, now) = guest.asked(name)?;
+        Ok((read(request, now), 0))
+    })
 }
 
 /// A text, charged by its length.
@@ -87,7 +90,7 @@ where
     R: wasmtime::component::Lower + wasmtime::component::ComponentType + 'static,
 {
     define(interface, name, move |guest: &mut Guest, (): ()| {
-        let text = read(&guest.route(name)?.request).map(str::to_owned);
+        let text = read(guest.asked(name)?.0).map(str::to_owned);
         let bytes = text.as_ref().map_or(0, String::len);
         Ok((shape(text), bytes))
     })

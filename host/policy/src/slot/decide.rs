@@ -8,17 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_host_core::{
-    OnError, Rejection,
-    answer::{MAX_HOLDS, Ranking, Verdict},
-    native,
-};
+use dynamo_host_core::{OnError, Rejection, answer, native};
 
-use super::{Pinned, RoutingSlot};
+use super::{Pinned, Slot};
 use crate::{
-    blueprint::Routed,
-    call::{Explanation, Reading, RouteCall},
+    blueprint::Decided,
+    call::{Explanation, Reading},
     fault::{FaultCause, PolicyFault},
+    question::Question,
     record::{Instead, fallback_counter},
     version::{PolicyVersion, Undecided},
 };
@@ -84,9 +81,9 @@ impl fmt::Display for Failed {
 
 /// A decision that can be carried out.
 #[derive(Debug)]
-pub struct Decision {
+pub struct Decision<V = answer::Verdict> {
     /// What to do.
-    pub verdict: Verdict,
+    pub verdict: V,
     /// Who decided.
     pub by: DecidedBy,
     /// The policy's reasons, if they were asked for.
@@ -99,57 +96,43 @@ pub struct Decision {
     pub fuel: u64,
 }
 
-impl Decision {
-    fn of_policy(routed: Routed, by: DecidedBy, start: Instant) -> Self {
-        let Routed { verdict, explanations, readings, fuel } = routed;
+impl<V> Decision<V> {
+    fn of_policy(decided: Decided<V>, by: DecidedBy, start: Instant) -> Self {
+        let Decided { verdict, explanations, readings, fuel } = decided;
         Self { verdict, by, explanations, readings, elapsed: start.elapsed(), fuel }
     }
 
-    fn without_policy(verdict: Verdict, by: DecidedBy, start: Instant) -> Self {
+    fn without_policy(verdict: V, by: DecidedBy, start: Instant) -> Self {
         Self { verdict, by, explanations: Vec::new(), readings: Vec::new(), elapsed: start.elapsed(), fuel: 0 }
     }
 
-    fn native(call: &RouteCall, by: DecidedBy, start: Instant) -> Self {
-        let (ranking, readings) = native_route(call);
-        Self { readings, ..Self::without_policy(Verdict::Place(ranking), by, start) }
+    fn native<Q: Question<Verdict = V>>(call: &Q, by: DecidedBy, start: Instant) -> Self {
+        let (verdict, readings) = call.native();
+        Self { readings, ..Self::without_policy(verdict, by, start) }
     }
 }
 
-/// What the native fallback decides, and what it reads for it if that is asked for.
-#[must_use]
-pub fn native_route(call: &RouteCall) -> (Ranking, Vec<Reading>) {
-    let columns = native::READS.map(|column| call.candidates.u32_column(column, call.now_ms));
-    let ranking = native::rank(&columns[0], &columns[1], call.seed);
-    if !call.explain {
-        return (ranking, Vec::new());
-    }
-    let readings = native::READS.into_iter().zip(columns);
-    (ranking, readings.map(|(column, values)| Reading::Column(column.name(), values.into())).collect())
-}
-
-impl RoutingSlot {
-    /// Decides: the pinned policy, or what the slot's `on-error` says if it cannot, or if it has held the request as often as
-    /// it may ([`MAX_HOLDS`]).
+impl<Q: Question> Slot<Q> {
+    /// Decides: the pinned policy, or what the slot's `on-error` says if it cannot, or if it had its turns.
     #[must_use]
-    pub fn decide(&self, pinned: &Pinned, call: RouteCall) -> Decision {
-        if call.request.holds >= MAX_HOLDS {
-            let detail = format!("it held the request {MAX_HOLDS} times");
-            return self.decide_instead_of(pinned, &call, PolicyFault { cause: FaultCause::HoldExhausted, detail });
+    pub fn decide(&self, pinned: &Pinned, call: Q) -> Decision<Q::Verdict> {
+        if let Some(fault) = call.out_of_turns() {
+            return self.decide_instead_of(pinned, &call, fault);
         }
         let start = Instant::now();
         if self.bypass.load(Relaxed) {
             return self.decide_bypassed(&call, start);
         }
         let Some(version) = &pinned.0 else { return self.decide_without_policy(&call, start) };
-        match version.try_route(call.clone()) {
-            Ok(routed) => Decision::of_policy(routed, DecidedBy::Policy(Arc::clone(version)), start),
+        match version.try_decide(call.clone()) {
+            Ok(decided) => Decision::of_policy(decided, DecidedBy::Policy(Arc::clone(version)), start),
             Err(undecided) => self.decide_after_failure(version, undecided, &call, start),
         }
     }
 
     /// Decides though a policy is pinned: it had its turns. Never a hold.
     #[must_use]
-    pub fn decide_instead_of(&self, pinned: &Pinned, call: &RouteCall, fault: PolicyFault) -> Decision {
+    pub fn decide_instead_of(&self, pinned: &Pinned, call: &Q, fault: PolicyFault) -> Decision<Q::Verdict> {
         let start = Instant::now();
         if self.bypass.load(Relaxed) {
             return self.decide_bypassed(call, start);
@@ -160,13 +143,13 @@ impl RoutingSlot {
         }
     }
 
-    fn decide_bypassed(&self, call: &RouteCall, start: Instant) -> Decision {
+    fn decide_bypassed(&self, call: &Q, start: Instant) -> Decision<Q::Verdict> {
         self.meters.bypassed.increment(1);
         Decision::native(call, DecidedBy::Bypass, start)
     }
 
     /// The slot holds no policy: natively, unless it should hold one and must not go without.
-    fn decide_without_policy(&self, call: &RouteCall, start: Instant) -> Decision {
+    fn decide_without_policy(&self, call: &Q, start: Instant) -> Decision<Q::Verdict> {
         let mode = self.on_error();
         if mode == OnError::Fallback {
             return Decision::native(call, DecidedBy::Native, start);
@@ -176,12 +159,12 @@ impl RoutingSlot {
         let count = |instead| fallback_counter(self.state.slot(), &failed.policy, failed.cause, instead).increment(1);
         if mode == OnError::Closed {
             count(Instead::Nobody);
-            return refused(failed, RETRY_AFTER_MS, start);
+            return refused::<Q>(failed, RETRY_AFTER_MS, start);
         }
         match self.ask_last_good(None, call) {
-            Some((version, routed)) => {
+            Some((version, decided)) => {
                 count(Instead::LastGood);
-                Decision::of_policy(routed, DecidedBy::LastGood(version, failed), start)
+                Decision::of_policy(decided, DecidedBy::LastGood(version, failed), start)
             }
             None => {
                 count(Instead::Native);
@@ -195,67 +178,74 @@ impl RoutingSlot {
         &self,
         version: &Arc<PolicyVersion>,
         undecided: Undecided,
-        call: &RouteCall,
+        call: &Q,
         start: Instant,
-    ) -> Decision {
+    ) -> Decision<Q::Verdict> {
         let failed = Failed { policy: Arc::clone(version.label()), cause: undecided.cause() };
-        let mode = self.on_error();
+        let (mode, now_ms) = (self.on_error(), call.now().monotonic_ms);
         if failed.cause == FaultCause::Revoked && mode != OnError::Fallback {
             return self.decide_after_rollback(version, undecided, call, start);
         }
         let last_good = || self.ask_last_good(Some(version), call);
         let (instead, decision) = match mode {
-            OnError::Closed => (Instead::Nobody, refused(failed, retry_after_ms(version, call), start)),
-            OnError::LastGood if let Some((earlier, routed)) = last_good() => {
-                (Instead::LastGood, Decision::of_policy(routed, DecidedBy::LastGood(earlier, failed), start))
+            OnError::Closed => (Instead::Nobody, refused::<Q>(failed, retry_after_ms(version, now_ms), start)),
+            OnError::LastGood if let Some((earlier, decided)) = last_good() => {
+                (Instead::LastGood, Decision::of_policy(decided, DecidedBy::LastGood(earlier, failed), start))
             }
             OnError::LastGood | OnError::Fallback => {
                 (Instead::Native, Decision::native(call, DecidedBy::Fallback(failed), start))
             }
         };
-        version.did_not_decide(undecided, instead, call.now_ms);
+        version.did_not_decide(undecided, instead, now_ms);
         decision
     }
 
     /// An operator's change is not worth a refusal: what is active now decides, as for any new request.
-    fn decide_after_rollback(&self, revoked: &PolicyVersion, undecided: Undecided, call: &RouteCall, start: Instant) -> Decision {
+    fn decide_after_rollback(
+        &self,
+        revoked: &PolicyVersion,
+        undecided: Undecided,
+        call: &Q,
+        start: Instant,
+    ) -> Decision<Q::Verdict> {
         let failed = Failed { policy: Arc::clone(revoked.label()), cause: undecided.cause() };
         let Some(active) = self.active.load_full() else {
-            revoked.did_not_decide(undecided, Instead::Native, call.now_ms);
+            revoked.did_not_decide(undecided, Instead::Native, call.now().monotonic_ms);
             return Decision::native(call, DecidedBy::Fallback(failed), start);
         };
-        revoked.did_not_decide(undecided, Instead::LastGood, call.now_ms);
-        match active.try_route(call.clone()) {
-            Ok(routed) => Decision::of_policy(routed, DecidedBy::LastGood(active, failed), start),
+        revoked.did_not_decide(undecided, Instead::LastGood, call.now().monotonic_ms);
+        match active.try_decide(call.clone()) {
+            Ok(decided) => Decision::of_policy(decided, DecidedBy::LastGood(active, failed), start),
             Err(undecided) => self.decide_after_failure(&active, undecided, call, start),
         }
     }
 
     /// What the newest sound version before the one that failed decides, if there is one.
-    fn ask_last_good(&self, failed: Option<&Arc<PolicyVersion>>, call: &RouteCall) -> Option<(Arc<PolicyVersion>, Routed)> {
+    fn ask_last_good(&self, failed: Option<&Arc<PolicyVersion>>, call: &Q) -> Option<(Arc<PolicyVersion>, Decided<Q::Verdict>)> {
         ask(self.last_good(failed.map(Arc::as_ref))?, call)
     }
 }
 
 /// Asks a version in another's place. Not a hold: the request has waited for one policy already.
-fn ask(version: Arc<PolicyVersion>, call: &RouteCall) -> Option<(Arc<PolicyVersion>, Routed)> {
-    let undecided = match version.try_route(call.clone()) {
-        Ok(Routed { verdict: Verdict::Hold { .. }, .. }) => return None,
-        Ok(routed) => return Some((version, routed)),
+fn ask<Q: Question>(version: Arc<PolicyVersion>, call: &Q) -> Option<(Arc<PolicyVersion>, Decided<Q::Verdict>)> {
+    let undecided = match version.try_decide(call.clone()) {
+        Ok(decided) if Q::is_put_off(&decided.verdict) => return None,
+        Ok(decided) => return Some((version, decided)),
         Err(undecided) => undecided,
     };
-    version.did_not_decide(undecided, Instead::Native, call.now_ms);
+    version.did_not_decide(undecided, Instead::Native, call.now().monotonic_ms);
     None
 }
 
-fn refused(failed: Failed, retry_after_ms: u32, start: Instant) -> Decision {
-    let reason = "the routing policy failed, and requests are refused while it does; try again".to_owned();
+fn refused<Q: Question>(failed: Failed, retry_after_ms: u32, start: Instant) -> Decision<Q::Verdict> {
+    let slot = Q::WORLD.slot.as_str();
+    let reason = format!("the {slot} policy failed, and requests are refused while it does; try again");
     let rejection = Rejection { status: 503, retry_after_ms: Some(retry_after_ms), reason };
-    Decision::without_policy(Verdict::Reject(rejection), DecidedBy::Nobody(failed), start)
+    Decision::without_policy(Q::refusal(rejection), DecidedBy::Nobody(failed), start)
 }
 
 /// When a quarantined version may be tried again.
-fn retry_after_ms(version: &PolicyVersion, call: &RouteCall) -> u32 {
+fn retry_after_ms(version: &PolicyVersion, now_ms: u64) -> u32 {
     let trial_ms = version.standing().quarantine().map_or(0, |quarantine| quarantine.trial_ms);
-    u32::try_from(trial_ms.saturating_sub(call.now_ms)).unwrap_or(u32::MAX).max(RETRY_AFTER_MS)
+    u32::try_from(trial_ms.saturating_sub(now_ms)).unwrap_or(u32::MAX).max(RETRY_AFTER_MS)
 }

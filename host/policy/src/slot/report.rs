@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use dynamo_host_core::{OnError, native};
 use serde::Serialize;
 
-use super::RoutingSlot;
+use super::Lifecycle;
 use crate::{fault::FaultCause, standing::Quarantine, version::PolicyVersion};
 
-impl RoutingSlot {
+impl Lifecycle {
     /// What is in the slot, for people and tools.
     #[must_use]
     pub fn report(&self) -> SlotReport {

@@ -10,7 +10,7 @@ fn standing() -> Standing {
 
 /// A call; `true` if it was let in.
 fn call(standing: &Standing, now_ms: u64) -> bool {
-    matches!(standing.admit(now_ms), Admission::Open)
+    matches!(standing.ask(now_ms), Leave::Open)
 }
 
 fn fault(standing: &Standing, now_ms: u64) -> Option<Quarantine> {
@@ -28,10 +28,10 @@ fn quarantined(standing: &Standing, now_ms: u64) -> Quarantine {
 
 #[track_caller]
 fn trial(standing: &Standing, now_ms: u64) -> Trial<'_> {
-    match standing.admit(now_ms) {
-        Admission::Trial(trial) => trial,
-        Admission::Open => panic!("it is open at {now_ms}"),
-        Admission::Shut(cause) => panic!("it is {cause} at {now_ms}"),
+    match standing.ask(now_ms) {
+        Leave::Trial(trial) => trial,
+        Leave::Open => panic!("it is open at {now_ms}"),
+        Leave::Shut(cause) => panic!("it is {cause} at {now_ms}"),
     }
 }
 
@@ -101,9 +101,9 @@ fn what_is_not_the_policys_fault_is_not_held_against_it_and_does_not_dilute() {
 fn one_request_at_a_time_tries_it_when_its_time_has_come() {
     let it = standing();
     let until = quarantined(&it, 100).trial_ms;
-    assert!(matches!(it.admit(until - 1), Admission::Shut(FaultCause::Quarantined)));
+    assert!(matches!(it.ask(until - 1), Leave::Shut(FaultCause::Quarantined)));
     let running = trial(&it, until);
-    assert!(matches!(it.admit(until + 5000), Admission::Shut(FaultCause::Quarantined)), "one at a time");
+    assert!(matches!(it.ask(until + 5000), Leave::Shut(FaultCause::Quarantined)), "one at a time");
     let ended = running.passed().unwrap();
     assert_eq!((ended.since_ms, ended.failed_trials), (100, 0));
     assert!(call(&it, until) && it.quarantine().is_none());
@@ -177,7 +177,7 @@ fn revoked_is_for_good_whatever_else_is_under_way() {
     let running = trial(&it, until);
     it.revoke();
     assert_eq!(running.passed(), None);
-    assert!(matches!(it.admit(until + 1), Admission::Shut(FaultCause::Revoked)));
+    assert!(matches!(it.ask(until + 1), Leave::Shut(FaultCause::Revoked)));
     assert!(it.is_revoked() && !it.is_open() && it.quarantine().is_none());
 
     let it = standing();
@@ -196,8 +196,8 @@ fn threads_that_meet_at_a_due_trial_send_one() {
     let until = quarantined(&it, 0).trial_ms;
     // A trial lasts until all have asked.
     let admissions: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| it.admit(until))).collect();
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| it.ask(until))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    assert_eq!(admissions.iter().filter(|admission| matches!(admission, Admission::Trial(_))).count(), 1);
+    assert_eq!(admissions.iter().filter(|admission| matches!(admission, Leave::Trial(_))).count(), 1);
 }

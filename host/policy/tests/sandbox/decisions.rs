@@ -61,6 +61,7 @@ fn what_a_policy_reads_can_be_told_from_its_bytes() {
 
 #[test]
 fn outcomes_reach_a_policy_that_has_nothing_to_learn_without_harm() {
-    let row = OutcomeRow { decision_id: 1, worker_id: 2, ttft_ms: 3.0, itl_ms: f32::NAN, output_tokens: 1, end: 0 };
+    let row =
+        OutcomeRow { decision_id: 1, worker_id: 2, ttft_ms: 3.0, itl_ms: f32::NAN, queue_ms: f32::NAN, output_tokens: 1, end: 0 };
     policy("least-loaded", "{}").observe([row].into()).unwrap();
 }

@@ -92,7 +92,15 @@ fn what_a_policy_explains_has_an_end_and_may_be_no_number() {
 
 #[test]
 fn a_guest_that_cannot_learn_still_decides() {
-    let row = OutcomeRow { decision_id: 1, worker_id: WorkerId(2).0, ttft_ms: 3.0, itl_ms: f32::NAN, output_tokens: 1, end: 2 };
+    let row = OutcomeRow {
+        decision_id: 1,
+        worker_id: WorkerId(2).0,
+        ttft_ms: 3.0,
+        itl_ms: f32::NAN,
+        queue_ms: f32::NAN,
+        output_tokens: 1,
+        end: 2,
+    };
     let fleet = synthetic::fleet(2);
     for (mode, cause) in [("trap-in-observe", FaultCause::Trap), ("loop-in-observe", FaultCause::Fuel)] {
         let version = hostile(mode);
@@ -124,7 +132,7 @@ fn failed_instances_are_replaced_off_the_request_path() {
     let (version, fleet) = (hostile("trap"), synthetic::fleet(2));
     let mut causes = Vec::new();
     for _ in 0..200 {
-        causes.push(version.route(provoking(&fleet)).unwrap_err().cause);
+        causes.push(version.decide(provoking(&fleet)).unwrap_err().cause);
     }
     assert!(causes.iter().all(|cause| matches!(cause, FaultCause::Trap | FaultCause::Busy)), "{causes:?}");
     assert_eq!(placed(&version, synthetic::route_call(&fleet, 1)).len(), 2);

@@ -44,7 +44,8 @@ fn the_wrong_world_is_refused_at_load() {
     refused(&wat::parse_str("(component)").unwrap(), "{}", "description", &["dynamo:policy", "register!"]);
     refused(&named("(component)"), "{}", "wrong-world", &["exports: nothing"]);
     let exporting = |name: &str| named(&format!(r#"(component (instance $i) (export "{name}" (instance $i)))"#));
-    refused(&exporting("dynamo:policy/admitting@0.1.0"), "{}", "wrong-world", &["admission"]);
+    refused(&exporting("dynamo:policy/autoscaling@0.1.0"), "{}", "wrong-world", &["`router` or `admission`", "autoscaling"]);
+    refused(&exporting("dynamo:policy/admitting@0.1.2"), "{}", "missing-export", &["lifecycle", "the world `admission`"]);
     refused(&exporting("dynamo:policy/routing@7.0.0"), "{}", "contract-version", &["7.0.0", "rebuild it"]);
     refused(&exporting("dynamo:policy/routing@0.1.0"), "{}", "missing-export", &["lifecycle"]);
 }

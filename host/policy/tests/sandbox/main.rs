@@ -2,6 +2,7 @@
 //!
 //! The components are what `cargo xtask policies` builds.
 
+mod admission;
 mod decisions;
 mod hostile;
 mod loading;
@@ -25,7 +26,7 @@ use std::{
 
 use dynamo_host_core::{SlotName, answer::Verdict};
 use dynamo_host_policy::{
-    FaultCause, Limits, LoadError, Now, PolicyFault, PolicyRuntime, PolicyVersion, RouteCall, Routed, RoutingSlot, SlotState,
+    Decided, FaultCause, Limits, LoadError, Now, PolicyFault, PolicyRuntime, PolicyVersion, RouteCall, RoutingSlot, SlotState,
     synthetic::{self, SyntheticFleet},
 };
 
@@ -110,10 +111,10 @@ fn at(call: RouteCall, now_ms: u64) -> RouteCall {
 }
 
 /// Asks it until it answers or fails: on a busy machine failed instances are replaced slowly, and calls may be pre-empted.
-fn ask(version: &PolicyVersion, call: &RouteCall) -> Result<Routed, PolicyFault> {
+fn ask(version: &PolicyVersion, call: &RouteCall) -> Result<Decided, PolicyFault> {
     let answer = RefCell::new(None);
     eventually("it is neither busy nor pre-empted", || {
-        let asked = version.route(call.clone());
+        let asked = version.decide(call.clone());
         let is_over = !matches!(&asked, Err(fault) if matches!(fault.cause, FaultCause::Busy | FaultCause::HostStall));
         *answer.borrow_mut() = Some(asked);
         is_over

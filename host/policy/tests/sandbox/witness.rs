@@ -1,6 +1,6 @@
 //! What policies see: every fact and column, as the host knows it, on any host that speaks their contract.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 use dynamo_host_core::{Load, WorkerId};
 use dynamo_host_policy::{
@@ -35,7 +35,7 @@ fn check_witness(bytes: &[u8], knows_additions: bool) {
     let state = Arc::new(SlotState::default());
     let version = RUNTIME.load(bytes, "{}", Arc::clone(&state)).unwrap();
     let fleet = synthetic::fleet(4);
-    let routed = version.route(witnessed_call(&fleet)).unwrap();
+    let routed = version.decide(witnessed_call(&fleet)).unwrap();
     let said = |term: &str| {
         let found = routed.explanations.iter().find(|explanation| explanation.term == term);
         found.unwrap_or_else(|| panic!("it said nothing of {term}")).values.clone()
@@ -67,7 +67,15 @@ fn check_witness(bytes: &[u8], knows_additions: bool) {
     check(&said("f32"), &[nan, nan, nan, nan, 4.0]);
     check(&said("named"), &[2.0, 2.0, 0.0, 6.0, -1.0]);
     check(&said("services"), &[1.0, 5.0, 2.0, 1.0, 101.0, 1000.0, 1.0]);
-    let row = |tokens| OutcomeRow { decision_id: 7, worker_id: 2, ttft_ms: 3.0, itl_ms: nan, output_tokens: tokens, end: 0 };
+    let row = |tokens| OutcomeRow {
+        decision_id: 7,
+        worker_id: 2,
+        ttft_ms: 3.0,
+        itl_ms: nan,
+        queue_ms: nan,
+        output_tokens: tokens,
+        end: 0,
+    };
     version.observe([row(1), row(2)].into()).unwrap();
     version.observe(Vec::new().into()).unwrap();
     assert!(version.observes());
@@ -81,10 +89,21 @@ fn a_policy_sees_every_fact_and_column_as_the_host_knows_it() {
 #[test]
 fn every_fossil_still_sees_what_it_saw_when_it_was_released() {
     let fossils = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fossils");
-    let mut found = 0;
+    let mut found = BTreeSet::new();
     for release in fs::read_dir(fossils).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
-        check_witness(&fs::read(release.join("witness.wasm")).unwrap(), false);
-        found += 1;
+        let fossils = fs::read_dir(&release).unwrap().map(|entry| entry.unwrap().path());
+        for fossil in fossils {
+            let bytes = fs::read(&fossil).unwrap();
+            match fossil.file_name().and_then(|name| name.to_str()) {
+                Some("witness.wasm") => check_witness(&bytes, false),
+                Some("witness-admission.wasm") => crate::admission::check_witness(&bytes),
+                other => panic!("{other:?} is no fossil that is known"),
+            }
+            found.insert(release.file_name().unwrap().to_owned());
+        }
     }
-    assert!(found > 0, "there is a fossil for each release");
+    // A folder of the contract for each release of a world, and a guest that was compiled against it.
+    let released = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wit/released")).unwrap();
+    let released: BTreeSet<_> = released.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(found, released, "there is a fossil for each release");
 }

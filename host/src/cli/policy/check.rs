@@ -6,13 +6,13 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::answer::Verdict;
-use dynamo_host_policy::{Inspection, OutcomeRow, PolicyFault, PolicyVersion, Trial};
-use serde::Serialize;
+use dynamo_host_core::{SlotKind, admission, answer::Verdict};
+use dynamo_host_policy::{AdmissionCall, Inspection, OutcomeRow, PolicyFault, PolicyVersion, Question, RouteCall};
+use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use serde_json::Value;
 
 use super::{
-    probes::{self, MANY, Probe},
+    probes::{MANY, Probe, Probed},
     uses::{self, Uses},
 };
 use crate::text::plain;
@@ -55,9 +55,24 @@ pub(super) enum Memory {
 #[derive(Serialize)]
 pub(super) struct Decided {
     pub(super) probe: &'static str,
-    pub(super) candidates: u32,
+    #[serde(flatten)]
+    pub(super) rows: Rows,
     pub(super) answer: String,
     pub(super) fuel: u64,
+}
+
+/// How many candidates, or pools: in JSON, a number by that name.
+pub(super) struct Rows {
+    pub(super) of: &'static str,
+    pub(super) count: u32,
+}
+
+impl Serialize for Rows {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(1))?;
+        map.serialize_entry(self.of, &self.count)?;
+        map.end()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
@@ -100,13 +115,69 @@ pub(super) fn report(file: String, bytes: &[u8], version: &Arc<PolicyVersion>, f
             report.find(Level::Error, "settings-schema", format!("settings-schema failed: {}", plain(&fault.to_string())));
         }
     }
-    let probes = probes::all();
-    let verdicts: Vec<_> = probes.iter().map(|probe| report.decide(version, probe)).collect();
-    report.look_for_memory(version, &probes, &verdicts);
+    match version.world().slot {
+        SlotKind::Admission => report.probe::<AdmissionCall>(version),
+        _ => report.probe::<RouteCall>(version),
+    }
     report.look_at_fuel();
     report.let_observe(version);
     report.ok = report.findings.iter().all(|finding| finding.level != Level::Error);
     report
+}
+
+/// What is checked of policies of one world.
+trait Checked: Probed {
+    /// What it answered to a probe, in words; what its author should know of that is found.
+    fn describe(verdict: &Self::Verdict, probe: &Probe<Self>, report: &mut Report) -> String;
+}
+
+impl Checked for RouteCall {
+    fn describe(verdict: &Verdict, probe: &Probe<Self>, report: &mut Report) -> String {
+        match verdict {
+            Verdict::Place(ranking) => {
+                let ranked = ranking.rows().len();
+                let is_first = !report.findings.iter().any(|finding| finding.code == "no-alternative");
+                if ranked == 1 && probe.rows >= CHOICE && is_first {
+                    let message =
+                        format!("it ranks 1 of {} candidates; rank some more, for when the first does not take it", probe.rows);
+                    report.find(Level::Warning, "no-alternative", message);
+                }
+                format!("place on {ranked} of {}", probe.rows)
+            }
+            Verdict::Hold { at_most_ms } => {
+                let message = format!("it holds a request although workers are there ({})", probe.name);
+                report.find(Level::Warning, "holds", message);
+                format!("hold for {at_most_ms} ms")
+            }
+            Verdict::Reject(rejection) => {
+                let message = format!("it rejects a plain request with {} ({})", rejection.status, probe.name);
+                report.find(Level::Warning, "rejects", message);
+                format!("reject with {}", rejection.status)
+            }
+        }
+    }
+}
+
+impl Checked for AdmissionCall {
+    fn describe(verdict: &admission::Verdict, probe: &Probe<Self>, report: &mut Report) -> String {
+        match verdict {
+            admission::Verdict::Admit(admitted) => {
+                let class = admitted.class.as_deref().map(|class| format!(" as {class}")).unwrap_or_default();
+                format!("admit{class} in tier {}", admitted.tier)
+            }
+            admission::Verdict::Shed(rejection) => {
+                if probe.call.pools[0].queued_requests == 0 {
+                    let message = format!("it sheds with {} though nothing waits ({})", rejection.status, probe.name);
+                    report.find(Level::Warning, "sheds", message);
+                }
+                if rejection.retry_after_ms.is_none() && !report.findings.iter().any(|finding| finding.code == "no-retry-after") {
+                    let message = format!("it sheds without saying when to try again ({})", probe.name);
+                    report.find(Level::Warning, "no-retry-after", message);
+                }
+                format!("shed with {}", rejection.status)
+            }
+        }
+    }
 }
 
 impl Report {
@@ -114,18 +185,24 @@ impl Report {
         self.findings.push(Finding { level, code, message });
     }
 
+    fn probe<Q: Checked>(&mut self, version: &Arc<PolicyVersion>) {
+        let probes = Q::probes();
+        let verdicts: Vec<_> = probes.iter().map(|probe| self.decide(version, probe)).collect();
+        self.look_for_memory(version, &probes, &verdicts);
+    }
+
     /// Decides a probe twice, each on an instance that knows nothing of any other.
-    fn decide(&mut self, version: &Arc<PolicyVersion>, probe: &Probe) -> Option<Verdict> {
-        let fresh = || version.trial().and_then(|mut trial| trial.route(&probe.call));
-        let routed = match fresh() {
-            Ok(routed) => routed,
+    fn decide<Q: Checked>(&mut self, version: &Arc<PolicyVersion>, probe: &Probe<Q>) -> Option<Q::Verdict> {
+        let fresh = || version.trial().and_then(|mut trial| trial.decide(&probe.call));
+        let decided = match fresh() {
+            Ok(decided) => decided,
             Err(fault) => {
                 self.failed(probe, &fault);
                 return None;
             }
         };
         match fresh() {
-            Ok(again) if again.verdict != routed.verdict && self.deterministic => {
+            Ok(again) if again.verdict != decided.verdict && self.deterministic => {
                 self.deterministic = false;
                 let message = format!("it decides differently when asked the same twice ({})", probe.name);
                 self.find(Level::Error, "not-deterministic", message);
@@ -133,45 +210,30 @@ impl Report {
             Ok(_) => {}
             Err(fault) => self.failed(probe, &fault),
         }
-        let answer = match &routed.verdict {
-            Verdict::Place(ranking) => {
-                let ranked = ranking.rows().len();
-                let is_first = !self.findings.iter().any(|finding| finding.code == "no-alternative");
-                if ranked == 1 && probe.candidates >= CHOICE && is_first {
-                    let message = format!(
-                        "it ranks 1 of {} candidates; rank some more, for when the first does not take it",
-                        probe.candidates
-                    );
-                    self.find(Level::Warning, "no-alternative", message);
-                }
-                format!("place on {ranked} of {}", probe.candidates)
-            }
-            Verdict::Hold { at_most_ms } => {
-                self.find(Level::Warning, "holds", format!("it holds a request although workers are there ({})", probe.name));
-                format!("hold for {at_most_ms} ms")
-            }
-            Verdict::Reject(rejection) => {
-                let message = format!("it rejects a plain request with {} ({})", rejection.status, probe.name);
-                self.find(Level::Warning, "rejects", message);
-                format!("reject with {}", rejection.status)
-            }
-        };
-        self.decisions.push(Decided { probe: probe.name, candidates: probe.candidates, answer, fuel: routed.fuel });
-        Some(routed.verdict)
+        let answer = Q::describe(&decided.verdict, probe, self);
+        let rows = Rows { of: Q::WORLD.rows, count: probe.rows };
+        self.decisions.push(Decided { probe: probe.name, rows, answer, fuel: decided.fuel });
+        Some(decided.verdict)
     }
 
-    fn failed(&mut self, probe: &Probe, fault: &PolicyFault) {
-        let text = format!("it failed with {} candidates ({}): {}", probe.candidates, probe.name, plain(&fault.to_string()));
-        if probe.candidates == MANY {
-            self.find(Level::Warning, "large-fleet", format!("{text}; such a fleet is routed by the native fallback"));
+    fn failed<Q: Question>(&mut self, probe: &Probe<Q>, fault: &PolicyFault) {
+        let fault = plain(&fault.to_string());
+        let text = format!("it failed with {} {} ({}): {fault}", probe.rows, Q::WORLD.rows, probe.name);
+        if probe.rows == MANY {
+            self.find(Level::Warning, "large-fleet", format!("{text}; such a fleet is decided by the native fallback"));
         } else {
             self.find(Level::Error, "fault", text);
         }
     }
 
     /// What its answers depend on: an instance's memory, or at least what it keeps in `state`.
-    fn look_for_memory(&mut self, version: &Arc<PolicyVersion>, probes: &[Probe], verdicts: &[Option<Verdict>]) {
-        match Trial::memory_dependence(version) {
+    fn look_for_memory<Q: Question>(
+        &mut self,
+        version: &Arc<PolicyVersion>,
+        probes: &[Probe<Q>],
+        verdicts: &[Option<Q::Verdict>],
+    ) {
+        match version.memory_dependence() {
             Ok(Some(_)) => {
                 self.memory = Memory::Own;
                 let message = "its answers depend on its own memory, which may vanish between any two calls and is not \
@@ -188,7 +250,7 @@ impl Report {
     }
 
     fn look_at_fuel(&mut self) {
-        let usual = self.decisions.iter().filter(|decided| decided.candidates < MANY).map(|decided| decided.fuel).max();
+        let usual = self.decisions.iter().filter(|decided| decided.rows.count < MANY).map(|decided| decided.fuel).max();
         let share = usual.unwrap_or(0) as f64 / self.fuel_limit as f64;
         if share > MUCH_FUEL {
             let message =
@@ -206,6 +268,7 @@ impl Report {
             worker_id: 1,
             ttft_ms,
             itl_ms: f32::NAN,
+            queue_ms: f32::NAN,
             output_tokens: 1,
             end,
         };
@@ -219,10 +282,10 @@ impl Report {
 }
 
 /// Whether an instance that has decided before ever decides unlike a fresh one.
-fn remembers(version: &Arc<PolicyVersion>, probes: &[Probe], verdicts: &[Option<Verdict>]) -> bool {
+fn remembers<Q: Question>(version: &Arc<PolicyVersion>, probes: &[Probe<Q>], verdicts: &[Option<Q::Verdict>]) -> bool {
     let Ok(mut trial) = version.trial() else { return false };
     let twice = probes.iter().zip(verdicts).chain(probes.iter().zip(verdicts));
     twice
         .filter_map(|(probe, fresh)| Some((probe, fresh.as_ref()?)))
-        .any(|(probe, fresh)| trial.route(&probe.call).is_ok_and(|warm| warm.verdict != *fresh))
+        .any(|(probe, fresh)| trial.decide(&probe.call).is_ok_and(|warm| warm.verdict != *fresh))
 }

@@ -88,6 +88,7 @@ macro_rules! sources {
 /// The SDK.
 const SDK: &[(&str, &str)] = sources![
     "sdk/rust/":
+    "src/admission.rs",
     "src/bindings.rs",
     "src/candidate.rs",
     "src/candidates.rs",
@@ -101,6 +102,7 @@ const SDK: &[(&str, &str)] = sources![
     "src/guest.rs",
     "src/lib.rs",
     "src/outcomes.rs",
+    "src/pools.rs",
     "src/rank.rs",
     "src/request.rs",
     "src/router.rs",
@@ -108,13 +110,15 @@ const SDK: &[(&str, &str)] = sources![
     "src/testing.rs",
     "src/testing/candidates.rs",
     "src/testing/outcomes.rs",
+    "src/testing/pools.rs",
     "src/testing/request.rs",
     "src/testing/services.rs",
+    "src/verdict.rs",
 ];
 
 /// The contract that it is generated from.
 const CONTRACT: &[(&str, &str)] = sources![
-    "wit/current/": "admission.wit", "autoscaler.wit", "candidates.wit", "request.wit", "router.wit", "services.wit",
+    "wit/current/": "admission.wit", "autoscaler.wit", "candidates.wit", "outcomes.wit", "request.wit", "router.wit", "services.wit",
 ];
 
 /// Where the SDK looks for the contract: in the repository, and beside itself.

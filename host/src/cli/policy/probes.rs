@@ -5,8 +5,10 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{RequestFacts, TokenCount, id::WorkerId, load::Recent};
-use dynamo_host_policy::{RouteCall, synthetic};
+use dynamo_host_core::{
+    Admitted, PoolState, RequestFacts, Slo, TokenCount, UNKNOWN, admission::Quantiles, id::WorkerId, load::Recent,
+};
+use dynamo_host_policy::{AdmissionCall, Question, RouteCall, synthetic};
 
 /// Candidates of probes that are not about their number.
 const SOME: u32 = 64;
@@ -15,17 +17,79 @@ const SOME: u32 = 64;
 pub(super) const MANY: u32 = 10_000;
 
 /// A made-up decision.
-pub(super) struct Probe {
+pub(super) struct Probe<Q: Question> {
     /// What it is about.
     pub(super) name: &'static str,
-    pub(super) candidates: u32,
-    pub(super) call: RouteCall,
-    /// Keeps up the load of the candidates.
-    _fleet: synthetic::SyntheticFleet,
+    pub(super) rows: u32,
+    pub(super) call: Q,
+    /// Keeps up what it is about.
+    _scene: Q::Scene,
 }
 
-/// All probes, the cheapest first.
-pub(super) fn all() -> Vec<Probe> {
+/// A question that there are probes for.
+pub(super) trait Probed: Question {
+    /// All probes, the cheapest first.
+    fn probes() -> Vec<Probe<Self>>;
+}
+
+impl Probed for RouteCall {
+    fn probes() -> Vec<Probe<Self>> {
+        of_routing()
+    }
+}
+
+impl Probed for AdmissionCall {
+    fn probes() -> Vec<Probe<Self>> {
+        of_admission()
+    }
+}
+
+fn of_admission() -> Vec<Probe<AdmissionCall>> {
+    let free = |_: &mut PoolState| {};
+    let plain = |_: &mut RequestFacts| {};
+    let full = |pool: &mut PoolState| {
+        (pool.free_requests, pool.queued_requests, pool.queued_tokens) = (0, 5000, 10_000_000);
+        (pool.oldest_age_ms, pool.predicted_wait_ms, pool.shed_rate) = (60_000, 120_000.0, 0.9);
+    };
+    let unknown = |pool: &mut PoolState| {
+        (pool.free_requests, pool.predicted_wait_ms, pool.shed_rate) = (UNKNOWN, f32::NAN, f32::NAN);
+        (pool.ttft, pool.itl) = (Quantiles::default(), Quantiles::default());
+    };
+    let dead = |pool: &mut PoolState| {
+        (pool.ready_workers, pool.running_requests, pool.free_requests) = (0, 0, 0);
+    };
+    vec![
+        admission("room for more", 1, free, plain),
+        admission("prefill apart", 2, free, plain),
+        admission("a full queue", 1, full, plain),
+        admission("nothing observed", 1, unknown, plain),
+        admission("no worker", 1, dead, plain),
+        admission("no targets", 1, full, |request| request.slo = Slo::default()),
+        admission("a tenant", 1, free, |request| request.tenant = Some("acme".to_owned())),
+        admission("a low priority", 1, full, |request| request.priority = -10),
+        admission("a long prompt", 1, free, |request| request.prompt = TokenCount { tokens: 2_000_000, exact: true }),
+        admission("a short deadline", 1, full, |request| request.deadline_ms = Some(2)),
+        admission("many pools", 64, free, plain),
+    ]
+}
+
+/// A probe over pools of which the first is changed so.
+fn admission(
+    name: &'static str,
+    rows: u32,
+    change: impl FnOnce(&mut PoolState),
+    change_request: impl FnOnce(&mut RequestFacts),
+) -> Probe<AdmissionCall> {
+    let mut pools = synthetic::pools(rows).to_vec();
+    change(&mut pools[0]);
+    let scene: Arc<[PoolState]> = pools.into();
+    let mut call = synthetic::admission_call(&scene, 1);
+    change_request(Arc::make_mut(&mut call.request));
+    call.native = Admitted::of(&call.request);
+    Probe { name, rows, call, _scene: scene }
+}
+
+fn of_routing() -> Vec<Probe<RouteCall>> {
     let plain = |_: &mut RequestFacts| {};
     let mut probes = vec![
         probe("one candidate", 1, 0, plain),
@@ -55,7 +119,7 @@ pub(super) fn all() -> Vec<Probe> {
 }
 
 /// A probe over a fleet of which every `observed`th worker has been observed, 0 for none.
-fn probe(name: &'static str, candidates: u32, observed: u32, change: impl FnOnce(&mut RequestFacts)) -> Probe {
+fn probe(name: &'static str, candidates: u32, observed: u32, change: impl FnOnce(&mut RequestFacts)) -> Probe<RouteCall> {
     let fleet = synthetic::fleet(candidates);
     for row in (0..candidates).filter(|row| observed > 0 && row % observed == 0) {
         let load = &fleet.candidates.worker(row).load;
@@ -68,5 +132,5 @@ fn probe(name: &'static str, candidates: u32, observed: u32, change: impl FnOnce
     let mut request = RequestFacts::clone(&call.request);
     change(&mut request);
     call.request = Arc::new(request);
-    Probe { name, candidates, call, _fleet: fleet }
+    Probe { name, rows: candidates, call, _scene: fleet }
 }

@@ -145,7 +145,7 @@ impl Candidate {
                     None => version.trial()?,
                 };
                 // One that failed is over, and the next decision has a new one, as in a host.
-                let routed = asked.route(call)?;
+                let routed = asked.decide(call)?;
                 *trial = Some(asked);
                 Ok((routed.verdict, routed.readings, routed.fuel))
             }

@@ -35,6 +35,12 @@ impl Outcomes {
         Self { itl_ms: column(self.count(), values), ..self }
     }
 
+    /// Gives [`queue_ms`](Self::queue_ms).
+    #[must_use]
+    pub fn with_queue_ms(self, values: impl Into<Vec<f32>>) -> Self {
+        Self { queue_ms: column(self.count(), values), ..self }
+    }
+
     /// Gives [`output_tokens`](Self::output_tokens).
     #[must_use]
     pub fn with_output_tokens(self, values: impl Into<Vec<u32>>) -> Self {

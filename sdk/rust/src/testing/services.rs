@@ -174,9 +174,9 @@ pub(crate) fn add(key: &str, delta: i64, ttl_ms: u32) -> Result<i64, StateError>
     )
 }
 
-/// As in the contract: what remains, or milliseconds until the amount is there.
+/// As in the contract: what remains, or milliseconds until the amount is there. A negative amount gives back.
 pub(crate) fn take(key: &str, amount: f64, per_second: f64, burst: f64) -> Result<Result<f64, u32>, StateError> {
-    let is_sane = [amount, per_second, burst].iter().all(|value| value.is_finite() && *value >= 0.0);
+    let is_sane = amount.is_finite() && [per_second, burst].iter().all(|value| value.is_finite() && *value >= 0.0);
     if !is_sane || amount > burst {
         return Ok(Err(u32::MAX));
     }
@@ -189,7 +189,7 @@ pub(crate) fn take(key: &str, amount: f64, per_second: f64, burst: f64) -> Resul
             *level = (*level + elapsed_s * per_second).min(burst);
             *at_ms = now_ms();
             if *level >= amount {
-                *level -= amount;
+                *level = (*level - amount).min(burst);
                 return Ok(Ok(*level));
             }
             // The cast saturates: a refill of nothing is "never".
@@ -264,6 +264,8 @@ mod tests {
         testing::advance(Duration::from_millis(500));
         assert_eq!(state::take("b", 3.0, 2.0, 10.0), Ok(Taken::Remaining(0.0)));
         assert_eq!(state::take("b", 3.0, 0.0, 10.0), Ok(Taken::Never));
+        state::give_back("b", 4.0, 0.0, 10.0).unwrap();
+        assert_eq!(state::take("b", 3.0, 0.0, 10.0), Ok(Taken::Remaining(1.0)));
         assert_eq!(state::take("b", 11.0, 2.0, 10.0), Ok(Taken::Never));
     }
 

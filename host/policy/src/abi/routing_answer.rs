@@ -1,6 +1,6 @@
 //! `routing-answer`: what the policy says, taken down as it is said. It is judged when the call has returned.
 
-use dynamo_host_core::{Answer, Rejection, answer::MAX_RANKED};
+use dynamo_host_core::{Answer, answer::MAX_RANKED};
 
 use super::{Bytes, Interface, define, define_void};
 use crate::call::{Explanation, Guest};
@@ -28,9 +28,8 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
         answer(guest, "hold", Answer::Hold { at_most_ms }, 0)
     })?;
     define_void(interface, "reject", |guest: &mut Guest, (status, retry_after_ms, reason): (u16, Option<u32>, String)| {
-        let bytes = reason.len();
-        let reason = guest.printable(&reason);
-        answer(guest, "reject", Answer::Reject(Rejection { status, retry_after_ms, reason }), bytes)
+        let rejection = guest.rejection(status, retry_after_ms, &reason);
+        answer(guest, "reject", Answer::Reject(rejection), reason.len())
     })?;
     define(interface, "explain-wanted", |guest: &mut Guest, (): ()| {
         let call = guest.route("explain-wanted")?;
@@ -53,6 +52,6 @@ pub(super) fn link(interface: &mut Interface<'_>) -> wasmtime::Result<()> {
 
 fn answer(guest: &mut Guest, function: &'static str, answer: Answer, bytes: Bytes) -> wasmtime::Result<Bytes> {
     guest.route(function)?;
-    guest.answer = Some(answer);
+    guest.routing = Some(answer);
     Ok(bytes)
 }

@@ -1,0 +1,120 @@
+//! The question of the world `router`: where does a request go?
+
+use std::sync::Arc;
+
+use dynamo_host_core::{
+    Candidates, Overlap, Rejection, RequestFacts,
+    answer::{self, MAX_HOLDS, Ranking, Verdict},
+    native,
+};
+
+use super::Question;
+use crate::{
+    call::{Guest, Reading, Subject},
+    fault::{FaultCause, PolicyFault},
+    runtime::Now,
+    synthetic::{self, SyntheticFleet},
+    world::{ROUTER, World},
+};
+
+/// Everything that a routing decision reads. It holds no prompt text.
+#[derive(Clone, Debug)]
+pub struct RouteCall {
+    /// Facts of the request.
+    pub request: Arc<RequestFacts>,
+    /// The workers that may serve it.
+    pub candidates: Arc<Candidates>,
+    /// What workers hold of its prompt's prefix; `None` if nobody has looked.
+    pub overlap: Option<Arc<Overlap>>,
+    /// The host's monotonic clock.
+    pub now_ms: u64,
+    /// Wall clock.
+    pub unix_ms: u64,
+    /// Seed of the decision's randomness.
+    pub seed: u64,
+    /// Whether what the policy reads, and its reasons, are recorded.
+    pub explain: bool,
+}
+
+/// What the native fallback decides, and what it reads for it if that is asked for.
+#[must_use]
+pub fn native_route(call: &RouteCall) -> (Ranking, Vec<Reading>) {
+    let columns = native::READS.map(|column| call.candidates.u32_column(column, call.now_ms));
+    let ranking = native::rank(&columns[0], &columns[1], call.seed);
+    if !call.explain {
+        return (ranking, Vec::new());
+    }
+    let readings = native::READS.into_iter().zip(columns);
+    (ranking, readings.map(|(column, values)| Reading::Column(column.name(), values.into())).collect())
+}
+
+impl Question for RouteCall {
+    type Verdict = Verdict;
+    type Scene = SyntheticFleet;
+
+    const WORLD: &'static World = &ROUTER;
+
+    fn request(&self) -> &RequestFacts {
+        &self.request
+    }
+
+    fn now(&self) -> Now {
+        Now { monotonic_ms: self.now_ms, unix_ms: self.unix_ms }
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    fn set_seed(&mut self, seed: u64) {
+        self.seed = seed;
+    }
+
+    fn rows(&self) -> u32 {
+        self.candidates.count()
+    }
+
+    fn native(&self) -> (Verdict, Vec<Reading>) {
+        let (ranking, readings) = native_route(self);
+        (Verdict::Place(ranking), readings)
+    }
+
+    fn refusal(rejection: Rejection) -> Verdict {
+        Verdict::Reject(rejection)
+    }
+
+    fn is_put_off(verdict: &Verdict) -> bool {
+        matches!(verdict, Verdict::Hold { .. })
+    }
+
+    fn out_of_turns(&self) -> Option<PolicyFault> {
+        (self.request.holds >= MAX_HOLDS).then(|| {
+            let detail = format!("it held the request {MAX_HOLDS} times");
+            PolicyFault { cause: FaultCause::HoldExhausted, detail }
+        })
+    }
+
+    fn into_subject(self) -> Subject {
+        Subject::Route(self)
+    }
+
+    fn verdict(guest: &mut Guest, rows: u32) -> Result<Verdict, PolicyFault> {
+        Ok(answer::validate(guest.routing.take(), rows)?)
+    }
+
+    fn scene(rows: u32) -> SyntheticFleet {
+        synthetic::fleet(rows)
+    }
+
+    fn plain(fleet: &SyntheticFleet, seed: u64, explain: bool) -> Self {
+        Self { explain, ..synthetic::route_call(fleet, seed) }
+    }
+
+    fn nth(fleet: &SyntheticFleet, nth: u64) -> Self {
+        let mut call = synthetic::route_call(fleet, nth + 1);
+        synthetic::vary(Arc::make_mut(&mut call.request), nth);
+        call.now_ms += nth * 10;
+        call.unix_ms += nth * 10;
+        call
+    }
+}
