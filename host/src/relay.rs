@@ -177,6 +177,7 @@ struct Relay {
 }
 
 /// Where the frames come from.
+#[expect(clippy::large_enum_variant, reason = "there is one for each stream, and nearly all are the large one")]
 enum Source {
     /// The worker that began, whose frames pass as they are.
     Worker {

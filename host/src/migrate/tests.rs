@@ -336,45 +336,6 @@ fn a_stop_string_across_the_seam_ends_the_stream_there() {
 }
 
 #[test]
-fn zz_measure() {
-    let one = VLLM_CHAT
-        .split_inclusive("\n\n")
-        .nth(2)
-        .unwrap()
-        .replace(&VLLM_CHAT[VLLM_CHAT.find(",\"usage\"").unwrap()..VLLM_CHAT.find(",\"prompt_token_ids").unwrap()], "");
-    println!("{} bytes: {one}", one.len());
-    let bytes = Bytes::from(one.into_bytes());
-    let n = 200_000u32;
-    for round in 0..3 {
-        let begun = std::time::Instant::now();
-        let mut sum = 0;
-        for _ in 0..n {
-            sum += super::without_ids(std::hint::black_box(bytes.clone())).len();
-        }
-        println!("strip {round}: {:?} each ({sum})", begun.elapsed() / n);
-        let begun = std::time::Instant::now();
-        let mut record = Record::new(1 << 30);
-        for _ in 0..n {
-            record.keep(std::hint::black_box(&bytes));
-        }
-        println!("keep with folds: {:?} each", begun.elapsed() / n);
-        let begun = std::time::Instant::now();
-        for _ in 0..1000 {
-            let mut record = Record::new(1 << 30);
-            for _ in 0..200 {
-                record.keep(std::hint::black_box(&bytes));
-            }
-        }
-        println!("keep alone (200 chunks): {:?} each", begun.elapsed() / 200_000);
-        let begun = std::time::Instant::now();
-        for _ in 0..n {
-            std::hint::black_box(dynamo_engine_api::Chunk::new(bytes.clone()));
-        }
-        println!("summary: {:?} each", begun.elapsed() / n);
-    }
-}
-
-#[test]
 fn what_is_kept_of_a_stream_is_bounded() {
     let mut record = Record::new(150 << 10);
     let frame = format!("data: {}\n\n", json!({ "choices": [{ "index": 0, "text": "x".repeat(1000) }] }));

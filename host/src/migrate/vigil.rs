@@ -82,9 +82,7 @@ impl Vigil {
     /// Whether a request is lost whose answer has not begun since `asked`. `uncached`: tokens to be computed for it and for
     /// those before it.
     pub(crate) fn before_first(&mut self, asked: Instant, now: Instant) -> Option<Lost> {
-        let uncached = self.slot.get(Load::ActiveUncachedTokens) as f32 / SLOWEST_PREFILL;
-        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or(FIRST_UNKNOWN);
-        let bound = FIRST_FLOOR.max(Duration::from_secs_f32(uncached)).max(usual);
+        let bound = self.first_bound();
         match self.look(asked, now, bound) {
             // It may wait in the queue of an engine that moves, for as long as any stream may be silent.
             Some(Lost::Stalled { .. }) if now - self.moved < bound => None,
@@ -142,7 +140,7 @@ impl Vigil {
     /// How long the first token may take of a worker that moves for nobody.
     fn first_bound(&self) -> Duration {
         let uncached = self.slot.get(Load::ActiveUncachedTokens) as f32 / SLOWEST_PREFILL;
-        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or_default();
+        let usual = self.recent(Recent::TtftMs, FIRST_MULTIPLE).unwrap_or(FIRST_UNKNOWN);
         FIRST_FLOOR.max(Duration::from_secs_f32(uncached)).max(usual)
     }
 
