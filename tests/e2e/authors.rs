@@ -123,8 +123,8 @@ async fn a_new_admission_policy_passes_its_tests_and_decides_in_a_running_host()
 
     let component = folder.join("my-gate.wasm");
     let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
-    let told = host.cli(&["policy", "activate", "admission", component.to_str().unwrap(), "--settings", r#"{"max_queued": 20}"#]);
-    assert!(told.await.succeeded().contains("my-gate@0.1.0"));
+    let activate = ["policy", "activate", "admission", component.to_str().unwrap(), "--settings", r#"{"max_queued": 20}"#];
+    assert!(host.cli(&activate).await.succeeded().contains("my-gate@0.1.0"));
     host.is_well().await;
 }
 
