@@ -110,6 +110,25 @@ dynamo_policy_sdk::register!(Forgetful);
 "#;
 
 #[tokio::test]
+async fn a_new_admission_policy_passes_its_tests_and_decides_in_a_running_host() {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = directory.path().join("my-gate");
+    run(&["policy", "new", "my-gate", "--world", "admission", "--dir", folder.to_str().unwrap()]).await.succeeded();
+    let mut cargo = Command::new("cargo");
+    as_an_author(cargo.args(["test", "--release"]), &folder);
+    let tested = compiled("cargo test", cargo).await;
+    assert!(tested.succeeded().contains("3 passed"), "{}{}", tested.stdout, tested.stderr);
+    let built = build(&folder, &[]).await;
+    assert!(built.succeeded().contains("my-gate@0.1.0") && built.stdout.contains("max_queued"), "{}", built.stdout);
+
+    let component = folder.join("my-gate.wasm");
+    let host = Host::over_mocks(&["a"], "speedup=50", &[]).await;
+    let activate = ["policy", "activate", "admission", component.to_str().unwrap(), "--settings", r#"{"max_queued": 20}"#];
+    assert!(host.cli(&activate).await.succeeded().contains("my-gate@0.1.0"));
+    host.is_well().await;
+}
+
+#[tokio::test]
 async fn what_cannot_be_a_new_policy_is_refused_and_writes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let folder = directory.path().join("taken");

@@ -4,6 +4,7 @@
 //! a test that fails shows the logs of what it started. Speed is measured in benches, not here.
 
 mod abuse;
+mod admission;
 mod anthropic_client;
 mod audit;
 mod authors;

@@ -27,7 +27,7 @@ pub(crate) const REFUSED: [(&str, &str); 6] = [
     ("empty", "the file is empty"),
     ("not-wasm", "not WebAssembly"),
     ("core-module", "wasm-tools component new"),
-    ("wrong-world", "admission"),
+    ("wrong-world", "`router` or `admission`"),
     ("forbidden-import", "wasi:filesystem/types@0.2.0"),
     ("malformed", "build or copy it again"),
 ];
@@ -38,7 +38,7 @@ pub(crate) fn refused(cause: &str) -> Vec<u8> {
         "empty" => Vec::new(),
         "not-wasm" => b"#!/bin/sh\necho a policy\n".to_vec(),
         "core-module" => wat::parse_str("(module)").unwrap(),
-        "wrong-world" => named(r#"(instance $i) (export "dynamo:policy/admitting@0.1.0" (instance $i))"#),
+        "wrong-world" => named(r#"(instance $i) (export "dynamo:policy/autoscaling@0.1.0" (instance $i))"#),
         "forbidden-import" => named(
             r#"(import "wasi:filesystem/types@0.2.0" (instance))
             (instance $i)

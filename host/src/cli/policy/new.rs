@@ -126,7 +126,8 @@ const CONTRACT: &[(&str, &str)] = sources![
 const CONTRACT_PATH: (&str, &str) = ("../../wit/current", "wit");
 
 /// The crate.
-const TEMPLATE: &[(&str, &str)] = sources!["sdk/template/": "Cargo.toml.in", "README.md.in", "gitignore.in"];
+const TEMPLATE: &[(&str, &str)] =
+    sources!["sdk/template/": "Cargo.toml.in", "src/lib.rs.in", "src/admission.rs.in", "README.md.in", "gitignore.in"];
 
 /// The world that a policy is for.
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
@@ -139,13 +140,11 @@ pub(in crate::cli) enum World {
 }
 
 impl World {
-    /// Name of the slot, the policy's text, and settings that it takes.
+    /// Name of the slot, where the policy's text is, and settings that it takes.
     fn parts(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Self::Router => ("routing", include_str!("../../../../sdk/template/src/lib.rs.in"), r#"{"max_error_rate": 0.2}"#),
-            Self::Admission => {
-                ("admission", include_str!("../../../../sdk/template/src/admission.rs.in"), r#"{"max_queued": 20}"#)
-            }
+            Self::Router => ("routing", "src/lib.rs.in", r#"{"max_error_rate": 0.2}"#),
+            Self::Admission => ("admission", "src/admission.rs.in", r#"{"max_queued": 20}"#),
         }
     }
 
@@ -177,9 +176,13 @@ pub(super) fn write(name: &str, world: World, directory: &Path, sdk: Option<&Pat
         let text = text.replace("{{name}}", name).replace("{{type}}", &type_name(name)).replace("{{sdk}}", &sdk_path);
         text.replace("{{slot}}", slot).replace("{{settings}}", settings)
     };
-    put(&directory.join("src/lib.rs"), &fill(source))?;
     for (path, text) in TEMPLATE {
-        let path = path.trim_end_matches(".in").replace("gitignore", ".gitignore");
+        // Of the sources, that of its world is the crate's.
+        let path = match *path {
+            path if path == source => "src/lib.rs".to_owned(),
+            path if path.starts_with("src/") => continue,
+            path => path.trim_end_matches(".in").replace("gitignore", ".gitignore"),
+        };
         put(&directory.join(path), &fill(text))?;
     }
     if sdk.is_none() {

@@ -9,14 +9,16 @@ use wit_parser::WorldItem;
 pub(super) type Uses = BTreeMap<String, Vec<String>>;
 
 /// Interfaces of the contract with what the use of each means, in the order of a report.
-const MEANINGS: [(&str, &str); 8] = [
+const MEANINGS: [(&str, &str); 10] = [
     ("request", "reads of the request"),
     ("candidates", "reads of candidates"),
+    ("admission-pools", "reads of pools"),
     ("outcomes", "learns from outcomes"),
     ("state", "keeps state"),
     ("clock", "reads the clock"),
     ("entropy", "draws randomness"),
     ("routing-answer", "answers by"),
+    ("admission-answer", "answers by"),
     ("telemetry", "says by"),
 ];
 
