@@ -146,7 +146,8 @@ impl Wishes {
                 _ => match wish.strip_prefix("label.") {
                     Some(label) if !label.is_empty() => drop(wishes.labels.insert(label.to_owned(), value.clone())),
                     _ => {
-                        let known = "port, scheme, model, role, kind, ranks, block-size, max-running, forward-priority and label.NAME";
+                        let known =
+                            "port, scheme, model, role, kind, ranks, block-size, max-running, forward-priority and label.NAME";
                         return Err(format!("{key} is not known; after {PREFIX} there are {known}"));
                     }
                 },
