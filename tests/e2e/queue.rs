@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 
 use crate::harness::{
     client::{Client, Reply},
-    eventually,
+    components, eventually,
     host::{Host, MockProcess, chat, completion, streamed},
     process::run,
     soon,
@@ -186,6 +186,29 @@ async fn a_client_that_leaves_frees_its_place() {
     assert_eq!(count(&host, "queue_requests", &[]).await, 0.0);
     drop(first);
     host.serves(3).await;
+}
+
+#[tokio::test]
+async fn an_admission_policy_refuses_a_tenant_its_own_limit_and_is_heard_before_the_queue() {
+    let host = Host::configured("[auth]\ntenant_header = 'x-tenant'", &["--worker", "mock://a?model=m&speedup=50"]).await;
+    let settings = json!({ "requests_per_minute": 2, "request_burst": 2, "per": "tenant" }).to_string();
+    let policy = components::policy("token-bucket");
+    let activated = host.cli(&["policy", "activate", "admission", &policy, "--settings", &settings]).await;
+    assert_eq!(activated.code, Some(0), "{}", activated.stderr);
+    let of = async |tenant: &'static str| ask(host.http.clone(), vec![("x-tenant", tenant)]).await;
+    for _ in 0..2 {
+        assert!(of("ann").await.status.is_success());
+    }
+    let third = of("ann").await;
+    third.is_error(429, "rate_limit_exceeded");
+    assert_eq!(third.json()["error"]["type"], "rate_limit_error");
+    let retry_after: u64 = third.header("retry-after").parse().unwrap();
+    assert!((1..=60).contains(&retry_after), "{retry_after}");
+    assert!(!third.header("x-dynamo-queue-ms").is_empty());
+    assert!(of("bob").await.status.is_success(), "another tenant has a limit of its own");
+    assert_eq!(count(&host, "shed_total", &[("reason", "policy")]).await, 1.0);
+    host.cli(&["policy", "bypass", "admission"]).await;
+    assert!(of("ann").await.status.is_success(), "the kill switch lets everything in");
 }
 
 const TENANTS: &str = "[auth]\ntenant_header = 'x-tenant'\n[queue.classes.interactive]\ntier = 0\n[queue.classes.batch]\ntier = 1\n\
