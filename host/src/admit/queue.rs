@@ -341,15 +341,15 @@ impl Queue {
         let mut pools: Vec<Arc<Pool>> = self.pools.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         pools.sort_by(|a, b| a.model.cmp(&b.model));
         let state = lock(&self.state);
-        let mut waiting: HashMap<u64, (BTreeMap<String, u32>, BTreeMap<String, u32>)> = HashMap::new();
+        let mut waiting: HashMap<u64, [BTreeMap<String, u32>; 2]> = HashMap::new();
         for waiter in state.waiting.values() {
-            let (classes, tenants) = waiting.entry(waiter.pool.key).or_default();
+            let [classes, tenants] = waiting.entry(waiter.pool.key).or_default();
             *classes.entry(waiter.class.to_string()).or_default() += 1;
             let tenant = waiter.tenant.map_or_else(|| "none".to_owned(), |key| format!("{key:016x}"));
             *tenants.entry(tenant).or_default() += 1;
         }
         let of_pool = |pool: &Arc<Pool>| {
-            let (classes, tenants) = waiting.remove(&pool.key).unwrap_or_default();
+            let [classes, tenants] = waiting.remove(&pool.key).unwrap_or_default();
             let known = |ms: f32| Some(ms).filter(|ms| ms.is_finite());
             let it = pool.state(state.flow.pool(pool.key, now_ms), now_ms);
             PoolReport {

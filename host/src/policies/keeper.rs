@@ -200,7 +200,7 @@ impl Keeper {
                 self.complain("active", &trouble);
             }
             None => {
-                tracing::info!(slot = %self.slot.name(), policy = self.slot.report().active.policy, "restored from the state directory")
+                tracing::info!(slot = %self.slot.name(), policy = self.slot.report().active.policy, "restored from the state directory");
             }
         }
     }
