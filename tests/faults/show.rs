@@ -54,6 +54,7 @@ pub(crate) fn seed() -> u64 {
     env::var("DYNAMO_HOST_TEST_FAULTS_SEED").map_or(1, |seed| seed.parse().expect("the seed is a number"))
 }
 
+#[expect(clippy::print_stdout, reason = "figures are for whoever runs it with --nocapture")]
 async fn nothing_is_lost(deed: Deed, asks: &[Ask]) {
     let Length { clients, lasts, every, back_after } = deed.length();
     let mut engines = Engines::start(ENGINES, &STEADY).await;

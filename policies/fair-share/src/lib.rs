@@ -13,7 +13,7 @@ use dynamo_policy_sdk::{
 };
 
 /// What an operator can set.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(crate = "serde", default, deny_unknown_fields)]
 #[schemars(crate = "schemars")]
 pub struct Settings {
@@ -26,12 +26,6 @@ pub struct Settings {
     pub classes: Vec<Class>,
     /// Attribute by which requests name their class, such as an allowed header.
     pub class_attribute: Option<String>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { tenants: BTreeMap::new(), default_weight: None, classes: Vec::new(), class_attribute: None }
-    }
 }
 
 /// The policy.

@@ -100,7 +100,7 @@ async fn ask(source: usize, client: &Client, headers: &[(&'static str, String)],
             } else {
                 let status = reply.status().as_u16();
                 let retry_after = header(reply.headers(), "retry-after").parse().ok();
-                let body = reply.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+                let body = reply.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
                 let code =
                     serde_json::from_slice(&body).ok().and_then(|body: Value| Some(body["error"]["code"].as_str()?.to_owned()));
                 match code {
