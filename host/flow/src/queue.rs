@@ -376,21 +376,27 @@ impl Flow {
         let Bounds { max_requests, max_tokens } = self.bounds;
         let later = self.tiers[arrival.tier as usize + 1..].iter();
         let (later_requests, later_tokens) = later.fold((0, 0), |sum, tier| (sum.0 + tier.0, sum.1 + tier.1));
-        let mut requests = (self.waiting - later_requests + 1).saturating_sub(max_requests);
-        let mut tokens = (self.waiting_tokens - later_tokens + u64::from(arrival.prompt_tokens)).saturating_sub(max_tokens);
-        let mut slots = Vec::new();
+        let requests = (self.waiting - later_requests + 1).saturating_sub(max_requests);
+        let tokens = (self.waiting_tokens - later_tokens + u64::from(arrival.prompt_tokens)).saturating_sub(max_tokens);
         if (requests, tokens) == (0, 0) {
-            return Ok(slots);
+            return Ok(Vec::new());
         }
         let refusal = if requests > 0 { Refusal::Requests { max: max_requests } } else { Refusal::Tokens { max: max_tokens } };
-        let mut yielding = self.shares.yielding(arrival.tenant, &arrival.item());
+        // Where pools or classes are even, one's own may still have a tenant with more than its share.
+        (0..=2).find_map(|within| self.enough(arrival, within, requests, tokens)).ok_or(refusal)
+    }
+
+    /// Requests that yield so many places and tokens to an arrival, if there are enough.
+    fn enough(&self, arrival: &Request, within: usize, mut requests: u32, mut tokens: u64) -> Option<Vec<u32>> {
+        let mut slots = Vec::new();
+        let mut yielding = self.shares.yielding(arrival.tenant, &arrival.item(), within);
         while requests > 0 || tokens > 0 {
-            let slot = yielding.next(|slot| self.slots.at(slot).part).ok_or(refusal)?;
+            let slot = yielding.next(|slot| self.slots.at(slot).part)?;
             requests = requests.saturating_sub(1);
             tokens = tokens.saturating_sub(self.slots.at(slot).prompt_tokens.into());
             slots.push(slot);
         }
-        Ok(slots)
+        Some(slots)
     }
 
     /// Takes these requests out of the queue, and of later tiers what is over the bounds then.

@@ -357,14 +357,15 @@ impl Shares {
 
     /// Requests of the same tier whose places an arrival with this item may take, the first to go first: those of whoever
     /// has most of the queue for its weight, as long as that still has no less than the arrival's own then has.
-    pub(super) fn yielding(&self, tenant: NodeId, item: &Item) -> Yielding<'_> {
+    /// `within`: looked for in all pools (0), in the arrival's own (1), or in its own class there (2).
+    pub(super) fn yielding(&self, tenant: NodeId, item: &Item, within: usize) -> Yielding<'_> {
         let [_, class, tier, _] = self.path(tenant);
         let key = self.nodes[tier as usize].key;
         let fattest_tier = self.tiers.range((key, 0, 0)..=(key, u64::MAX, NodeId::MAX)).next_back();
         let mut pair = (fattest_tier.map_or(tier, |&(.., id)| id), tier);
-        for own in [class, tenant] {
-            if pair.0 == pair.1 {
-                pair = (self.nodes[pair.0 as usize].fattest.last().map_or(own, |&(_, id)| id), own);
+        for (level, own) in [class, tenant].into_iter().enumerate() {
+            if pair.0 == pair.1 || level < within {
+                pair = (self.nodes[pair.1 as usize].fattest.last().map_or(own, |&(_, id)| id), own);
             }
         }
         let (other, own) = pair;
