@@ -209,7 +209,7 @@ async fn clients_that_read_nothing_hold_little_and_nobody_else_up() {
     allow_connections(many * 4);
     let seats = format!("max_num_seqs={}", many + 50);
     let engine = MockProcess::start(&["speedup=200", &seats, "max_num_batched_tokens=100000", "kv_blocks=2000000"]).await;
-    let host = Host::start(&["--worker", engine.url()]).await;
+    let host = Host::start(&["--worker", &format!("{},max_running={}", engine.url(), many + 50)]).await;
     let figures = Figures::begin(&host, format!("{many} streams that nobody reads"));
     let body = streamed(chat(20_000)).to_string();
     let request = format!("POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{body}", body.len());

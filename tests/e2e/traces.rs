@@ -80,13 +80,13 @@ async fn a_request_is_exported_with_its_stages_and_never_its_words() {
     }
     assert!(attribute(request, "dynamo_host.ttft_ms").as_f64().is_some_and(|ms| ms > 0.0), "{request}");
     let moment = |span: &Value, end: &str| span[end].as_str().unwrap().parse::<u64>().unwrap();
-    for stage in ["decode", "tokenize", "route", "dispatch", "relay"] {
+    for stage in ["decode", "tokenize", "admission", "queue", "route", "dispatch", "relay"] {
         let span = all.iter().find(|span| span["name"] == stage).unwrap_or_else(|| panic!("no {stage} in {all:?}"));
         assert_eq!((&span["traceId"], &span["parentSpanId"]), (&TRACE.into(), &request["spanId"]));
         assert!(moment(span, "startTimeUnixNano") <= moment(span, "endTimeUnixNano"), "{span}");
         assert!(moment(span, "endTimeUnixNano") <= moment(request, "endTimeUnixNano") + 1_000_000, "{span} {request}");
     }
-    assert_eq!(all.len(), 6, "{all:?}");
+    assert_eq!(all.len(), 8, "{all:?}");
     for export in collector.received() {
         assert!(!export.body.contains("secret words"), "{}", export.body);
         assert!(export.head.contains("x-token: a-token") && export.body.contains("service.name"), "{}", export.head);

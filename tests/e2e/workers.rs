@@ -27,7 +27,9 @@ fn names(workers: &[Value]) -> Vec<&str> {
 
 #[tokio::test]
 async fn what_an_engine_reports_is_shown_with_its_age() {
-    let host = Host::over_mocks(&["a"], "decode_ms_base=1e12&max_num_seqs=1&kv_blocks=4096&max_model_len=1000", &[]).await;
+    // More than it runs at once, so that one waits in the engine and not in the host.
+    let engine = "decode_ms_base=1e12&max_num_seqs=1&kv_blocks=4096&max_model_len=1000,max_running=2";
+    let host = Host::over_mocks(&["a"], engine, &[]).await;
     let mut running = host.http.open(COMPLETIONS, &streamed(completion(9))).await;
     running.event().await;
     let (client, body) = (host.http.clone(), completion(9).to_string());

@@ -25,6 +25,8 @@ use super::STAGE;
 
 /// Who is listened to.
 const OURS: &str = "dynamo_host::";
+/// The stages that become spans of their own name.
+const STAGES: [&str; 6] = ["decode", "tokenize", "admission", "queue", "route", LAST_BEFORE_RELAY];
 /// The stage after which the answer is relayed.
 const LAST_BEFORE_RELAY: &str = "dispatch";
 
@@ -163,7 +165,7 @@ impl Visit for Stage {
 
     fn record_str(&mut self, _: &Field, value: &str) {
         // Names of spans are static: these are all there are.
-        self.name = ["decode", "tokenize", "route", LAST_BEFORE_RELAY].into_iter().find(|&name| name == value).unwrap_or("stage");
+        self.name = STAGES.into_iter().find(|&name| name == value).unwrap_or("stage");
     }
 
     fn record_u64(&mut self, _: &Field, value: u64) {
