@@ -109,6 +109,9 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
     if record.is_over {
         return refuse("it is longer than migration.max_kept_bytes");
     }
+    if record.said.has_unread {
+        return refuse("it has events that the host cannot read");
+    }
     let facts = &course.facts;
     let has = |flag: u32| facts.flags & flag != 0;
     let original =
