@@ -74,7 +74,6 @@ impl Course {
 
 /// How a worker was lost.
 pub(crate) struct Loss {
-    pub(crate) worker: WorkerId,
     pub(crate) failure: EngineError,
     /// Its label in metrics.
     pub(crate) cause: &'static str,
