@@ -7,7 +7,7 @@ use std::{
 
 use dynamo_engine_api::{Chunk, Endpoint, EngineError, Usage};
 use dynamo_host_core::{
-    RequestFacts, Worker, WorkerId, WorkerSpec,
+    Held, RequestFacts, Worker, WorkerId, WorkerSpec,
     load::{InFlight, Recent},
 };
 use dynamo_host_flow::{Ended, Failure};
@@ -56,7 +56,7 @@ pub(crate) struct Account {
     clock: Clock,
     version: Option<Arc<PolicyVersion>>,
     /// The admission policy that let it in, if it wants to hear of it.
-    pub(crate) admission: Option<Arc<Heard>>,
+    admission: Option<Arc<Heard>>,
     recorder: Option<Recorder>,
     in_flight: InFlight,
     /// The same request, for the worker's breaker.
@@ -141,17 +141,19 @@ impl Drop for Books {
 const CLIENT_LEFT: u16 = 499;
 
 impl Account {
-    /// `cached_tokens`: what the worker is believed to hold of the prompt.
+    /// A request is given to a worker of this placing. `heard`: the admission policy that wants to hear of it.
     pub(crate) fn open(
         lane: &Lane,
         facts: &RequestFacts,
-        worker: &Worker,
-        cached_tokens: u32,
         placing: &Placing,
+        worker: &Worker,
+        heard: Option<Arc<Heard>>,
         accepted: Instant,
     ) -> Self {
         lane.meters.in_flight.increment(1.0);
+        metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let tokens = facts.prompt.tokens;
+        let cached_tokens = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
         let uncached = tokens.saturating_sub(cached_tokens);
         Self {
             meters: lane.meters.clone(),
@@ -160,7 +162,7 @@ impl Account {
             stopping: lane.stopping.clone(),
             clock: lane.clock,
             version: placing.observed_version(),
-            admission: None,
+            admission: heard,
             recorder: placing.recorder.clone(),
             in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
             attempt: lane.roster.attempt(&placing.snapshot, worker.id),
@@ -288,6 +290,10 @@ impl Drop for Account {
         // An answer that the host's end came before is one of ours, and is counted with it.
         let never_began = self.status.as_u16() == CLIENT_LEFT && self.stopping.has_reached(Phase::Over);
         self.is_part |= never_began;
+        // What an engine says no to within a stream says nothing of the engine, or one client could have all of them left out.
+        if matches!(self.blamed, Some(EngineError::InStream { refused: true, .. })) {
+            self.end = End::Rejected;
+        }
         self.meters.in_flight.decrement(1.0);
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.

@@ -122,7 +122,7 @@ pub(crate) async fn enter(lane: &Lane, facts: &mut RequestFacts) -> Result<Permi
             meters.shed.increment(1);
             count_shed(why.label());
             if let Some(heard) = heard {
-                heard.tell_waited(ms(waited), why.label() == "timeout", false);
+                heard.tell_waited(ms(waited), why.is_late(), false);
             }
             Err(why.error(facts, waited, || retry_after_ms(queue, &pool)))
         }
@@ -137,6 +137,11 @@ enum Why {
 }
 
 impl Why {
+    /// Whether its time was over, here or before it came.
+    fn is_late(self) -> bool {
+        matches!(self, Self::Refused(Refusal::Late) | Self::Told(Told::Late | Told::Start))
+    }
+
     /// Metric label.
     fn label(self) -> &'static str {
         match self {

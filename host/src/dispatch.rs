@@ -12,7 +12,7 @@ use std::{
 
 use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
-use dynamo_host_core::{Held, RequestFacts, Worker, WorkerId};
+use dynamo_host_core::{RequestFacts, Worker, WorkerId};
 use dynamo_host_index::Prompt;
 use dynamo_host_policy::Pinned;
 use futures_util::StreamExt;
@@ -55,6 +55,8 @@ pub(crate) struct Dispatch<'a> {
     attempts_left: u32,
     /// What the last worker failed it with.
     failure: Option<EngineError>,
+    /// Whether one of them had begun with it, as far as anybody knows.
+    is_lost_work: bool,
     /// Until when it waits for workers that are well again.
     outlasts_until: Option<Instant>,
 }
@@ -77,7 +79,18 @@ impl<'a> Dispatch<'a> {
         lane.roster.note_request();
         let attempts_left = migration.max_attempts;
         let permit = Some(permit);
-        Self { lane, asked, migration, permit, accepted, patience, attempts_left, failure: None, outlasts_until: None }
+        Self {
+            lane,
+            asked,
+            migration,
+            permit,
+            accepted,
+            patience,
+            attempts_left,
+            failure: None,
+            is_lost_work: false,
+            outlasts_until: None,
+        }
     }
 
     pub(crate) fn asked(&self) -> &Asked {
@@ -92,12 +105,12 @@ impl<'a> Dispatch<'a> {
     /// Waits, now that all workers have failed it, until one of them has gone and come back. `false`: none did. One that could
     /// not even be reached has cost nothing: whoever waits here does so for work that was lost.
     pub(crate) async fn outlasts(&mut self, facts: &mut RequestFacts) -> bool {
-        let is_lost_work = self.failure.as_ref().is_some_and(|failure| !matches!(failure, EngineError::Connect { .. }));
-        if !self.migration.enabled || !is_lost_work || self.attempts_left == 0 {
+        if !self.migration.enabled || !self.is_lost_work || self.attempts_left == 0 {
             return false;
         }
         let begun = Instant::now();
-        let until = *self.outlasts_until.get_or_insert(begun + self.lane.roster.health().hold());
+        let held_until = (begun + self.lane.roster.health().hold()).min(self.patience.deadline);
+        let until = *self.outlasts_until.get_or_insert(held_until);
         let mut changes = self.lane.roster.changes();
         let mut away: Vec<WorkerId> = Vec::new();
         loop {
@@ -142,17 +155,14 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let engine = placing.snapshot.engine(worker.id);
-            let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
             let heard = self.permit.as_ref().and_then(Permit::heard);
-            account.admission.clone_from(&heard);
+            let mut account = Account::open(self.lane, facts, placing, worker, heard.clone(), self.accepted);
             let patience = self.patience;
             let head = self.head(placing, worker);
-            metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
             tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
             let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.asked.ask.clone() };
-            let given_up = placing.snapshot.given_up(worker.id);
-            let mut vigil = Vigil::new(&worker.load, given_up, patience.idle, self.migration.enabled);
+            let signs = placing.snapshot.signs(worker.id);
+            let mut vigil = Vigil::new(&worker.load, signs, patience.idle, self.migration.enabled);
             vigil.may_make(facts.max_output_tokens);
             facts.failed_workers.push(worker.id);
             let may_leave = || self.has_alternative(facts);
@@ -188,6 +198,7 @@ impl<'a> Dispatch<'a> {
             if self.attempts_left == 0 || !is_worth_another(&error) || !self.lane.roster.take_retry() {
                 return Err(error.into());
             }
+            self.is_lost_work |= !matches!(error, EngineError::Connect { .. });
             self.failure = Some(error);
         }
         Ok(None)

@@ -74,7 +74,6 @@ impl Course {
 
 /// How a worker was lost.
 pub(crate) struct Loss {
-    pub(crate) worker: WorkerId,
     pub(crate) failure: EngineError,
     /// Its label in metrics.
     pub(crate) cause: &'static str,
@@ -108,6 +107,9 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
     record.fold();
     if record.is_over {
         return refuse("it is longer than migration.max_kept_bytes");
+    }
+    if record.said.has_unread {
+        return refuse("it has events that the host cannot read");
     }
     let facts = &course.facts;
     let has = |flag: u32| facts.flags & flag != 0;

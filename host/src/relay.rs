@@ -138,7 +138,8 @@ pub(crate) fn stream(
     let endpoint = account.endpoint();
     let movable = course.map(|course| Movable {
         record: if is_movable(endpoint) { Record::new(course.migration.max_kept_bytes) } else { Record::none() },
-        strips_ids: !course.returns_ids,
+        // Engines are asked for ids of what can go on with them.
+        strips_ids: is_movable(endpoint) && !course.returns_ids,
         unfinished: course.facts.choices,
         course,
         engine,
@@ -276,7 +277,7 @@ impl Relay {
         span.in_scope(|| tracing::warn!(worker = account.worker(), "stream lost: {}", plain(&failure.to_string())));
         course.lane.roster.report_failed(account.worker_id(), &engine, &failure);
         account.blame(&failure);
-        let loss = Loss { worker: account.worker_id(), failure, cause, silent_since: self.last };
+        let loss = Loss { failure, cause, silent_since: self.last };
         match migrate::carry_on(*course, record, loss, span) {
             Ok(rest) => {
                 let books = Books::take_over(account);
@@ -340,10 +341,11 @@ impl Relay {
         let failure = match chunks.poll_next_unpin(context) {
             Poll::Ready(Some(Ok(chunk))) => return Poll::Ready(self.pass(chunk)),
             Poll::Ready(Some(Err(failure))) => failure,
-            Poll::Ready(None) => {
+            Poll::Ready(None) if account.has_ended() => {
                 self.source = Source::Ended;
                 return Poll::Ready(None);
             }
+            Poll::Ready(None) => EngineError::Incomplete { engine: format!("worker {}", account.worker()) },
             Poll::Pending => {
                 let worker = account.worker().to_owned();
                 return match ready!(self.poll_late(context)) {

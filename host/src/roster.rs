@@ -47,7 +47,7 @@ pub(crate) use self::{
     report::WorkerReport,
     snapshot::Snapshot,
     sources::check_all,
-    vitals::{Attempt, Outcome, failure},
+    vitals::{Attempt, Outcome, Signs, failure},
 };
 use self::{
     drained::Drained,

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::{
     harness::{
-        eventually,
+        components, eventually,
         host::{Host, MockProcess, chat, completion, streamed},
         scripted::{STREAM_END, STREAM_HEAD, Scripted, end_events, http_chunk, stream_answer, token_event, whole_answer},
         soon,
@@ -275,6 +275,36 @@ async fn a_canary_finds_an_engine_that_answers_its_probe_and_makes_no_tokens() {
     let rows = workers(&host).await;
     assert_eq!((&rows[0]["served"], &rows[0]["active_requests"]), (&json!(0), &json!(0)), "it is no traffic: {rows:?}");
     assert_eq!(host.http.metric("dynamo_host_requests_total", &[]).await, 0.0);
+}
+
+#[tokio::test]
+async fn a_whole_answer_that_a_mute_engine_has_comes_from_another() {
+    let mute = Scripted::start(|mut connection| async move { connection.hung_up().await }).await;
+    let config =
+        "[health]\ncanary = 'on'\ncanary_idle_s = 1\ncanary_timeout_s = 1\n[health.breaker]\npause_ms = 200\nmax_pause_s = 1\n";
+    let routing = components::policy("round-robin");
+    let arguments = ["--routing", &routing, "--worker", &mute.worker(), "--worker", "mock://well?model=m&speedup=50"];
+    let host = Host::configured(config, &arguments).await;
+    // Nothing was ever seen of the engine that has one of them, and it answers its probe.
+    for _ in 0..2 {
+        let reply = host.http.ask(CHAT, &chat(3)).await;
+        assert_eq!(reply.json()["usage"]["completion_tokens"], 3);
+    }
+    host.process.logs("answers its probe and makes no token").await;
+    assert!(mute.received().iter().any(|request| request.json()["max_tokens"] == 1), "it was asked for a token");
+    assert_eq!(host.http.metric("dynamo_host_retries_total", &[("cause", "engine_unhealthy")]).await, 1.0);
+}
+
+#[tokio::test]
+async fn what_an_engine_says_no_to_is_not_held_against_it() {
+    let error = json!({ "error": { "message": "no such adapter", "code": 400 } });
+    let refuses = Scripted::answering(stream_answer(&format!("data: {error}\n\ndata: [DONE]\n\n"))).await;
+    let host = Host::configured("[health]\ncanary = 'off'", &["--worker", &refuses.worker()]).await;
+    for _ in 0..8 {
+        host.http.post(CHAT, streamed(chat(3)).to_string()).await.is_error(502, "engine_in_stream");
+    }
+    assert_eq!(workers(&host).await[0]["state"], "healthy");
+    assert_eq!(host.http.metric("dynamo_host_breaker_opens_total", &[]).await, 0.0);
 }
 
 #[tokio::test]

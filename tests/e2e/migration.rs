@@ -325,3 +325,18 @@ async fn an_engine_of_another_kind_goes_on_by_the_text() {
 fn text_event(text: &str, finish: Option<&str>) -> String {
     format!("data: {}\n\n", json!({ "id": "x", "choices": [{ "index": 0, "text": text, "finish_reason": finish }] }))
 }
+
+#[tokio::test]
+async fn who_waits_for_an_engine_to_come_back_waits_no_longer_than_its_deadline() {
+    let mut engines = [MockProcess::start(PACE).await];
+    let worker = format!("{},model=m", engines[0].url());
+    let host = Host::configured("[health]\nhold_s = 3000", &["--worker", &worker]).await;
+    let body = chat(30_000).to_string();
+    let asked = host.http.send(hyper::Method::POST, CHAT, &[("x-request-timeout-ms", "5000")], body);
+    let lost = async {
+        busy(&engines).await;
+        engines[0].process.kill();
+    };
+    let (reply, ()) = tokio::join!(asked, lost);
+    assert!(reply.status.is_server_error(), "{}", reply.text());
+}

@@ -260,9 +260,10 @@ impl Queue {
     /// Measures the room that there is, tells it to the flow, and starts whoever may run now.
     fn measure(&self) {
         let settings = self.settings();
-        let snapshot = self.roster.snapshot();
         let now_ms = self.now_ms();
         let mut lineup = lock(&self.lineup);
+        // Read behind the lock: of two that measure at once, the later one has the later fleet.
+        let snapshot = self.roster.snapshot();
         let gone = if lineup.is_of(&snapshot) { Vec::new() } else { lineup.take(&snapshot, |model| self.pool(model)) };
         let rooms = lineup.measure(settings.assumed(), &self.limits, now_ms);
         let mut state = lock(&self.state);

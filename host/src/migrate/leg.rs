@@ -1,6 +1,6 @@
 //! Leg: one choice's way to its end, over as many workers as it takes.
 //!
-//! Bounds: workers asked (`migration.max_attempts`), the wait while there is none (`migration.hold_s`), pauses between attempts
+//! Bounds: workers asked (`migration.max_attempts`), the wait while there is none (`health.hold_s`), pauses between attempts
 //! that fail, the request's deadline.
 
 use std::{
@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use dynamo_engine_api::{ChatContinuation, Chunk, ChunkStream, Continues, Engine, EngineError, GenerateRequest};
-use dynamo_host_core::{Held, RequestFacts, WorkerId};
+use dynamo_host_core::{RequestFacts, WorkerId};
 use dynamo_host_index::Prompt;
 use futures_util::StreamExt;
 use http::StatusCode;
@@ -97,8 +97,9 @@ impl Leg {
     pub(super) fn new(shared: Arc<Shared>, index: u32, choice: Choice, lost: &super::Loss) -> Self {
         let mut facts = shared.course.facts.clone();
         facts.choices = 1;
-        facts.failed_workers.retain(|&worker| worker != lost.worker);
-        let failed = vec![(lost.worker, Instant::now())];
+        // The one that is lost now is among those that it was given to.
+        let now = Instant::now();
+        let failed = facts.failed_workers.iter().map(|&worker| (worker, now)).collect();
         let attempts = shared.course.attempts;
         Self {
             index,
@@ -175,9 +176,9 @@ impl Leg {
         };
         match chunk {
             Ok(chunk) => Ok(self.pass(&chunk)),
-            Err((_, EngineError::InStream { message, refused: true, engine })) => {
-                running.account.fail();
-                Err(EngineError::InStream { message, refused: true, engine }.into())
+            Err((_, refusal @ EngineError::InStream { refused: true, .. })) => {
+                running.account.blame(&refusal);
+                Err(refusal.into())
             }
             Err((cause, failure)) => {
                 self.lose(cause, failure);
@@ -268,15 +269,19 @@ impl Leg {
             _ => Arc::clone(&course.prompt),
         };
         loop {
-            tokio::time::sleep(self.pause()).await;
+            if self.attempts >= course.migration.max_attempts {
+                return Err(self.failure.clone().into());
+            }
+            let (pause, deadline) = (self.pause(), course.patience.deadline);
+            tokio::time::sleep_until((Instant::now() + pause).min(deadline).into()).await;
+            if Instant::now() >= deadline {
+                return Err(course.patience.exceeded());
+            }
             self.facts.attempt = self.attempts;
             self.facts.failed_workers = self.failed.iter().map(|(worker, _)| *worker).collect();
             let placing = self.place(&prompt).await?;
             let mut unsound = None;
             for &row in &placing.rows {
-                if self.attempts >= course.migration.max_attempts {
-                    return Err(self.failure.clone().into());
-                }
                 let worker = placing.candidates.worker(row);
                 let engine = placing.snapshot.engine(worker.id);
                 let ask = match self.next_ask(engine.continues(), placing.snapshot.max_model_len(&self.facts)) {
@@ -309,23 +314,20 @@ impl Leg {
         let engine = placing.snapshot.engine(worker.id);
         self.attempts += 1;
         self.in_vain += 1;
-        let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-        let mut account = Account::open(&course.lane, &self.facts, worker, cached, placing, course.accepted);
-        account.admission.clone_from(&course.heard);
+        let mut account = Account::open(&course.lane, &self.facts, placing, worker, course.heard.clone(), course.accepted);
         account.be_part(true);
-        metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let Ask { endpoint, body, seam, is_by_ids, form } = ask;
         let (name, tokens) = (&worker.spec.name, self.choice.tokens);
         tracing::info!(worker = name, choice = self.index, form, tokens, cause = self.cause, "stream goes on");
         let rank = placing.snapshot.rank(worker);
         let request = GenerateRequest { endpoint, body, stream: true, rank, wants_token_ids: true, ..course.ask.clone() };
-        let mut vigil = Vigil::new(&worker.load, placing.snapshot.given_up(worker.id), course.patience.idle, true);
+        let mut vigil = Vigil::new(&worker.load, placing.snapshot.signs(worker.id), course.patience.idle, true);
         let may_leave = || course.has_other(worker.id);
         let opening = open(&**engine, request, worker, &course.patience, &mut vigil, &may_leave);
         let opened = match timeout_at(course.patience.deadline.into(), opening).await {
             Ok(opened) => opened,
             Err(_) => {
-                account.fail();
+                account.abandon();
                 return Err(course.patience.exceeded());
             }
         };
@@ -346,13 +348,14 @@ impl Leg {
                 Ok(true)
             }
             Ok(Opened::Whole(reply)) if !is_passing(reply.status) => {
-                account.fail();
+                account.abandon();
                 let (status, said) = (reply.status.as_u16(), plain(&String::from_utf8_lossy(&reply.body)));
                 tracing::warn!(worker = name, form, status, "a continuation was refused: {said}");
                 Err(self.unsound(Unsound("the worker that should go on with it refused what was sent")))
             }
             Err(error @ EngineError::InStream { refused: true, .. }) => {
-                account.fail();
+                account.blame(&error);
+                account.abandon();
                 Err(error.into())
             }
             Ok(Opened::Whole(reply)) => {
@@ -375,9 +378,9 @@ impl Leg {
             tracing::warn!(worker = account.worker(), choice = self.index, "worker lost: {failure}");
         });
         self.shared.course.lane.roster.report_failed(account.worker_id(), engine, &failure);
-        account.blame(&failure);
-        account.fail();
         self.failed.push((account.worker_id(), Instant::now()));
+        account.blame(&failure);
+        account.abandon();
         self.failure = failure;
     }
 

@@ -9,7 +9,7 @@ use std::{borrow::Cow, collections::BTreeMap, fmt};
 use dynamo_engine_api::Usage;
 use serde::{
     Deserialize, Deserializer,
-    de::{MapAccess, Visitor},
+    de::{IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::{Value, value::RawValue};
 
@@ -39,6 +39,8 @@ pub(crate) struct Said {
     pub(crate) has_continuous_usage: bool,
     /// Whether the usage's own frame came.
     pub(crate) has_last_usage: bool,
+    /// Whether a frame came that could not be read: what it said is not known.
+    pub(crate) has_unread: bool,
     /// The prompt's ids, where frames have them at their top.
     prompt_ids: Option<Vec<u32>>,
 }
@@ -79,7 +81,7 @@ const HEAD: [&str; 4] = ["id", "object", "created", "model"];
 #[derive(Deserialize)]
 struct Frame<'a> {
     #[serde(borrow, default)]
-    choices: Vec<FrameChoice<'a>>,
+    choices: Option<Vec<FrameChoice<'a>>>,
     #[serde(default)]
     usage: Option<Usage>,
     #[serde(default)]
@@ -201,21 +203,28 @@ impl Record {
 
 impl Said {
     fn bytes(&self) -> usize {
-        self.choices.values().map(|choice| choice.text.len() + 4 * choice.ids.len()).sum()
+        let ids = |ids: &Option<Vec<u32>>| 4 * ids.as_ref().map_or(0, Vec::len);
+        let of = |choice: &Choice| size_of::<Choice>() + choice.text.len() + 4 * choice.ids.len() + ids(&choice.prompt_ids);
+        ids(&self.prompt_ids) + self.choices.values().map(of).sum::<usize>()
     }
 
     fn read(&mut self, data: &[u8]) {
-        let Ok(frame) = serde_json::from_slice::<Frame<'_>>(data) else { return };
+        let Ok(frame) = serde_json::from_slice::<Frame<'_>>(data) else {
+            // What is no JSON object holds nothing for anybody.
+            self.has_unread |= data.starts_with(b"{") && serde_json::from_slice::<IgnoredAny>(data).is_ok();
+            return;
+        };
+        let choices = frame.choices.unwrap_or_default();
         if self.head.is_empty()
             && let Ok(mut fields) = serde_json::from_slice::<BTreeMap<String, Value>>(data)
         {
             self.head = HEAD.into_iter().filter_map(|name| Some((name, fields.remove(name)?))).collect();
         }
-        self.has_continuous_usage |= frame.usage.is_some() && !frame.choices.is_empty();
-        self.has_last_usage |= frame.usage.is_some() && frame.choices.is_empty();
+        self.has_continuous_usage |= frame.usage.is_some() && !choices.is_empty();
+        self.has_last_usage |= frame.usage.is_some() && choices.is_empty();
         self.usage = frame.usage.or(self.usage);
         self.prompt_ids = frame.prompt_token_ids.or(self.prompt_ids.take());
-        for said in frame.choices {
+        for said in choices {
             let choice = self.choices.entry(said.index).or_insert_with(Choice::new);
             choice.read(said);
             if choice.prompt_ids.is_none() {
@@ -246,8 +255,10 @@ impl Choice {
         self.prompt_ids = prompt_token_ids.or(self.prompt_ids.take());
         let Delta { content, has_role, other } = delta.unwrap_or_default();
         self.has_role |= has_role;
-        let content = content.and_then(|content| serde_json::from_str(content.get()).ok());
-        let text = content.or(text).unwrap_or_default();
+        let read: Option<String> = content.and_then(|content| serde_json::from_str(content.get()).ok());
+        // Content that is no text, such as a list of parts.
+        let other = if content.is_some() && read.is_none() { Some(Stage::Unknown) } else { other };
+        let text = read.or(text).unwrap_or_default();
         self.is_finished |= finish_reason.is_some_and(is_something);
         self.take(&text, &token_ids.unwrap_or_default(), other);
     }

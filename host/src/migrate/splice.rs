@@ -101,7 +101,12 @@ impl Splice {
         };
         let text = match said.remove("text").or_else(|| delta.remove("content")) {
             Some(Value::String(text)) => text,
-            _ => String::new(),
+            // Content that is no text passes as it is.
+            Some(other) => {
+                delta.insert("content".to_owned(), other);
+                String::new()
+            }
+            None => String::new(),
         };
         delta.remove("role");
         delta.retain(|_, value| !value.is_null() && value != "" && value.as_array().is_none_or(|array| !array.is_empty()));
@@ -203,17 +208,18 @@ impl Tally {
 
     pub(super) fn prompt_tokens(&self) -> u32 {
         let known: Vec<u32> = self.prompts.iter().map(|prompt| prompt.load(Relaxed)).collect();
-        let sum = known.iter().all(|&tokens| tokens > 0).then(|| known.iter().sum());
+        let sum =
+            known.iter().all(|&tokens| tokens > 0).then(|| known.iter().fold(0, |sum: u32, &tokens| sum.saturating_add(tokens)));
         self.prompt_tokens.or(sum).unwrap_or(self.estimate)
     }
 
     pub(super) fn output_tokens(&self) -> u32 {
-        self.outputs.iter().map(|tokens| tokens.load(Relaxed)).sum()
+        self.outputs.iter().fold(0, |sum: u32, tokens| sum.saturating_add(tokens.load(Relaxed)))
     }
 
     fn usage(&self) -> Value {
         let (prompt, output) = (self.prompt_tokens(), self.output_tokens());
-        json!({ "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output })
+        json!({ "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": u64::from(prompt) + u64::from(output) })
     }
 }
 

@@ -348,3 +348,41 @@ fn what_is_kept_of_a_stream_is_bounded() {
     }
     assert!(record.is_over && record.said.choices.is_empty());
 }
+
+#[test]
+fn content_that_is_no_text_is_known_to_be_there_and_passes_a_seam_as_it_is() {
+    let parts = json!([{ "type": "text", "text": "hi" }]);
+    let frame = json!({ "choices": [{ "index": 0, "delta": { "content": parts } }] });
+    let choice = whole(&format!("data: {frame}\n\n"));
+    assert_eq!(choice.stage, Stage::Unknown);
+    let original = original(Endpoint::ChatCompletions, &chat(json!({})));
+    assert!(original.next(0, &choice, VLLM, None).is_err());
+
+    let splice = Splice::new(Endpoint::ChatCompletions, &Record::new(1).said, 1, 1, false, 7);
+    let mut seam = Seam::new("", 0, &[], false);
+    let spliced = splice.frames(format!("data: {frame}\n\n").as_bytes(), 0, &mut Choice::new(), &mut seam, false);
+    let said = String::from_utf8(spliced.frames).unwrap();
+    let said: Value = serde_json::from_str(said.strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!(said["choices"][0]["delta"], json!({ "role": "assistant", "content": parts }));
+}
+
+#[test]
+fn an_event_that_cannot_be_read_is_not_taken_for_nothing() {
+    let said = |frame: &str| recorded(&format!("data: {frame}\n\n"), &[100], frame.len() + 8).said;
+    assert!(said(r#"{"choices":[{"index":"first","text":"a"}]}"#).has_unread);
+    for nothing in ["[DONE]", "\"ping\"", "{\"choices\":null}", "no JSON", "{}"] {
+        assert!(!said(nothing).has_unread, "{nothing}");
+    }
+}
+
+#[test]
+fn tokens_beyond_all_counting_are_not_counted_anew() {
+    let splice = Splice::new(Endpoint::Completions, &Record::new(1).said, 2, 2, false, 7);
+    for choice in 0..2 {
+        splice.tally.prompt(choice, u32::MAX);
+        splice.tally.output(choice as u32, u32::MAX);
+    }
+    assert_eq!((splice.tally.prompt_tokens(), splice.tally.output_tokens()), (u32::MAX, u32::MAX));
+    let end = String::from_utf8(splice.end(true).to_vec()).unwrap();
+    assert!(end.contains(&(2 * u64::from(u32::MAX)).to_string()), "{end}");
+}

@@ -3,7 +3,7 @@
 //! Bounds: between tokens a multiple of what is usual for the worker; to the first token by how much is to be computed. A worker
 //! that moves on other requests lives, and gets more time; how it moves is read from the load board, so that it costs a
 //! stream nothing while tokens come. A worker that was given up is not waited for at all. A whole answer is silent until it is there: it
-//! is lost when all its tokens would have come, and its worker moves for nobody.
+//! is lost when all its tokens would have come, and its worker moves for nobody; or when that made no token for the roster's canary.
 
 use std::{
     sync::Arc,
@@ -15,9 +15,8 @@ use dynamo_host_core::{
     Load,
     load::{LoadSlot, Recent},
 };
-use tokio::sync::watch;
 
-use crate::roster::GivenUp;
+use crate::roster::{GivenUp, Signs};
 
 /// How often a silent stream is looked at.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -41,7 +40,7 @@ const SLOWEST_PREFILL: f32 = 200.0;
 /// Watches over one attempt.
 pub(crate) struct Vigil {
     slot: Arc<LoadSlot>,
-    given_up: watch::Receiver<GivenUp>,
+    signs: Signs,
     /// How long any stream may be silent.
     idle: Duration,
     /// Tokens that a whole answer may have.
@@ -62,8 +61,8 @@ pub(crate) enum Lost {
 }
 
 impl Vigil {
-    pub(crate) fn new(slot: &Arc<LoadSlot>, given_up: watch::Receiver<GivenUp>, idle: Duration, is_on: bool) -> Self {
-        Self { slot: Arc::clone(slot), given_up, idle, may_make: None, is_on, made: slot.output_tokens(), moved: Instant::now() }
+    pub(crate) fn new(slot: &Arc<LoadSlot>, signs: Signs, idle: Duration, is_on: bool) -> Self {
+        Self { slot: Arc::clone(slot), signs, idle, may_make: None, is_on, made: slot.output_tokens(), moved: Instant::now() }
     }
 
     /// Whether a stream is lost that has been silent since `last`. `has_tokens`: some engines begin before they have computed the
@@ -96,23 +95,27 @@ impl Vigil {
     }
 
     /// Whether a request is lost whose whole answer has not come since `asked`: all its tokens would be there by now, and the
-    /// worker moves for nobody. Of an answer without a limit, or a worker of which nothing is known, nobody can say.
+    /// worker moves for nobody. Of an answer without a limit, or a worker of which nothing is known, nobody can say, until it
+    /// was asked for a token and made none (`roster::canary`).
     pub(crate) fn whole(&mut self, asked: Instant, now: Instant) -> Option<Lost> {
         self.look_for_moves(now);
         if let Some(lost) = self.given_up() {
             return Some(lost);
         }
+        let after = now.saturating_duration_since(asked);
+        if self.is_on && self.signs.was_mute() {
+            return Some(Lost::Stalled { after });
+        }
         let (tokens, usual) = (self.may_make?, self.recent(Recent::ItlMs, ITL_MULTIPLE)?);
         let first = self.first_bound();
         let is_silent = now.saturating_duration_since(self.moved) >= first;
-        let after = now.saturating_duration_since(asked);
         (self.is_on && is_silent && after >= first + usual.saturating_mul(tokens)).then_some(Lost::Stalled { after })
     }
 
-    /// Whether the worker was given up since the request was given to it.
-    pub(crate) fn given_up(&mut self) -> Option<Lost> {
-        let has_changed = self.is_on && self.given_up.has_changed().unwrap_or_default();
-        let given_up = if has_changed { *self.given_up.borrow_and_update() } else { GivenUp::Not };
+    /// Whether the worker is given up, be it just before the request was given to it: who placed it saw it as it was a moment
+    /// ago.
+    fn given_up(&self) -> Option<Lost> {
+        let given_up = if self.is_on { self.signs.given_up() } else { GivenUp::Not };
         (given_up != GivenUp::Not).then_some(Lost::GivenUp(given_up))
     }
 

@@ -1,14 +1,20 @@
 //! Canary: one token that is asked of a worker when nothing was heard of it for long.
 //!
 //! An engine can answer its probe and make no tokens any more. So a worker that had no request for `health.canary_idle_s`,
-//! or that is half-open and gets none, is asked for one token. It is no request of anybody's: no policy, account, receipt or
+//! or that is half-open and gets none, is asked for one token; and so is one that has requests and has made no token for as
+//! long, which whole answers cannot tell from work. If it makes none, whole answers are asked of another (`migrate::vigil`).
+//! That is fair only where the token need not wait for what runs: an engine that says it is full, or has a queue, is left alone.
+//! It is no request of anybody's: no policy, account, receipt or
 //! metric of requests knows it. A worker that refuses it as a request (embeddings only) is asked no more.
 
 use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, GenerateRequest, Reply};
-use dynamo_host_core::{Load, Worker, WorkerId, WorkerState};
+use dynamo_host_core::{
+    Load, Worker, WorkerId, WorkerState,
+    load::{LoadSlot, Reported},
+};
 use dynamo_host_flow::{Ended, Failure};
 use http::StatusCode;
 use serde_json::json;
@@ -30,9 +36,30 @@ const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(200);
 /// How soon an engine shall take it up: after all others.
 const PRIORITY: i32 = -1000;
 
+/// What changes when a worker does something: while it has requests, only the tokens that it made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Mark {
+    is_busy: bool,
+    moves: u64,
+}
+
+impl Mark {
+    fn of(load: &LoadSlot) -> Self {
+        let is_busy = load.get(Load::ActiveRequests) > 0;
+        Self { is_busy, moves: load.output_tokens() + if is_busy { 0 } else { load.served() } }
+    }
+}
+
+/// Whether a token would be made beside what runs, as far as its engine says.
+fn has_place(load: &LoadSlot) -> bool {
+    let max = load.get_reported(Reported::MaxRunningRequests).filter(|&max| max > 0);
+    let running = load.get_reported(Reported::RunningRequests).unwrap_or(0).max(load.get(Load::ActiveRequests));
+    load.get_reported(Reported::QueuedRequests).unwrap_or(0) == 0 && max.is_none_or(|max| running < max)
+}
+
 /// What is known of one worker between two looks.
 struct Idle {
-    mark: u64,
+    mark: Mark,
     since_ms: u64,
     /// How it is asked; `None`: it makes no tokens.
     endpoint: Option<Endpoint>,
@@ -64,14 +91,14 @@ impl Roster {
             idle.retain(|id, _| workers.iter().any(|(worker, _)| worker.id == *id));
             for (worker, vitals) in workers {
                 let now_ms = self.clock.now_ms();
-                let mark = worker.load.served() + worker.load.output_tokens();
+                let mark = Mark::of(&worker.load);
                 let seen =
                     idle.entry(worker.id).or_insert(Idle { mark, since_ms: now_ms, endpoint: Some(Endpoint::Completions) });
-                if seen.mark != mark || worker.load.get(Load::ActiveRequests) > 0 {
+                if seen.mark != mark || (mark.is_busy && !has_place(&worker.load)) {
                     (seen.mark, seen.since_ms) = (mark, now_ms);
                     continue;
                 }
-                let is_half_open = vitals.is_half_open(now_ms);
+                let is_half_open = vitals.is_half_open(now_ms) && !mark.is_busy;
                 let patience = if is_half_open { HALF_OPEN_IDLE } else { self.health().canary_idle() };
                 if u128::from(now_ms.saturating_sub(seen.since_ms)) < patience.as_millis() {
                     continue;
@@ -97,6 +124,7 @@ impl Roster {
     ) -> Option<Endpoint> {
         let begin = || vitals.begin(self.clock.now_ms());
         let mut ticket = begin();
+        let made = worker.load.output_tokens();
         let mut endpoint = endpoint;
         let mut failures = 0;
         loop {
@@ -128,10 +156,14 @@ impl Roster {
             if is_half_open {
                 break;
             }
+            if made != worker.load.output_tokens() {
+                // It makes tokens, if for others.
+                break;
+            }
             if failures == 2 {
                 let name = &member.config.name;
                 tracing::warn!(worker = name, "worker answers its probe and makes no token: {failure}");
-                vitals.trip(failure, &self.health().breaker_rules(), self.clock.now_ms());
+                vitals.is_mute(failure, &self.health().breaker_rules(), self.clock.now_ms());
                 break;
             }
             ticket = begin();

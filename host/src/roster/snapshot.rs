@@ -5,9 +5,11 @@ use std::sync::Arc;
 use dynamo_engine_api::Engine;
 use dynamo_host_core::{Candidates, Fleet, Load, LoadSlot, RequestFacts, Role, Worker, WorkerId, WorkerState};
 use dynamo_host_flow::BreakerRules;
-use tokio::sync::watch;
 
-use super::{GivenUp, Member, vitals::Vitals};
+use super::{
+    Member,
+    vitals::{Signs, Vitals},
+};
 use crate::{
     clock::Clock,
     error::RequestError,
@@ -67,9 +69,10 @@ impl Snapshot {
         self.seat(worker.id).has_ranks.then_some(worker.spec.rank)
     }
 
-    /// Changes when requests that a worker of this snapshot has from now on are to be given to others.
-    pub(crate) fn given_up(&self, worker: WorkerId) -> watch::Receiver<GivenUp> {
-        self.seat(worker).member.given_up.subscribe()
+    /// What is seen of a worker of this snapshot from now on.
+    pub(crate) fn signs(&self, worker: WorkerId) -> Signs {
+        let Seat { member, vitals, .. } = self.seat(worker);
+        Signs::new(member.given_up.subscribe(), Arc::clone(vitals))
     }
 
     /// Whether a worker that may be of another snapshot takes requests.

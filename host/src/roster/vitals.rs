@@ -3,19 +3,50 @@
 //! Contract: one for each worker (model and rank), for as long as it is there. Every attempt on it ends here once, whichever
 //! way it ends. What is decided of it is `host/flow`'s; here it meets the clock, the snapshot and the metrics.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use dynamo_engine_api::EngineError;
 use dynamo_host_core::{WorkerId, WorkerState};
 use dynamo_host_flow::{self as flow, Breaker, Ejection, Ended, Failure, Measure, OutlierRules, Place, Slow, Stand};
+use tokio::sync::watch;
 
-use super::{Member, Roster, Snapshot};
+use super::{GivenUp, Member, Roster, Snapshot};
 
 /// One worker's breaker, and whether it is left out as an outlier.
 pub(super) struct Vitals {
     /// The worker's name, for metrics and the log.
     name: String,
+    /// How often it was found to make no token though it answers.
+    mutes: AtomicU64,
     inner: Mutex<Inner>,
+}
+
+/// What one request sees of its worker while it waits for it: whether it has gone, or makes no tokens any more.
+pub(crate) struct Signs {
+    given_up: watch::Receiver<GivenUp>,
+    vitals: Arc<Vitals>,
+    /// [`Vitals::mutes`] when the request was given to it.
+    mutes: u64,
+}
+
+impl Signs {
+    pub(super) fn new(given_up: watch::Receiver<GivenUp>, vitals: Arc<Vitals>) -> Self {
+        let mutes = vitals.mutes.load(Relaxed);
+        Self { given_up, vitals, mutes }
+    }
+
+    /// Whether what the worker has is to be given to others.
+    pub(crate) fn given_up(&self) -> GivenUp {
+        *self.given_up.borrow()
+    }
+
+    /// Whether it was found to make no tokens since the request was given to it.
+    pub(crate) fn was_mute(&self) -> bool {
+        self.vitals.mutes.load(Relaxed) != self.mutes
+    }
 }
 
 #[derive(Default)]
@@ -36,7 +67,7 @@ enum Shown {
 
 impl Vitals {
     pub(super) fn new(name: &str) -> Arc<Self> {
-        Arc::new(Self { name: name.to_owned(), inner: Mutex::default() })
+        Arc::new(Self { name: name.to_owned(), mutes: AtomicU64::new(0), inner: Mutex::default() })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -116,8 +147,14 @@ impl Vitals {
         self.inner().ejection.readmit(now_ms);
     }
 
+    /// It was asked for a token, and made none: it is given nothing more, and what it has as a whole goes elsewhere if it can.
+    pub(super) fn is_mute(&self, failure: Failure, rules: &flow::BreakerRules, now_ms: u64) {
+        self.mutes.fetch_add(1, Relaxed);
+        self.trip(failure, rules, now_ms);
+    }
+
     /// Opens the breaker, whatever was counted.
-    pub(super) fn trip(&self, failure: Failure, rules: &flow::BreakerRules, now_ms: u64) {
+    fn trip(&self, failure: Failure, rules: &flow::BreakerRules, now_ms: u64) {
         let mut inner = self.inner();
         inner.breaker.trip(failure, rules, now_ms);
         self.show(&mut inner, now_ms);
