@@ -7,7 +7,7 @@ use std::{
 
 use dynamo_engine_api::{Chunk, Endpoint, EngineError, Usage};
 use dynamo_host_core::{
-    RequestFacts, Worker, WorkerId, WorkerSpec,
+    Held, RequestFacts, Worker, WorkerId, WorkerSpec,
     load::{InFlight, Recent},
 };
 use dynamo_host_flow::{Ended, Failure};
@@ -140,19 +140,34 @@ impl Drop for Books {
 /// nginx's status for a client that left before its answer; it is only ever a metric label.
 const CLIENT_LEFT: u16 = 499;
 
+/// A request on the books of the worker that is to have it.
+pub(crate) struct Booking {
+    in_flight: InFlight,
+    /// What the worker is believed to hold of the prompt.
+    cached_tokens: u32,
+}
+
 impl Account {
-    /// `cached_tokens`: what the worker is believed to hold of the prompt.
+    /// Books a request on a worker: from here on others see that it takes a place there.
+    pub(crate) fn book(lane: &Lane, facts: &RequestFacts, worker: &Worker, placing: &Placing) -> Booking {
+        let (load, tokens) = (&worker.load, facts.prompt.tokens);
+        let cached_tokens = placing.overlap.of(load.index()).map_or(0, Held::total);
+        let uncached = tokens.saturating_sub(cached_tokens);
+        Booking { in_flight: InFlight::dispatch(Arc::clone(load), tokens, uncached, lane.clock.now_ms()), cached_tokens }
+    }
+
+    /// The worker is given the request that was booked on it.
     pub(crate) fn open(
         lane: &Lane,
         facts: &RequestFacts,
         worker: &Worker,
-        cached_tokens: u32,
+        booking: Booking,
         placing: &Placing,
         accepted: Instant,
     ) -> Self {
+        let Booking { in_flight, cached_tokens } = booking;
         lane.meters.in_flight.increment(1.0);
         let tokens = facts.prompt.tokens;
-        let uncached = tokens.saturating_sub(cached_tokens);
         Self {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
@@ -162,7 +177,7 @@ impl Account {
             version: placing.observed_version(),
             admission: None,
             recorder: placing.recorder.clone(),
-            in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
+            in_flight,
             attempt: lane.roster.attempt(&placing.snapshot, worker.id),
             blamed: None,
             worker: worker.id,

@@ -12,7 +12,7 @@ use std::{
 
 use axum::response::Response;
 use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
-use dynamo_host_core::{Held, RequestFacts, Worker, WorkerId};
+use dynamo_host_core::{RequestFacts, Worker, WorkerId};
 use dynamo_host_index::Prompt;
 use dynamo_host_policy::Pinned;
 use futures_util::StreamExt;
@@ -131,7 +131,10 @@ impl<'a> Dispatch<'a> {
         placing: &Placing,
         facts: &mut RequestFacts,
     ) -> Result<Option<Response>, RequestError> {
-        for (nth, &row) in placing.rows.iter().enumerate() {
+        let book = |worker: &Worker| Account::book(self.lane, facts, worker, placing);
+        let mut rows = placing.rows.clone();
+        let mut booked = self.lane.queue.book(&mut rows, &placing.candidates, facts, book);
+        for (nth, row) in rows.into_iter().enumerate() {
             // What has come, gone or been drained since may concern the rest of the ranking.
             if nth > 0 && !Arc::ptr_eq(&placing.snapshot, &self.lane.roster.snapshot()) {
                 return Ok(None);
@@ -142,8 +145,8 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let engine = placing.snapshot.engine(worker.id);
-            let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-            let mut account = Account::open(self.lane, facts, worker, cached, placing, self.accepted);
+            let booking = booked.take().unwrap_or_else(|| Account::book(self.lane, facts, worker, placing));
+            let mut account = Account::open(self.lane, facts, worker, booking, placing, self.accepted);
             let heard = self.permit.as_ref().and_then(Permit::heard);
             account.admission.clone_from(&heard);
             let patience = self.patience;

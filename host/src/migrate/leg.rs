@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use dynamo_engine_api::{ChatContinuation, Chunk, ChunkStream, Continues, Engine, EngineError, GenerateRequest};
-use dynamo_host_core::{Held, RequestFacts, WorkerId};
+use dynamo_host_core::{RequestFacts, WorkerId};
 use dynamo_host_index::Prompt;
 use futures_util::StreamExt;
 use http::StatusCode;
@@ -309,8 +309,8 @@ impl Leg {
         let engine = placing.snapshot.engine(worker.id);
         self.attempts += 1;
         self.in_vain += 1;
-        let cached = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-        let mut account = Account::open(&course.lane, &self.facts, worker, cached, placing, course.accepted);
+        let booking = Account::book(&course.lane, &self.facts, worker, placing);
+        let mut account = Account::open(&course.lane, &self.facts, worker, booking, placing, course.accepted);
         account.admission.clone_from(&course.heard);
         account.be_part(true);
         metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
