@@ -357,8 +357,9 @@ impl Shares {
 
     /// Requests of the same tier whose places an arrival with this item may take, the first to go first: those of whoever
     /// has most of the queue for its weight, as long as that still has no less than the arrival's own then has.
-    /// `within`: looked for in all pools (0), in the arrival's own (1), or in its own class there (2).
-    pub(super) fn yielding(&self, tenant: NodeId, item: &Item, within: usize) -> Yielding<'_> {
+    /// `within`: looked for in all pools (0), in the arrival's own (1), or in its own class there (2). `least_part`: what they
+    /// have of the queue at least, all that have to go. `None`: there are none such.
+    pub(super) fn yielding(&self, tenant: NodeId, item: &Item, within: usize, least_part: u64) -> Option<Yielding<'_>> {
         let [_, class, tier, _] = self.path(tenant);
         let key = self.nodes[tier as usize].key;
         let fattest_tier = self.tiers.range((key, 0, 0)..=(key, u64::MAX, NodeId::MAX)).next_back();
@@ -369,14 +370,20 @@ impl Shares {
             }
         }
         let (other, own) = pair;
-        let from = match self.nodes[other as usize].level {
-            Level::Tier => self.fattest_tenant(other),
-            Level::Class => self.nodes[other as usize].fattest.last().map_or(other, |&(_, id)| id),
-            _ => other,
-        };
-        let limit =
-            if other == own { Limit::Rank(item.rank) } else { Limit::Fatness(self.nodes[own as usize].fatness(item.part, 0)) };
-        Yielding { other: &self.nodes[other as usize], items: self.nodes[from as usize].order.iter().rev(), limit, gone: 0 }
+        let (other_node, own_node) = (&self.nodes[other as usize], &self.nodes[own as usize]);
+        let limit = if other == own { Limit::Rank(item.rank) } else { Limit::Fatness(own_node.fatness(item.part, 0)) };
+        // What cannot be is not searched for.
+        let is_hopeless = matches!(limit, Limit::Fatness(own) if other_node.fatness(0, least_part) < own);
+        (!is_hopeless).then(|| Yielding { other: other_node, items: self.last_first(other), limit, gone: 0 })
+    }
+
+    /// Requests below a node: of whoever has most of the queue for its weight, the last first; then of who has most beside.
+    fn last_first(&self, id: NodeId) -> Box<dyn Iterator<Item = (Rank, u32)> + '_> {
+        let node = &self.nodes[id as usize];
+        match node.level {
+            Level::Tenant => Box::new(node.order.iter().rev().copied()),
+            _ => Box::new(node.fattest.iter().rev().flat_map(|&(_, child)| self.last_first(child))),
+        }
     }
 
     /// Work that is served before a newcomer of this standing, as shares are now.
@@ -404,7 +411,7 @@ impl Shares {
 /// Requests that yield their places.
 pub(super) struct Yielding<'a> {
     other: &'a Node,
-    items: std::iter::Rev<std::collections::btree_set::Iter<'a, (Rank, u32)>>,
+    items: Box<dyn Iterator<Item = (Rank, u32)> + 'a>,
     limit: Limit,
     gone: u64,
 }
@@ -419,7 +426,7 @@ enum Limit {
 impl Yielding<'_> {
     /// The next one, whose part of the queue the caller tells.
     pub(super) fn next(&mut self, part: impl FnOnce(u32) -> u64) -> Option<u32> {
-        let &(rank, slot) = self.items.next()?;
+        let (rank, slot) = self.items.next()?;
         self.gone += part(slot);
         let yields = match self.limit {
             Limit::Rank(own) => rank > own,
