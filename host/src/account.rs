@@ -140,21 +140,37 @@ impl Drop for Books {
 /// nginx's status for a client that left before its answer; it is only ever a metric label.
 const CLIENT_LEFT: u16 = 499;
 
+/// A request on the books of the worker that is to have it.
+pub(crate) struct Booking {
+    in_flight: InFlight,
+    /// What the worker is believed to hold of the prompt.
+    cached_tokens: u32,
+}
+
 impl Account {
-    /// A request is given to a worker of this placing. `heard`: the admission policy that wants to hear of it.
+    /// Books a request on a worker: from here on others see that it takes a place there.
+    pub(crate) fn book(lane: &Lane, facts: &RequestFacts, worker: &Worker, placing: &Placing) -> Booking {
+        let (load, tokens) = (&worker.load, facts.prompt.tokens);
+        let cached_tokens = placing.overlap.of(load.index()).map_or(0, Held::total);
+        let uncached = tokens.saturating_sub(cached_tokens);
+        Booking { in_flight: InFlight::dispatch(Arc::clone(load), tokens, uncached, lane.clock.now_ms()), cached_tokens }
+    }
+
+    /// A worker of this placing is given the request that was booked on it. `heard`: the admission policy that wants to hear of
+    /// it.
     pub(crate) fn open(
         lane: &Lane,
         facts: &RequestFacts,
         placing: &Placing,
         worker: &Worker,
+        booking: Booking,
         heard: Option<Arc<Heard>>,
         accepted: Instant,
     ) -> Self {
+        let Booking { in_flight, cached_tokens } = booking;
         lane.meters.in_flight.increment(1.0);
         metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let tokens = facts.prompt.tokens;
-        let cached_tokens = placing.overlap.of(worker.load.index()).map_or(0, Held::total);
-        let uncached = tokens.saturating_sub(cached_tokens);
         Self {
             meters: lane.meters.clone(),
             span: tracing::Span::current(),
@@ -164,7 +180,7 @@ impl Account {
             version: placing.observed_version(),
             admission: heard,
             recorder: placing.recorder.clone(),
-            in_flight: InFlight::dispatch(Arc::clone(&worker.load), tokens, uncached, lane.clock.now_ms()),
+            in_flight,
             attempt: lane.roster.attempt(&placing.snapshot, worker.id),
             blamed: None,
             worker: worker.id,

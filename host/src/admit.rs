@@ -21,7 +21,7 @@ use dynamo_host_core::{Endpoint, RequestFacts, request::flags};
 use dynamo_host_flow::{Refusal, Ticket};
 
 use self::{
-    meters::{Waits, count_shed},
+    meters::count_shed,
     pool::Pool,
     queue::{Came, Told},
 };
@@ -98,8 +98,8 @@ pub(crate) async fn enter(lane: &Lane, facts: &mut RequestFacts) -> Result<Permi
     let (entered, heard) = match arrival {
         Came::Started(ticket) => (Ok((ticket, Duration::ZERO)), heard),
         Came::Waits(ticket, told) => {
-            let waits = meters.waits(&pool.model, facts.prompt.tokens);
-            let mut waiting = Waiting { queue, pool: &pool, ticket: Some(ticket), came, heard, _waits: waits };
+            let mut waiting = Waiting { queue, pool: &pool, ticket: Some(ticket), came, heard };
+            queue.count_waiting(ticket, meters.waiting(&pool.model, facts.prompt.tokens));
             let told = told.await.unwrap_or(Told::Late);
             // From here on it is the permit's, or it has been taken out already.
             waiting.ticket = None;
@@ -190,7 +190,6 @@ struct Waiting<'a> {
     ticket: Option<Ticket>,
     came: Instant,
     heard: Option<Heard>,
-    _waits: Waits,
 }
 
 impl Drop for Waiting<'_> {

@@ -144,7 +144,10 @@ impl<'a> Dispatch<'a> {
         placing: &Placing,
         facts: &mut RequestFacts,
     ) -> Result<Option<Response>, RequestError> {
-        for (nth, &row) in placing.rows.iter().enumerate() {
+        let book = |worker: &Worker| Account::book(self.lane, facts, worker, placing);
+        let mut rows = placing.rows.clone();
+        let mut booked = self.lane.queue.book(&mut rows, &placing.candidates, facts, book);
+        for (nth, row) in rows.into_iter().enumerate() {
             // What has come, gone or been drained since may concern the rest of the ranking.
             if nth > 0 && !Arc::ptr_eq(&placing.snapshot, &self.lane.roster.snapshot()) {
                 return Ok(None);
@@ -155,8 +158,9 @@ impl<'a> Dispatch<'a> {
             self.attempts_left -= 1;
             let worker = placing.candidates.worker(row);
             let engine = placing.snapshot.engine(worker.id);
+            let booking = booked.take().unwrap_or_else(|| Account::book(self.lane, facts, worker, placing));
             let heard = self.permit.as_ref().and_then(Permit::heard);
-            let mut account = Account::open(self.lane, facts, placing, worker, heard.clone(), self.accepted);
+            let mut account = Account::open(self.lane, facts, placing, worker, booking, heard.clone(), self.accepted);
             let patience = self.patience;
             let head = self.head(placing, worker);
             tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");

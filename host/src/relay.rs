@@ -105,6 +105,9 @@ pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head
         }
         account.usage(usage);
     }
+    // Its place on the worker first: whoever is given its permit must find that free.
+    drop(account);
+    drop(permit);
     let mut response = Response::new(Body::from(reply.body));
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;

@@ -260,8 +260,7 @@ pub(crate) async fn place(
         notes.policy = Some(policy.clone());
         match verdict {
             Verdict::Place(ranking) => {
-                let mut rows = ranking.rows().to_vec();
-                lane.queue.put_full_last(&mut rows, &candidates, facts);
+                let rows = ranking.rows().to_vec();
                 let recorder = recorder.cloned();
                 return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
             }

@@ -293,8 +293,8 @@ impl Report {
         }
         assert_eq!(self.counted, self.sent as f64, "each request is counted once");
         let Watched { most_queued, most_in_engine, resident_early, resident_most, swaps } = self.watched;
-        // One that was displaced is counted until it knows.
-        assert!(most_queued <= f64::from(ROOM) * 1.2, "{most_queued} waited");
+        // The classes' gauges are read one after the other, and one may take a place that another had.
+        assert!(most_queued <= f64::from(ROOM) + 2.0, "{most_queued} waited");
         // What comes while a step is computed waits for the next one.
         assert!(most_in_engine <= f64::from(PLACES), "{most_in_engine} requests waited inside engines");
         assert!(resident_most < resident_early + (48 << 20), "{resident_early} bytes grew to {resident_most}");

@@ -18,10 +18,12 @@
 //!
 //! **Bounds** hold over all pools. When the queue is full, an arrival takes the places of requests with less claim, who are told
 //! by [`Action::Refuse`]: of any later tier; in its own tier of whoever has most of the queue for its weight (the pool, in it the
-//! class, in that the tenant), as long as that keeps no less than the arrival's own then has; of its own tenant, those that
-//! would be served after it. So neither a pool nor a tenant that floods the queue gets others refused.
+//! class, in that the tenant, and the next one where a tenant's are not enough), as long as that keeps no less than the arrival's
+//! own then has; of its own tenant, those that would be served after it. So neither a pool nor a tenant that floods the queue gets
+//! others refused, and two that displace each other come to an end: whoever had less has no more than the other then.
 //!
-//! **Cost.** Nothing depends on how many wait but by a logarithm; what is waiting, running, or lately gone takes memory.
+//! **Cost.** Nothing depends on how many wait but by a logarithm, and on how many yield to one arrival, each of which came once;
+//! what is waiting, running, or lately gone takes memory.
 
 mod audit;
 mod pool;
@@ -190,7 +192,7 @@ impl Flow {
             tier: standing.tier,
             prompt_tokens,
             work,
-            part: self.part(prompt_tokens),
+            part: self.part_of(1, prompt_tokens.into()),
             rank: [sooner_first(admitted.priority), deadline_ms, ticket.number],
             deadline_ms,
             since_ms: now_ms,
@@ -344,10 +346,12 @@ impl Flow {
         place as u32
     }
 
-    /// What a request takes of the queue: of its places and of its tokens.
-    fn part(&self, prompt_tokens: u32) -> u64 {
+    /// What requests take of the queue: of its places and of its tokens.
+    fn part_of(&self, requests: u32, tokens: u64) -> u64 {
         let Bounds { max_requests, max_tokens } = self.bounds;
-        (1 << 32) / u64::from(max_requests.max(1)) + (u64::from(prompt_tokens) << 32) / max_tokens.max(1)
+        // More than all of it cannot wait anyway, and sums of this cannot overflow.
+        let of_tokens = (u128::from(tokens) << 32) / u128::from(max_tokens.max(1));
+        u64::from(requests) * ((1 << 32) / u64::from(max_requests.max(1))) + of_tokens.min(1 << 32) as u64
     }
 
     /// The request that is next in a pool.
@@ -389,7 +393,8 @@ impl Flow {
     /// Requests that yield so many places and tokens to an arrival, if there are enough.
     fn enough(&self, arrival: &Request, within: usize, mut requests: u32, mut tokens: u64) -> Option<Vec<u32>> {
         let mut slots = Vec::new();
-        let mut yielding = self.shares.yielding(arrival.tenant, &arrival.item(), within);
+        let least_part = self.part_of(requests, tokens);
+        let mut yielding = self.shares.yielding(arrival.tenant, &arrival.item(), within, least_part)?;
         while requests > 0 || tokens > 0 {
             let slot = yielding.next(|slot| self.slots.at(slot).part)?;
             requests = requests.saturating_sub(1);

@@ -53,17 +53,18 @@ impl Faults {
     /// Names the key that is not known or the value that is not possible.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut faults = Self::default();
+        let every = |value: Value<'_>| if value.number()? == 0.0 { Ok(0.0) } else { value.some_seconds() };
         let set = |key: &str, value: Value<'_>| {
             match key {
-                "die_every_s" => faults.die_every_s = value.seconds()?,
+                "die_every_s" => faults.die_every_s = every(value)?,
                 "down_s" => faults.down_s = value.seconds()?,
-                "slow_every_s" => faults.slow_every_s = value.seconds()?,
+                "slow_every_s" => faults.slow_every_s = every(value)?,
                 "slow_s" => faults.slow_s = value.seconds()?,
                 "slow_factor" if !(1.0..=1e6).contains(&value.number()?) => {
                     return Err(format!("slow_factor={} is not from 1 to 1000000", value.text));
                 }
                 "slow_factor" => faults.slow_factor = value.number()?,
-                "hang_every_s" => faults.hang_every_s = value.seconds()?,
+                "hang_every_s" => faults.hang_every_s = every(value)?,
                 "hang_s" => faults.hang_s = value.seconds()?,
                 "stall_s" => faults.stall_s = value.seconds()?,
                 "attempts" => faults.attempts = value.whole(1..=1000)? as u32,
@@ -72,6 +73,9 @@ impl Faults {
             Ok(())
         };
         options::read(text, set)?;
+        if [faults.die_every_s, faults.slow_every_s, faults.hang_every_s] == [0.0; 3] {
+            return Err("no engine fails; set die_every_s, slow_every_s or hang_every_s".to_owned());
+        }
         Ok(faults)
     }
 
@@ -110,6 +114,8 @@ mod tests {
             ("slow_factor=0.5", "slow_factor=0.5 is not from 1"),
             ("attempts=0", "attempts=0 is not a whole number of 1 to 1000"),
             ("down_s=x", "down_s=x is not a number"),
+            ("hang_every_s=1e-9", "less than a millisecond"),
+            ("die_every_s=0,down_s=1", "no engine fails"),
             ("explode=1", "\"explode\" is not known; use die_every_s"),
         ] {
             let error = Faults::parse(text).unwrap_err();

@@ -1,5 +1,7 @@
 //! Options in the form `KEY=VALUE,…`: names, and numbers of at least 0.
 
+use std::sync::Arc;
+
 /// Reads each pair: `set` takes a value, or says that it knows no such key.
 pub(crate) fn read(text: &str, mut set: impl FnMut(&str, Value<'_>) -> Result<(), String>) -> Result<(), String> {
     for part in text.split(',').filter(|part| !part.is_empty()) {
@@ -37,6 +39,23 @@ impl Value<'_> {
     pub(crate) fn seconds(self) -> Result<f64, String> {
         self.number()?;
         Some(self.number()?).filter(|seconds| *seconds <= 31_536_000.0).ok_or_else(|| self.wrong("more than a year of seconds"))
+    }
+
+    /// A time in seconds that is more than nothing: so many events in a moment would never end.
+    pub(crate) fn some_seconds(self) -> Result<f64, String> {
+        Some(self.seconds()?).filter(|seconds| *seconds >= 0.001).ok_or_else(|| self.wrong("less than a millisecond (0.001)"))
+    }
+
+    /// A priority, which may be negative.
+    pub(crate) fn priority(self) -> Result<f32, String> {
+        let priority = self.text.parse::<f32>().ok().filter(|priority| (-1e9..=1e9).contains(priority));
+        priority.ok_or_else(|| self.wrong("not a number from -1000000000 to 1000000000"))
+    }
+
+    /// The name of a class.
+    pub(crate) fn class(self) -> Result<Arc<str>, String> {
+        let wrong = || self.wrong("no class: use letters, digits, '.', '_' and '-', at most 64 of them");
+        dynamo_host_core::admission::is_class(self.text).then(|| self.text.into()).ok_or_else(wrong)
     }
 
     /// A weight of a class or tenant.

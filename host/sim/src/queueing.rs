@@ -84,7 +84,7 @@ impl Queueing {
                 "max_tokens" => queueing.bounds.max_tokens = value.whole(0..=u64::MAX)?,
                 "max_running" => queueing.max_running = Some(value.whole(some.clone())? as u32),
                 "prefill_tokens" => queueing.prefill_tokens = Some(value.whole(some.clone())? as u32),
-                "timeout_s" => queueing.timeout_s = value.seconds()?,
+                "timeout_s" => queueing.timeout_s = value.some_seconds()?,
                 "leave" if value.number()? > 1.0 => return Err(format!("leave={} is more than all", value.text)),
                 "leave" => queueing.leave.0 = value.number()?,
                 "leave_s" => queueing.leave.1 = value.seconds()?,
@@ -126,10 +126,10 @@ impl Tenant {
         let set = |key: &str, value: Value<'_>| {
             match key {
                 "weight" => tenant.admitted.tenant_weight = value.weight()?,
-                "class" => tenant.admitted.class = Some(value.text.into()),
+                "class" => tenant.admitted.class = Some(value.class()?),
                 "class_weight" => tenant.admitted.class_weight = value.weight()?,
                 "tier" => tenant.admitted.tier = value.whole(0..=u64::from(TIERS - 1))? as u32,
-                "priority" => tenant.admitted.priority = value.number()? as f32,
+                "priority" => tenant.admitted.priority = value.priority()?,
                 "share" => tenant.share = value.number()?,
                 _ => return Err(format!("{key:?} is not known; use {}", Self::KEYS)),
             }
@@ -166,15 +166,22 @@ mod tests {
             ("max_running=0", "of 1 to"),
             ("leave=2", "leave=2 is more than all"),
             ("timeout_s=1e9", "more than a year"),
+            ("timeout_s=0", "less than a millisecond"),
             ("depth=1", "\"depth\" is not known; use max_requests"),
             ("depth", "not KEY=VALUE"),
         ] {
             let error = Queueing::parse(text).unwrap_err();
             assert!(error.contains(says), "{error}");
         }
-        for (text, says) in
-            [("weight=1", "a tenant's name"), ("a,weight=0", "no weight from 0.001 to 1000"), ("a,tier=16", "of 0 to 15")]
-        {
+        assert_eq!(Tenant::parse("a,priority=-2.5,class=b-1").unwrap().admitted.priority, -2.5);
+        for (text, says) in [
+            ("weight=1", "a tenant's name"),
+            ("a,weight=0", "no weight from 0.001 to 1000"),
+            ("a,tier=16", "of 0 to 15"),
+            ("a,class=b{c", "class=b{c is no class"),
+            ("a,class=", "is no class"),
+            ("a,priority=1e300", "priority=1e300 is not a number from"),
+        ] {
             let error = Tenant::parse(text).unwrap_err();
             assert!(error.contains(says), "{error}");
         }

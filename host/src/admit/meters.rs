@@ -62,31 +62,40 @@ impl OfClass {
         }
     }
 
-    /// A request waits, for as long as this lives.
-    pub(super) fn waits(&self, model: &str, prompt_tokens: u32) -> Waits {
+    /// Where a request is counted that waits.
+    pub(super) fn waiting(&self, model: &str, prompt_tokens: u32) -> Waiting {
         let labels = [("model", model.to_owned()), ("class", self.label.to_string())];
-        let waits = Waits {
+        Waiting {
             requests: gauge!("dynamo_host_queue_requests", &labels),
             tokens: gauge!("dynamo_host_queue_tokens", &labels),
             prompt_tokens: f64::from(prompt_tokens),
-        };
-        waits.requests.increment(1.0);
-        waits.tokens.increment(waits.prompt_tokens);
-        waits
+        }
     }
 }
 
-/// One request's part of what waits.
-pub(super) struct Waits {
+/// One request's part of what waits, not counted yet.
+pub(super) struct Waiting {
     requests: Gauge,
     tokens: Gauge,
     prompt_tokens: f64,
 }
 
+impl Waiting {
+    /// It waits, for as long as what comes of it lives.
+    pub(super) fn count(self) -> Waits {
+        self.requests.increment(1.0);
+        self.tokens.increment(self.prompt_tokens);
+        Waits(self)
+    }
+}
+
+/// One request that is counted as waiting.
+pub(super) struct Waits(Waiting);
+
 impl Drop for Waits {
     fn drop(&mut self) {
-        self.requests.decrement(1.0);
-        self.tokens.decrement(self.prompt_tokens);
+        self.0.requests.decrement(1.0);
+        self.0.tokens.decrement(self.0.prompt_tokens);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The queue of a running host: the flow behind one short lock, those who wait for it, and what tells it of the workers.
 //!
-//! Locks are taken in the order line-up, pools, state; none is held over an await. A request that finds room takes the last
+//! Locks are taken in the order line-up, pools, state, and `booking` alone; none is held over an await. A request that finds room takes the last
 //! one alone, once to come and once to go.
 
 use std::{
@@ -13,13 +13,13 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use dynamo_host_core::{Admitted, Candidates, Load, RequestFacts, UNKNOWN};
+use dynamo_host_core::{Admitted, Candidates, Load, RequestFacts, UNKNOWN, Worker};
 use dynamo_host_flow::{Action, Arrival, Bounds, Demand, Flow, PoolLoad, Refusal, Room, Ticket};
 use serde::Serialize;
 use tokio::sync::{Notify, oneshot};
 
 use super::{
-    meters::{Meters, class_label},
+    meters::{Meters, Waiting, Waits, class_label},
     pool::{Pool, work},
     room::{Assumed, Limits, Lineup},
 };
@@ -49,6 +49,8 @@ pub(crate) struct Queue {
     /// Of the fleet that room was last measured for.
     generation: AtomicU64,
     state: Mutex<State>,
+    /// Held while a worker is chosen that has room, and booked.
+    booking: Mutex<()>,
     /// Something may have to be done sooner than was thought.
     nudge: Notify,
     pub(super) meters: Meters,
@@ -75,6 +77,8 @@ struct Waiter {
     pool: Arc<Pool>,
     class: Box<str>,
     tenant: Option<u64>,
+    /// It is counted as waiting until it is told, not until it hears that: so the metrics keep within the bounds as well.
+    waits: Option<Waits>,
 }
 
 /// What a request that waits is told.
@@ -158,6 +162,7 @@ impl Queue {
             lineup: Mutex::default(),
             generation: AtomicU64::new(u64::MAX),
             state: Mutex::new(State { flow, waiting: HashMap::new(), rooms: HashMap::new(), looks_at_ms: 0 }),
+            booking: Mutex::default(),
             nudge: Notify::new(),
             meters: Meters::default(),
         }
@@ -219,7 +224,7 @@ impl Queue {
             Ok(Arrival::Started(ticket)) => Came::Started(ticket),
             Ok(Arrival::Queued(ticket)) => {
                 let (tell, told) = oneshot::channel();
-                let waiter = Waiter { tell, pool: Arc::clone(pool), class, tenant: facts.tenant_key() };
+                let waiter = Waiter { tell, pool: Arc::clone(pool), class, tenant: facts.tenant_key(), waits: None };
                 state.waiting.insert(ticket, waiter);
                 if deadline_ms < state.looks_at_ms || state.waiting.len() == 1 {
                     self.nudge.notify_one();
@@ -229,6 +234,13 @@ impl Queue {
                 Came::Waits(ticket, told)
             }
             Err(refusal) => Came::Refused(refusal),
+        }
+    }
+
+    /// Counts one that was to wait, if it still does. Apart from [`come`](Self::come), since metrics are looked up by their names.
+    pub(super) fn count_waiting(&self, ticket: Ticket, waiting: Waiting) {
+        if let Some(waiter) = lock(&self.state).waiting.get_mut(&ticket) {
+            waiter.waits = Some(waiting.count());
         }
     }
 
@@ -314,15 +326,25 @@ impl Queue {
         candidates.kept(|slot, active| self.limits.has_room(slot, active)).unwrap_or(candidates)
     }
 
-    /// Puts those rows last that have been filled since: who decided at the same time saw the same room.
-    pub(crate) fn put_full_last(&self, rows: &mut [u32], candidates: &Candidates, facts: &RequestFacts) {
-        if !self.may_be_full(facts) {
-            return;
-        }
-        rows.sort_by_key(|&row| {
-            let load = &candidates.worker(row).load;
-            !self.limits.has_room(load.index(), load.get(Load::ActiveRequests))
+    /// Books a request on the first of its rows that has room, which becomes the first of them all; if none has, on the first.
+    /// Whoever decided at the same time saw the same room: those who may fill a worker take turns, so that none is given more
+    /// than it runs while another has room.
+    pub(crate) fn book<B>(
+        &self,
+        rows: &mut [u32],
+        candidates: &Candidates,
+        facts: &RequestFacts,
+        book: impl FnOnce(&Worker) -> B,
+    ) -> Option<B> {
+        let _turn = self.may_be_full(facts).then(|| {
+            let turn = lock(&self.booking);
+            rows.sort_by_key(|&row| {
+                let load = &candidates.worker(row).load;
+                !self.limits.has_room(load.index(), load.get(Load::ActiveRequests))
+            });
+            turn
         });
+        rows.first().map(|&row| book(candidates.worker(row)))
     }
 
     /// Whether some worker could be full, and the request is one that looks for room: not one that is counted only, and not

@@ -314,7 +314,9 @@ impl Leg {
         let engine = placing.snapshot.engine(worker.id);
         self.attempts += 1;
         self.in_vain += 1;
-        let mut account = Account::open(&course.lane, &self.facts, placing, worker, course.heard.clone(), course.accepted);
+        let booking = Account::book(&course.lane, &self.facts, worker, placing);
+        let heard = course.heard.clone();
+        let mut account = Account::open(&course.lane, &self.facts, placing, worker, booking, heard, course.accepted);
         account.be_part(true);
         let Ask { endpoint, body, seam, is_by_ids, form } = ask;
         let (name, tokens) = (&worker.spec.name, self.choice.tokens);

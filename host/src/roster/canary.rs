@@ -103,6 +103,10 @@ impl Roster {
                 if u128::from(now_ms.saturating_sub(seen.since_ms)) < patience.as_millis() {
                     continue;
                 }
+                // Those before it may have taken long, and it may be drained meanwhile.
+                if member.standing().state() != WorkerState::Healthy {
+                    break;
+                }
                 if let Some(endpoint) = seen.endpoint {
                     let rank = has_ranks.then_some(worker.spec.rank);
                     seen.endpoint = self.ask_for_a_token(member, &worker, &vitals, rank, endpoint, is_half_open).await;

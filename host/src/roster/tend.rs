@@ -56,8 +56,10 @@ impl Roster {
     async fn keep_probing(&self, member: &Member, mut pulse: Pulse) {
         loop {
             let is_well = member.standing().found().is_eligible();
-            let every = self.health().probe_every().max(self.least_pause());
-            let pause = jittered(pulse.pause(is_well, every));
+            let least = self.least_pause();
+            let every = self.health().probe_every().max(least);
+            // Thousands that are away at once must not be asked as often as a few.
+            let pause = jittered(pulse.pause(is_well, every).max(least));
             // Woken early by a request that failed.
             let is_called = tokio::time::timeout(pause, member.probe_now.notified()).await.is_ok();
             pulse.look(member.output_tokens(), self.clock.now_ms());

@@ -18,7 +18,11 @@
 //! beyond them, so that an endless row of new tenants neither fills the memory nor keeps those that were there from
 //! being served.
 
+mod audit;
+
 use std::collections::{BTreeSet, HashMap};
+
+pub(super) use self::audit::ShareTotals;
 
 /// Place in an order: the least is first.
 pub(super) type Rank = [u64; 3];
@@ -357,8 +361,9 @@ impl Shares {
 
     /// Requests of the same tier whose places an arrival with this item may take, the first to go first: those of whoever
     /// has most of the queue for its weight, as long as that still has no less than the arrival's own then has.
-    /// `within`: looked for in all pools (0), in the arrival's own (1), or in its own class there (2).
-    pub(super) fn yielding(&self, tenant: NodeId, item: &Item, within: usize) -> Yielding<'_> {
+    /// `within`: looked for in all pools (0), in the arrival's own (1), or in its own class there (2). `least_part`: what they
+    /// have of the queue at least, all that have to go. `None`: there are none such.
+    pub(super) fn yielding(&self, tenant: NodeId, item: &Item, within: usize, least_part: u64) -> Option<Yielding<'_>> {
         let [_, class, tier, _] = self.path(tenant);
         let key = self.nodes[tier as usize].key;
         let fattest_tier = self.tiers.range((key, 0, 0)..=(key, u64::MAX, NodeId::MAX)).next_back();
@@ -369,14 +374,20 @@ impl Shares {
             }
         }
         let (other, own) = pair;
-        let from = match self.nodes[other as usize].level {
-            Level::Tier => self.fattest_tenant(other),
-            Level::Class => self.nodes[other as usize].fattest.last().map_or(other, |&(_, id)| id),
-            _ => other,
-        };
-        let limit =
-            if other == own { Limit::Rank(item.rank) } else { Limit::Fatness(self.nodes[own as usize].fatness(item.part, 0)) };
-        Yielding { other: &self.nodes[other as usize], items: self.nodes[from as usize].order.iter().rev(), limit, gone: 0 }
+        let (other_node, own_node) = (&self.nodes[other as usize], &self.nodes[own as usize]);
+        let limit = if other == own { Limit::Rank(item.rank) } else { Limit::Fatness(own_node.fatness(item.part, 0)) };
+        // What cannot be is not searched for.
+        let is_hopeless = matches!(limit, Limit::Fatness(own) if other_node.fatness(0, least_part) < own);
+        (!is_hopeless).then(|| Yielding { other: other_node, items: self.last_first(other), limit, gone: 0 })
+    }
+
+    /// Requests below a node: of whoever has most of the queue for its weight, the last first; then of who has most beside.
+    fn last_first(&self, id: NodeId) -> Box<dyn Iterator<Item = (Rank, u32)> + '_> {
+        let node = &self.nodes[id as usize];
+        match node.level {
+            Level::Tenant => Box::new(node.order.iter().rev().copied()),
+            _ => Box::new(node.fattest.iter().rev().flat_map(|&(_, child)| self.last_first(child))),
+        }
     }
 
     /// Work that is served before a newcomer of this standing, as shares are now.
@@ -404,7 +415,7 @@ impl Shares {
 /// Requests that yield their places.
 pub(super) struct Yielding<'a> {
     other: &'a Node,
-    items: std::iter::Rev<std::collections::btree_set::Iter<'a, (Rank, u32)>>,
+    items: Box<dyn Iterator<Item = (Rank, u32)> + 'a>,
     limit: Limit,
     gone: u64,
 }
@@ -419,85 +430,12 @@ enum Limit {
 impl Yielding<'_> {
     /// The next one, whose part of the queue the caller tells.
     pub(super) fn next(&mut self, part: impl FnOnce(u32) -> u64) -> Option<u32> {
-        let &(rank, slot) = self.items.next()?;
+        let (rank, slot) = self.items.next()?;
         self.gone += part(slot);
         let yields = match self.limit {
             Limit::Rank(own) => rank > own,
             Limit::Fatness(own) => self.other.fatness(0, self.gone) >= own,
         };
         yields.then_some(slot)
-    }
-}
-
-/// What is below a node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct ShareTotals {
-    pub(super) waiting: u32,
-    pub(super) running: u32,
-    pub(super) work: u64,
-}
-
-/// For [`Flow::audit`](super::Flow::audit).
-impl Shares {
-    /// What a node says is below it, if all there agrees with it.
-    pub(super) fn audit(&self, id: NodeId) -> Result<ShareTotals, String> {
-        let node = &self.nodes[id as usize];
-        let totals = ShareTotals { waiting: node.waiting, running: node.running, work: node.work };
-        let wrong = |what: &str| Err(format!("{what} of {:?} {:x}: {node:?}", node.level, node.key));
-        if node.level == Level::Tenant {
-            return if node.order.len() == node.waiting as usize { Ok(totals) } else { wrong("waiting requests") };
-        }
-        let mut sum = ShareTotals::default();
-        let (mut active, mut idle, mut weights) = (0, 0, 0.0);
-        for (_, &child) in self.children.iter().filter(|((parent, _), _)| *parent == id) {
-            let below = self.audit(child)?;
-            sum = ShareTotals {
-                waiting: sum.waiting + below.waiting,
-                running: sum.running + below.running,
-                work: sum.work + below.work,
-            };
-            let child_node = &self.nodes[child as usize];
-            if below.waiting > 0 {
-                active += 1;
-                weights += child_node.weight;
-                let is_fat = child_node.level == Level::Tier || node.fattest.contains(&(child_node.fatness(0, 0), child));
-                if !node.order.contains(&(child_node.rank(), child)) || !is_fat {
-                    return wrong("a child's place");
-                }
-            } else if below.running == 0 {
-                idle += 1;
-                if !node.idle.contains(&(child_node.start().to_bits(), child)) || child_node.start() <= node.now {
-                    return wrong("an idle child");
-                }
-            }
-        }
-        let fat = if node.level == Level::Pool { 0 } else { active };
-        if sum != totals || (node.order.len(), node.idle.len(), node.fattest.len()) != (active, idle, fat) || idle > MAX_IDLE {
-            return wrong("the sums");
-        }
-        if (weights - node.weights).abs() > 1e-6 * weights.max(1.0) {
-            return wrong("the weights");
-        }
-        Ok(totals)
-    }
-
-    /// Whether every node is a pool's, a child, or free.
-    pub(super) fn audit_arena(&self) -> Result<(), String> {
-        let pools = self.nodes.len() - self.free.len() - self.children.len();
-        let unique: BTreeSet<_> = self.free.iter().collect();
-        let tiers = self.children.values().filter(|&&id| {
-            let node = &self.nodes[id as usize];
-            node.level == Level::Tier && node.waiting > 0
-        });
-        if unique.len() != self.free.len() || tiers.count() != self.tiers.len() {
-            return Err(format!("{pools} pools, {} free nodes, {} tiers: {:?}", self.free.len(), self.tiers.len(), self.tiers));
-        }
-        Ok(())
-    }
-
-    /// Nodes in use.
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.nodes.len() - self.free.len()
     }
 }

@@ -190,6 +190,46 @@ fn room_for_a_long_prompt_is_made_of_several_short_ones_or_of_none() {
 }
 
 #[test]
+fn room_for_a_long_prompt_is_made_by_a_class_or_pool_of_many_who_have_little_each() {
+    let of = |class: &str| Admitted { class: Some(class.into()), ..Admitted::default() };
+    for (pool, class) in [(POOL, "other"), (8, "many")] {
+        let mut flow = flow(200, 1000, room(0));
+        (0..100).for_each(|tenant| _ = queued(&mut flow, Demand { admitted: of("many"), ..demand(tenant) }));
+        let long = |prompt_tokens| Demand { pool, admitted: of(class), prompt_tokens, ..demand(1000) };
+        queued(&mut flow, long(300));
+        assert_eq!((drain(&mut flow, 0).len(), flow.waiting_tokens()), (30, 1000));
+        // As much again would be more than the others then had.
+        assert_eq!(flow.arrive(long(300), 0), Err(Refusal::Tokens { max: 1000 }));
+        assert_eq!(flow.waiting(), 71);
+    }
+}
+
+#[test]
+fn a_prompt_that_no_queue_could_take_is_refused_whatever_the_bounds() {
+    for (max_requests, max_tokens) in [(1, 1), (1, 0), (u32::MAX, u64::MAX)] {
+        let mut flow = flow(max_requests, max_tokens, room(0));
+        let _ = flow.arrive(Demand { prompt_tokens: 1, ..demand(1) }, 0);
+        let arrived = flow.arrive(Demand { prompt_tokens: u32::MAX, work: u32::MAX, ..demand(2) }, 0);
+        assert_eq!(arrived.is_ok(), max_tokens == u64::MAX);
+        flow.audit().unwrap();
+    }
+}
+
+#[test]
+fn two_that_displace_each_other_come_to_an_end() {
+    let mut flow = flow(9, 1000, room(0));
+    (0..9).for_each(|_| _ = queued(&mut flow, Demand { prompt_tokens: 7, ..demand(1) }));
+    let mut displaced = 0;
+    for turn in 0..100 {
+        let _ = flow.arrive(Demand { prompt_tokens: 1 + turn as u32 % 97, ..demand(1 + turn % 2) }, 0);
+        let actions = drain(&mut flow, 0).len();
+        displaced += actions;
+        assert!(turn < 50 || actions == 0, "{actions} displaced at turn {turn}");
+    }
+    assert!((1..=9).contains(&displaced), "{displaced}");
+}
+
+#[test]
 fn one_pools_flood_leaves_the_queue_to_others() {
     let mut flow = flow(100, 10_000, room(0));
     (0..1000).for_each(|tenant| _ = flow.arrive(demand(tenant), 0));

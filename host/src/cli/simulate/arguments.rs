@@ -42,13 +42,15 @@ pub(crate) struct SimulateFlags {
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
     /// A queue in front of the engines, as the host has it: bounds, how long a request waits, how many run at once, how many
-    /// clients leave
+    /// clients leave: max_requests, max_tokens, max_running, prefill_tokens, timeout_s, leave (a share), leave_s
     #[arg(long, value_name = "KEY=VALUE,…", num_args = 0..=1, default_missing_value = "")]
     queue: Option<String>,
-    /// Whose requests come, and how they are let in; may be repeated: sessions are dealt out by share. Needs --queue
+    /// Whose requests come, and how they are let in: weight, class, class_weight, tier, priority, share; may be repeated:
+    /// sessions are dealt out by share. Needs --queue
     #[arg(long = "tenant", value_name = "NAME[,KEY=VALUE…]", requires = "queue")]
     tenants: Vec<String>,
-    /// Engines that fail: die_every_s=60,down_s=5,slow_every_s=…,hang_every_s=…
+    /// Engines that fail, such as die_every_s=60,down_s=5: die_every_s, down_s, slow_every_s, slow_s, slow_factor,
+    /// hang_every_s, hang_s, stall_s, attempts
     #[arg(long, value_name = "KEY=VALUE,…")]
     faults: Option<String>,
     /// Check all books after every so many events, and their sums after each
@@ -117,6 +119,9 @@ impl SimulateFlags {
             .iter()
             .map(|text| Tenant::parse(text).map_err(|error| format!("--tenant {text}: {error}")))
             .collect::<Result<_, _>>()?;
+        if let Some(twice) = (1..tenants.len()).find(|&at| tenants[..at].iter().any(|other| other.name == tenants[at].name)) {
+            return Err(format!("--tenant {}: it is there already; give each tenant once", tenants[twice].name));
+        }
         if !tenants.is_empty() {
             if tenants.iter().all(|tenant| tenant.share == 0.0) {
                 return Err("--tenant: all shares are 0; give one of them share=1".to_owned());

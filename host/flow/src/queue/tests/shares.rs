@@ -1,5 +1,7 @@
 //! Shares of tenants and classes, over long runs with fixed parts.
 
+use std::collections::{BTreeSet, HashMap};
+
 use super::*;
 
 /// Who comes: tier, class, its weight, tenant, its weight, work that is claimed and work that it is.
@@ -23,7 +25,7 @@ fn demand_of(source: &Source) -> Demand {
 /// Work done for each source, all of which have ten requests waiting all the time, while `slots` requests run at once.
 fn serve(sources: &[Source], slots: u32, ends: usize) -> Vec<u64> {
     let mut flow = flow(10_000, u64::MAX, room(0));
-    let mut owner = std::collections::HashMap::new();
+    let mut owner = HashMap::new();
     for _ in 0..10 {
         sources.iter().enumerate().for_each(|(number, source)| _ = owner.insert(queued(&mut flow, demand_of(source)), number));
     }
@@ -156,4 +158,105 @@ fn an_endless_row_of_new_tenants_does_not_keep_one_from_being_served() {
         next == own
     });
     assert!(ends.is_some_and(|ends| ends < 200), "{ends:?}");
+}
+
+/// One who sends more than there is room for, in virtual time.
+struct Sender {
+    source: Source,
+    tier: u32,
+    /// Work that it asks for in a millisecond.
+    offers: f64,
+    /// When its next request comes.
+    next_ms: f64,
+}
+
+/// Work done for each sender within a minute, where sixteen run at once, each a token each 10 ms, and few may wait.
+fn overload(mut senders: Vec<Sender>, max_requests: u32, seed: u64) -> Vec<u64> {
+    let mut flow = flow(max_requests, u64::MAX, room(16));
+    let mut random = seed;
+    let mut uniform = move || {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as f64 / f64::from(1u32 << 31)
+    };
+    let mut done = vec![0; senders.len()];
+    let mut ends = BTreeSet::new();
+    let mut owners = HashMap::new();
+    for now_ms in 0..60_000 {
+        let mut started = Vec::new();
+        while let Some(&(end_ms, ticket)) = ends.first()
+            && end_ms <= now_ms
+        {
+            ends.remove(&(end_ms, ticket));
+            let (number, work): (usize, u32) = owners[&ticket];
+            done[number] += u64::from(work);
+            flow.finish(ticket, work, now_ms);
+        }
+        for (number, sender) in senders.iter_mut().enumerate() {
+            while sender.next_ms <= now_ms as f64 {
+                let work = [16, 48, 32][(uniform() * 3.0) as usize];
+                sender.next_ms += f64::from(work) / sender.offers * -uniform().max(1e-9).ln();
+                let mut demand = Demand { work, deadline_ms: now_ms + 20_000, ..demand_of(&sender.source) };
+                demand.admitted.tier = sender.tier;
+                match flow.arrive(demand, now_ms) {
+                    Ok(Arrival::Started(ticket)) => {
+                        owners.insert(ticket, (number, work));
+                        started.push(ticket);
+                    }
+                    Ok(Arrival::Queued(ticket)) => _ = owners.insert(ticket, (number, work)),
+                    Err(_) => {}
+                }
+                assert!(flow.waiting() <= max_requests);
+            }
+        }
+        while let Some(action) = flow.select(now_ms) {
+            flow.apply(action, now_ms);
+            if let Action::Start(ticket) = action {
+                started.push(ticket);
+            }
+        }
+        for ticket in started {
+            flow.prefilled(ticket);
+            ends.insert((now_ms + 10 * u64::from(owners[&ticket].1), ticket));
+        }
+    }
+    flow.audit().unwrap();
+    done
+}
+
+/// Two classes, high and low, of three tenants each with weights 1, 2 and 4; `offers`: of all that sixteen can do, by class.
+#[track_caller]
+fn check_overload(tiers: [u32; 2], weights: [f32; 2], offers: [f64; 2], max_requests: u32, of_high: f64, tenants: [f64; 2]) {
+    for seed in 1..4 {
+        let mut senders = Vec::new();
+        for (class, name) in ["high", "low"].into_iter().enumerate() {
+            for (tenant, weight) in [(1, 1.0), (2, 2.0), (3, 4.0)] {
+                let source = Source { class: name, class_weight: weights[class], tenant, weight, ..SOURCE };
+                senders.push(Sender { source, tier: tiers[class], offers: offers[class] * 1.6 / 3.0, next_ms: 0.0 });
+            }
+        }
+        let done = overload(senders, max_requests, seed);
+        let of = |class: usize| done[3 * class..3 * class + 3].iter().sum::<u64>() as f64;
+        let near = |what: &str, share: f64, due: f64, off: f64| {
+            assert!((share / due - 1.0).abs() <= off, "{what} had {share:.3}, due were {due:.3}: {done:?}, seed {seed}");
+        };
+        near("the high class", of(0) / (of(0) + of(1)), of_high, 0.05);
+        for (class, off) in tenants.into_iter().enumerate() {
+            for tenant in 0..3 {
+                let share = done[3 * class + tenant] as f64 / of(class);
+                near(&format!("tenant {tenant} of class {class}"), share, f64::from(1 << tenant) / 7.0, off);
+            }
+        }
+    }
+}
+
+#[test]
+fn in_overload_classes_and_their_tenants_share_by_weight_though_few_may_wait() {
+    for max_requests in [150, 60] {
+        check_overload([0, 0], [3.0, 1.0], [1.8, 1.2], max_requests, 0.75, [0.05, 0.05]);
+    }
+}
+
+#[test]
+fn in_overload_the_first_tier_has_what_it_asks_for_and_the_rest_is_shared_by_weight() {
+    check_overload([0, 1], [1.0, 1.0], [0.6, 2.4], 150, 0.6, [f64::INFINITY, 0.05]);
 }
