@@ -125,6 +125,11 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
             splice.tally.prompt(original.prompt_of(index), ids.len() as u32);
         }
     }
+    // What the stream itself says comes first: it is the engine's own count.
+    // Of a prompt with images, the host knows the beginning only.
+    if prompts == 1 && course.prompt.is_exact() && facts.multimodal_items == 0 {
+        splice.tally.prompt(0, course.prompt.tokens().len() as u32);
+    }
     let wants_usage = original.wants_usage() && !said.has_last_usage;
     let shared = Arc::new(Shared { course, original, splice });
     let mut legs = SelectAll::new();

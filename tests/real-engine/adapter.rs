@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::{
-    engine::{LlamaServer, MODEL, completion},
+    engine::{LlamaServer, MODEL, chat, completion},
     harness::eventually,
 };
 
@@ -82,6 +82,21 @@ async fn without_metrics_its_slots_tell() {
     let engine = LlamaServer::start_with(&["--no-slots"]).await;
     let load = found(&engine).await.load().await.unwrap().remove(0);
     assert_eq!((load.running, load.max_running, load.kv_tokens_total), (None, Some(2), Some(8192)));
+}
+
+#[tokio::test]
+async fn it_counts_a_prompt_as_it_computes_it() {
+    let engine = LlamaServer::start().await;
+    let adapter = found(&engine).await;
+    for (endpoint, mut body) in [
+        (Endpoint::ChatCompletions, chat("Tell me about the sea.", 1)),
+        (Endpoint::Completions, completion("The router reads a prompt", 1)),
+    ] {
+        body["stream"] = false.into();
+        let ids = adapter.tokenize(endpoint, body.to_string().into()).await.unwrap().unwrap();
+        let reply: Value = serde_json::from_slice(&whole(&adapter, endpoint, &body).await.body).unwrap();
+        assert_eq!(reply["usage"]["prompt_tokens"], ids.len(), "{body}");
+    }
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! An engine killed within a stream, with a second beside it: what the client has in the end is what it would have had.
 //!
-//! One request at a time: then these engines say the same thing every time, also from the middle on (README.md here).
+//! One request at a time: then these engines say the same thing every time, also from the middle on, where they
+//! are told the same ids (README.md here).
 
 use serde_json::{Value, json};
 

@@ -67,6 +67,12 @@ impl Control {
         self.send(self.timeout, Method::POST, path, body.into()).await
     }
 
+    /// Asks what it may refuse, and what it may not offer: then there is no answer.
+    pub(crate) async fn asked(&self, path: &'static str, body: impl Into<Bytes>) -> Result<Option<Bytes>, EngineError> {
+        let reply = self.post(path, body).await?;
+        if reply.status.is_client_error() { Ok(None) } else { self.offered(path, reply) }
+    }
+
     async fn send(&self, after: Duration, method: Method, path: &'static str, body: Bytes) -> Result<WholeReply, EngineError> {
         let mut request = Request::new(body);
         if method == Method::POST {

@@ -117,6 +117,18 @@ impl Original {
         self.fields.get("stream_options").and_then(|options| options.get("include_usage")?.as_bool()).unwrap_or_default()
     }
 
+    /// The request of one choice's prompt alone, to learn how long it is; none if it has images, which are no text.
+    pub(super) fn with_prompt_of(&self, choice: u32) -> Option<Bytes> {
+        if self.is_multimodal {
+            return None;
+        }
+        let mut fields = self.fields.clone();
+        if let Some(prompt) = self.prompt(choice) {
+            fields.insert("prompt".to_owned(), prompt);
+        }
+        Some(Value::Object(fields).to_string().into())
+    }
+
     /// What to ask an engine for the rest of a choice.
     ///
     /// # Errors

@@ -51,6 +51,26 @@ pub(super) struct Shared {
     pub(super) splice: Splice,
 }
 
+impl Shared {
+    /// Sees to it that the prompt of a choice is counted: by the engine where it can, else as far as it can be reckoned.
+    async fn count_prompt(&self, index: u32, reckoned: Option<u32>, engine: &dyn Engine) {
+        let prompt = self.original.prompt_of(index);
+        if self.splice.tally.knows(prompt) {
+            return;
+        }
+        let counted = match self.original.with_prompt_of(index) {
+            Some(body) => {
+                let asked = timeout(TAIL, engine.tokenize(self.course.facts.endpoint, body)).await;
+                asked.ok().and_then(Result::ok).flatten()
+            }
+            None => None,
+        };
+        if let Some(tokens) = counted.map(|ids| ids.len() as u32).or(reckoned) {
+            self.splice.tally.prompt(prompt, tokens);
+        }
+    }
+}
+
 /// One choice's way to its end.
 pub(super) struct Leg {
     shared: Arc<Shared>,
@@ -68,6 +88,8 @@ pub(super) struct Leg {
     is_resumed: bool,
     /// Attempts since something came.
     in_vain: u32,
+    /// How long the client's prompt is, by an engine that was told text.
+    reckoned: Option<u32>,
     running: Option<Running>,
 }
 
@@ -84,6 +106,8 @@ struct Running {
     is_by_ids: bool,
     /// Output tokens that its prompt holds.
     before: u32,
+    /// Whether they are in its prompt as they were made: text may be cut into other tokens.
+    is_exact: bool,
 }
 
 /// Frames for the client, and how many tokens they hold.
@@ -112,6 +136,7 @@ impl Leg {
             silent_since: lost.silent_since,
             is_resumed: false,
             in_vain: 0,
+            reckoned: None,
             running: None,
             shared,
         }
@@ -213,21 +238,25 @@ impl Leg {
     }
 
     /// Learns from what the engine counted how long the client's own prompt is.
-    fn hear_usage(&self, chunk: &Chunk) {
+    fn hear_usage(&mut self, chunk: &Chunk) {
         if let (Some(usage), Some(running)) = (chunk.summary.usage, &self.running)
             && usage.prompt_tokens > running.before
         {
-            let prompt = self.shared.original.prompt_of(self.index);
-            self.shared.splice.tally.prompt(prompt, usage.prompt_tokens - running.before);
+            let tokens = usage.prompt_tokens - running.before;
+            if running.is_exact {
+                self.shared.splice.tally.prompt(self.shared.original.prompt_of(self.index), tokens);
+            } else {
+                self.reckoned = Some(tokens);
+            }
         }
     }
 
     /// Hears a worker out that has finished the choice: what it counted comes last.
     async fn finish(&mut self) {
         let Some(running) = &mut self.running else { return };
+        let engine = Arc::clone(&running.engine);
         if running.account.has_ended() {
             self.running = None;
-            return;
         }
         let until = At::now() + TAIL;
         while let Some(running) = &mut self.running {
@@ -242,6 +271,7 @@ impl Leg {
                 }
             }
         }
+        self.shared.count_prompt(self.index, self.reckoned, &*engine).await;
     }
 
     /// The worker that has it is lost.
@@ -341,12 +371,14 @@ impl Leg {
                     let feed = placing.snapshot.feed(worker.id);
                     course.lane.prefixes.taken_up(endpoint, feed, prompt, worker.spec.block_size);
                 }
+                // Of ids, some may stand for text that was told before them.
+                let is_exact = is_anew || (is_by_ids && self.choice.ids.len() as u32 == tokens);
                 if !is_by_ids {
                     self.choice.rebase();
                 }
                 let before = if is_anew { 0 } else { tokens };
                 let (first, engine, last) = (Some(first), Arc::clone(engine), Instant::now());
-                self.running = Some(Running { first, chunks, engine, account, vigil, last, seam, is_by_ids, before });
+                self.running = Some(Running { first, chunks, engine, account, vigil, last, seam, is_by_ids, before, is_exact });
                 Ok(true)
             }
             Ok(Opened::Whole(reply)) if !is_passing(reply.status) => {

@@ -194,11 +194,16 @@ impl Splice {
 }
 
 impl Tally {
-    /// An engine said, or showed, how long a prompt is.
+    /// How long a prompt is. What was said first holds.
     pub(super) fn prompt(&self, prompt: usize, tokens: u32) {
         if let Some(known) = self.prompts.get(prompt) {
             let _ = known.compare_exchange(0, tokens, Relaxed, Relaxed);
         }
+    }
+
+    /// Whether it is known how long a prompt is.
+    pub(super) fn knows(&self, prompt: usize) -> bool {
+        self.prompt_tokens.is_some() || self.prompts.get(prompt).is_some_and(|tokens| tokens.load(Relaxed) > 0)
     }
 
     /// Output tokens of a choice, before more come.

@@ -6,9 +6,11 @@
 
 use std::{sync::Mutex, time::Instant};
 
-use dynamo_engine_api::{ChatContinuation, Continues, EngineError, RankLoad};
+use bytes::Bytes;
+use dynamo_engine_api::{ChatContinuation, Continues, Endpoint, EngineError, RankLoad};
 use futures_core::future::BoxFuture;
 use serde::Deserialize;
+use serde_json::json;
 
 use super::{Dialect, rate::Rates, succeeds};
 use crate::{
@@ -20,6 +22,8 @@ pub(super) const OWNED_BY: &str = "llamacpp";
 const METRICS: &str = "/metrics";
 const SLOTS: &str = "/slots";
 const PROPS: &str = "/props";
+const TEMPLATE: &str = "/apply-template";
+const TOKENIZE: &str = "/tokenize";
 
 #[derive(Debug, Default)]
 pub(super) struct Llamacpp {
@@ -57,6 +61,32 @@ impl Dialect for Llamacpp {
         })
     }
 
+    /// As its endpoints do: a chat's text by `/apply-template`, and the tokens of a text by `/tokenize`.
+    fn tokenize<'a>(
+        &'a self,
+        control: &'a Control,
+        endpoint: Endpoint,
+        body: Bytes,
+    ) -> BoxFuture<'a, Result<Option<Vec<u32>>, EngineError>> {
+        Box::pin(async move {
+            let text = match endpoint {
+                Endpoint::ChatCompletions => {
+                    let Some(body) = control.asked(TEMPLATE, body).await? else { return Ok(None) };
+                    control.json::<Text>(TEMPLATE, &body)?
+                }
+                // Batches, and prompts of ids, are no text.
+                Endpoint::Completions => match serde_json::from_slice(&body) {
+                    Ok(text) => text,
+                    Err(_) => return Ok(None),
+                },
+                _ => return Ok(None),
+            };
+            let asked = json!({ "content": text.prompt, "add_special": true, "parse_special": true });
+            let Some(body) = control.asked(TOKENIZE, asked.to_string()).await? else { return Ok(None) };
+            control.json::<Tokens>(TOKENIZE, &body).map(|Tokens { tokens }| Some(tokens))
+        })
+    }
+
     /// Ids are given by its own `/completion` only.
     fn continues(&self) -> Continues {
         Continues { gives_ids: false, takes_ids: true, chat: Some(ChatContinuation::Prefill) }
@@ -65,6 +95,17 @@ impl Dialect for Llamacpp {
     fn forget(&self) {
         self.rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).forget();
     }
+}
+
+/// A prompt as text: what `/apply-template` answers, and a completion.
+#[derive(Deserialize)]
+struct Text {
+    prompt: String,
+}
+
+#[derive(Deserialize)]
+struct Tokens {
+    tokens: Vec<u32>,
 }
 
 #[derive(Deserialize)]

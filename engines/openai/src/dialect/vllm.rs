@@ -59,12 +59,8 @@ impl Dialect for Vllm {
             if !is_tokenized(endpoint, &body) {
                 return Ok(None);
             }
-            let reply = control.post(TOKENIZE, body).await?;
             // What it refuses here it will refuse there, in words for the client.
-            if reply.status.is_client_error() {
-                return Ok(None);
-            }
-            let Some(body) = control.offered(TOKENIZE, reply)? else { return Ok(None) };
+            let Some(body) = control.asked(TOKENIZE, body).await? else { return Ok(None) };
             control.json::<Tokens>(TOKENIZE, &body).map(|Tokens { tokens }| Some(tokens))
         })
     }

@@ -122,6 +122,35 @@ async fn vllm_is_asked_for_the_tokens_of_what_it_can_tokenize() {
 }
 
 #[tokio::test]
+async fn llama_cpp_is_asked_for_a_chats_text_and_then_for_its_tokens() {
+    let server = Scripted::start(|mut connection| async move {
+        while let Some(request) = connection.request().await {
+            let answer = if request.body.contains("refuse") {
+                whole_answer("400 Bad Request", "{}")
+            } else if request.head.starts_with("post /apply-template") {
+                whole_answer("200 OK", r#"{"prompt":"<user>hi<assistant>"}"#)
+            } else if request.head.starts_with("post /tokenize") {
+                assert!(request.body.contains("\"add_special\":true"), "{}", request.body);
+                let is_templated = request.body.contains("<user>hi<assistant>");
+                whole_answer("200 OK", if is_templated { r#"{"tokens":[7,8,9]}"# } else { r#"{"tokens":[8]}"# })
+            } else {
+                whole_answer("200 OK", "{}")
+            };
+            connection.write(answer).await;
+        }
+    })
+    .await;
+    let engine = server.engine_with(OpenAiOptions { kind: Some(Kind::Llamacpp), ..Default::default() });
+    let tokens = async |endpoint, body: Value| soon(engine.tokenize(endpoint, body.to_string().into())).await.unwrap();
+    let chat = |says: &str| json!({ "messages": [{ "role": "user", "content": says }] });
+    assert_eq!(tokens(Endpoint::ChatCompletions, chat("hi")).await, Some(vec![7, 8, 9]));
+    assert_eq!(tokens(Endpoint::ChatCompletions, chat("refuse")).await, None);
+    assert_eq!(tokens(Endpoint::Completions, json!({ "prompt": "hi" })).await, Some(vec![8]));
+    assert_eq!(tokens(Endpoint::Completions, json!({ "prompt": ["hi", "ho"] })).await, None);
+    assert_eq!(tokens(Endpoint::Responses, json!({ "input": "hi" })).await, None);
+}
+
+#[tokio::test]
 async fn vllms_load_is_read_from_its_metrics() {
     let (double, engine) = found(Vllm::default()).await;
     let before = soon(engine.load()).await.unwrap();
