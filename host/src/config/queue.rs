@@ -84,7 +84,7 @@ impl Default for QueueConfig {
             max_requests: 4096,
             max_tokens: 20_000_000,
             timeout_s: None,
-            max_running: 256,
+            max_running: 1024,
             prefill_steps: 4,
             classes: BTreeMap::new(),
             tenants: BTreeMap::new(),
