@@ -3,6 +3,7 @@
 use std::{env, fs, path::Path, process::Command, time::Duration};
 
 use serde_json::Value;
+use tokio::sync::Mutex;
 
 use crate::harness::{
     components,
@@ -39,6 +40,9 @@ fn with_the_toolchain(command: &mut Command) {
 }
 
 async fn compiled(name: &str, mut command: Command) -> Finished {
+    // They share a folder for what is built, with crates of the same name in it.
+    static TURN: Mutex<()> = Mutex::const_new(());
+    let _turn = TURN.lock().await;
     Process::start(name, &mut command).finished_within(COMPILED).await
 }
 

@@ -142,7 +142,8 @@ fn fuzz(seconds: u64, targets: &[String]) -> Result<()> {
 fn overload(seconds: u32, release: bool, scenes: &[String]) -> Result<()> {
     policies::build()?;
     let mut command = cargo();
-    command.args(["test", "--package", "dynamo-host", "--test", "e2e"]).args(release.then_some("--release"));
+    // Of the whole workspace, for the reason that `faults` has.
+    command.args(["test", "--workspace", "--test", "e2e"]).args(release.then_some("--release"));
     command.args(["--", "overload::", "--nocapture", "--test-threads=1"]);
     command.env("DYNAMO_HOST_OVERLOAD_SECONDS", seconds.to_string()).env("DYNAMO_HOST_OVERLOAD_SCENES", scenes.join(","));
     run::check(&mut command)
