@@ -313,7 +313,8 @@ impl Report {
         }
         if self.is_by_tiers() {
             let ttft = |class: usize, share| self.tallies[class].iter().map(|tally| tally.ttft(share)).max().unwrap();
-            assert!(ttft(0, 0.99) < ttft(1, 0.5), "the high class does not go first");
+            // Within its own limits, nobody waits long enough for it to show.
+            assert!(sheds("token-bucket") || ttft(0, 0.99) < ttft(1, 0.5), "the high class does not go first");
             let refused: usize = self.tallies[0].iter().map(Tally::refused).sum();
             assert!(refused == 0 || sheds("slo-shed") || sheds("token-bucket"), "the high class was refused {refused}");
         } else {
