@@ -198,6 +198,13 @@ impl Queue {
         lock(&self.state).flow.pool(pool.key, self.now_ms())
     }
 
+    /// The same, with the wait of one of this standing.
+    pub(super) fn load_for(&self, pool: &Pool, tenant: u64, admitted: &Admitted) -> PoolLoad {
+        let flow = &lock(&self.state).flow;
+        let predicted_wait_ms = flow.predicted_wait_ms(pool.key, tenant, admitted);
+        PoolLoad { predicted_wait_ms, ..flow.pool(pool.key, self.now_ms()) }
+    }
+
     /// Room must be that of the workers that the request sees.
     pub(super) fn catch_up(&self) {
         if self.generation.load(Relaxed) != self.roster.snapshot().fleet().generation() {

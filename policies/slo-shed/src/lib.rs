@@ -1,7 +1,7 @@
 //! SLO shed: lets in only what can still meet its target for the time to first token.
 //!
-//! What a request has to expect is the wait that the host predicts, and the time to first token that others had lately once
-//! they were sent. By that over its target, its *pressure*, a class is shed: from `shed_at` on, until it is below
+//! What a request has to expect is the wait that the host predicts for one of its standing, and the time to first token that
+//! others had lately once they were sent. By that over its target, its *pressure*, a class is shed: from `shed_at` on, until it is below
 //! `resume_at`, so that it does not flap. Classes lower in the list are shed at a lower pressure, by `headroom` each, and
 //! always where a more important one is: the lowest goes first and comes back last. Which classes are shed is kept in the host's
 //! `state`, so that all instances, and the next version, go on from there.
@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use dynamo_policy_sdk::{
     Admission, Pools, Request, Verdict,
-    classes::{Class, Classes, MAX_CLASSES},
+    classes::{Class, Classes},
     schemars::{self, JsonSchema},
     serde::{self, Deserialize},
     state, telemetry,
@@ -22,8 +22,10 @@ use dynamo_policy_sdk::{
 const MAX_TARGET_MS: f32 = 3_600_000.0;
 /// The least pressure at which a class is shed, however low it is.
 const LEAST_PRESSURE: f32 = 0.1;
-/// How long it is remembered that a class is shed when nobody asks.
-const REMEMBERED: Duration = Duration::from_secs(30);
+/// How long it is remembered that a class is shed when nobody of it comes: the lower ones are shed for as long.
+const REMEMBERED: Duration = Duration::from_secs(5);
+/// What is kept of a class that is shed.
+const SHED: &[u8] = &[1];
 /// When a client is told to come back.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -104,21 +106,15 @@ impl Admission for SloShed {
         let Some(expected_ms) = self.expected_ms(pools) else { return admitted() };
         // Of no class is after all classes.
         let rank = class.unwrap_or(self.classes.list().len());
-        let shed = self.shed(pools.pool_key()[0], request, rank, expected_ms);
-        if shed & up_to(rank) == 0 {
+        if !self.is_shed(pools.pool_key()[0], request, rank, expected_ms) {
             return admitted();
         }
-        let target_ms = self.target_ms(request, rank, rank).unwrap_or(expected_ms);
+        let target_ms = self.target_ms(request, rank).unwrap_or(expected_ms);
         let until_ms = (expected_ms - target_ms * self.threshold(rank) * self.settings.resume_at).max(0.0);
         let retry_after = Duration::from_secs_f32(until_ms / 1000.0).clamp(RETRY_AFTER.0, RETRY_AFTER.1);
         telemetry::counter_add(class.map_or("shed", |class| &self.classes.list()[class].name), 1);
         Verdict::shed(503, "the first token cannot be expected within its target now").retry_after(retry_after).into()
     }
-}
-
-/// Bits of a class and of all that are more important.
-fn up_to(rank: usize) -> u64 {
-    (2 << rank) - 1
 }
 
 impl SloShed {
@@ -132,10 +128,10 @@ impl SloShed {
         Some(wait_ms + if served_ms.is_finite() { served_ms } else { 0.0 })
     }
 
-    /// The target of a class; `own` is that of the request, whose own target counts where its class has none.
-    fn target_ms(&self, request: &Request, rank: usize, own: usize) -> Option<f32> {
+    /// The target of a request: its class's, else its own.
+    fn target_ms(&self, request: &Request, rank: usize) -> Option<f32> {
         let of_class = self.classes.list().get(rank).and_then(|class| self.settings.class_ttft_ms.get(&class.name));
-        let of_request = || Some(request.slo_ttft_ms()).filter(|ms| rank == own && *ms > 0.0);
+        let of_request = || Some(request.slo_ttft_ms()).filter(|ms| *ms > 0.0);
         of_class.copied().or_else(of_request).or(self.settings.ttft_ms)
     }
 
@@ -144,31 +140,22 @@ impl SloShed {
         (self.settings.shed_at * (1.0 - self.settings.headroom * rank as f32)).max(LEAST_PRESSURE)
     }
 
-    /// Which classes are shed now, a bit for each, the most important lowest.
-    fn shed(&self, pool: u64, request: &Request, own: usize, expected_ms: f32) -> u64 {
-        let key = format!("shed.{pool:016x}");
-        let before = state::get(&key).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))).unwrap_or(0);
-        let mut now = before;
-        for rank in 0..=self.classes.list().len() {
-            // Of those without a target, each request may have one of its own: it is looked at when it comes.
-            let Some(target_ms) = self.target_ms(request, rank, own) else { continue };
+    /// Whether a class is shed now: for its own pressure, or since a more important one is.
+    fn is_shed(&self, pool: u64, request: &Request, rank: usize, expected_ms: f32) -> bool {
+        let key = |rank: usize| format!("shed.{pool:016x}.{rank}");
+        let is_set = |rank| state::get(&key(rank)).is_some_and(|kept| kept == SHED);
+        let was = is_set(rank);
+        let is = self.target_ms(request, rank).is_some_and(|target_ms| {
             let (pressure, threshold) = (expected_ms / target_ms, self.threshold(rank));
-            let bit = 1 << rank;
-            if pressure > threshold {
-                now |= bit;
-            } else if pressure < threshold * self.settings.resume_at {
-                now &= !bit;
-            }
-        }
-        if now != before || now != 0 {
+            if was { pressure >= threshold * self.settings.resume_at } else { pressure > threshold }
+        });
+        if is || was {
             // Where it cannot be kept it is found anew each time, and may flap.
-            let _ = state::set(&key, &now.to_le_bytes(), REMEMBERED);
+            let _ = state::set(&key(rank), if is { SHED } else { &[] }, REMEMBERED);
         }
-        now
+        is || (0..rank).any(is_set)
     }
 }
-
-const _: () = assert!(MAX_CLASSES < 63, "a bit for each class, and for none");
 
 dynamo_policy_sdk::register!(SloShed as Admission);
 

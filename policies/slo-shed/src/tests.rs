@@ -67,8 +67,11 @@ fn the_lowest_class_is_shed_first_and_comes_back_last() {
 fn a_lower_class_is_not_let_in_where_a_higher_one_is_shed() {
     let policy = policy(&format!(r#"{{"class_ttft_ms": {{"high": 200, "low": 60000}}, {CLASSES}}}"#));
     let low = Request::test().with_priority(-1.0);
-    assert!(!is_shed(&policy, &low, 50.0));
-    assert!(is_shed(&policy, &low, 300.0), "300 ms are nothing to it, but the high ones cannot wait so long");
+    assert!(!is_shed(&policy, &low, 300.0), "300 ms are nothing to it");
+    assert!(is_shed(&policy, &Request::test().with_priority(1.0), 150.0));
+    assert!(is_shed(&policy, &low, 50.0), "but the high ones cannot wait so long");
+    testing::advance(REMEMBERED);
+    assert!(!is_shed(&policy, &low, 300.0), "and none of them came for a while");
 }
 
 #[test]

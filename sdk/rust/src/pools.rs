@@ -84,7 +84,7 @@ impl Pools {
         self.pull(&self.oldest_age_ms, host::oldest_age_ms, UNKNOWN)
     }
 
-    /// What the host predicts that the request would wait in its queue, behind all that waits there now.
+    /// What the host predicts that the request would wait in its queue, standing there as the host's configuration says.
     pub fn predicted_wait_ms(&self) -> &[f32] {
         self.pull(&self.predicted_wait_ms, host::predicted_wait_ms, f32::NAN)
     }
