@@ -242,6 +242,7 @@ pub(crate) async fn place(
             request: Arc::new(facts.clone()),
             candidates: Arc::clone(&candidates),
             overlap: Some(Arc::clone(&overlap)),
+            links: None,
             now_ms: lane.clock.now_ms(),
             unix_ms: unix_ms(),
             // Asked again, a policy that decides by chance must not repeat itself.
@@ -261,6 +262,12 @@ pub(crate) async fn place(
         match verdict {
             Verdict::Place(ranking) => {
                 let rows = ranking.rows().to_vec();
+                let recorder = recorder.cloned();
+                return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
+            }
+            Verdict::PlacePairs(pairs) => {
+                let mut rows: Vec<u32> = pairs.into_iter().map(|(_, decode)| decode).collect();
+                rows.dedup();
                 let recorder = recorder.cloned();
                 return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
             }

@@ -4,6 +4,7 @@
 //! collected; dropping a reply cancels the engine's work at once; a stream that ends without its finish
 //! reason is an error, whatever the HTTP status was. An engine never sees a policy.
 
+pub mod handoff;
 pub mod sse;
 
 #[cfg(feature = "conformance")]
@@ -14,6 +15,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use bytes::Bytes;
 pub use dynamo_host_core::{Endpoint, EngineHash, KvEvent, StoredBlocks, Tier};
 use futures_core::{Stream, future::BoxFuture};
+pub use handoff::{Leg, Prefilled, Protocol, Ticket};
 use http::{HeaderMap, StatusCode};
 pub use sse::{Chunk, Summary, Usage};
 
@@ -42,6 +44,29 @@ pub trait Engine: Send + Sync + 'static {
     /// How it goes on with an answer that another engine began, as far as is known.
     fn continues(&self) -> Continues {
         Continues::default()
+    }
+
+    /// How it hands KV over, as far as is known; `None`: it does not.
+    fn handoff(&self) -> Option<Protocol> {
+        None
+    }
+
+    /// Makes the ticket of a hand-off whose prefill this engine is to compute. Of concurrent protocols only.
+    fn ticket(&self) -> BoxFuture<'_, Result<Ticket, EngineError>> {
+        Box::pin(async { Err(EngineError::no_handoff(self.kind())) })
+    }
+
+    /// Reads this engine's successful answer to a prefill leg. Of sequential protocols only.
+    ///
+    /// # Errors
+    /// If it says nothing by which somebody could go on: it was not set up to hand KV over.
+    fn prefilled(&self, _reply: &WholeReply) -> Result<Prefilled, EngineError> {
+        Err(EngineError::no_handoff(self.kind()))
+    }
+
+    /// Gives up KV that this engine, which was to decode, has not fetched, so that nobody keeps it longer than needed. Best effort.
+    fn release(&self, _request: GenerateRequest) -> BoxFuture<'_, ()> {
+        Box::pin(async {})
     }
 
     /// Token ids of a request's prompt as the engine would compute them; `None` if it cannot say.
@@ -198,13 +223,25 @@ pub struct GenerateRequest {
     pub priority: i32,
     /// Whether the ids of tokens are wanted, from an engine that can give them. What the body says of it wins.
     pub wants_token_ids: bool,
+    /// Which part of it is asked for.
+    pub leg: Leg,
 }
 
 impl GenerateRequest {
-    /// A plain request: no headers, any rank, normal priority, no token ids.
+    /// A plain request: all of it, no headers, any rank, normal priority, no token ids.
     #[must_use]
     pub fn new(endpoint: Endpoint, body: Bytes, stream: bool, request_id: Arc<str>) -> Self {
-        Self { endpoint, body, stream, request_id, headers: HeaderMap::new(), rank: None, priority: 0, wants_token_ids: false }
+        Self {
+            endpoint,
+            body,
+            stream,
+            request_id,
+            headers: HeaderMap::new(),
+            rank: None,
+            priority: 0,
+            wants_token_ids: false,
+            leg: Leg::Whole,
+        }
     }
 }
 
@@ -293,6 +330,11 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// An engine of this kind was asked for its part in a hand-off.
+    fn no_handoff(kind: &str) -> Self {
+        Self::Protocol { engine: kind.to_owned(), reason: "it hands no KV over, as far as is known".to_owned() }
+    }
+
     /// Metric label.
     #[must_use]
     pub fn label(&self) -> &'static str {

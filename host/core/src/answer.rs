@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::{request::Stage, worker::Role};
+
 /// Rows that a ranking holds at most.
 pub const MAX_RANKED: usize = 16;
 
@@ -32,6 +34,8 @@ pub enum Answer {
 pub enum Verdict {
     /// Send it to the first of these that takes it.
     Place(Ranking),
+    /// Prefill and decode on the first of these pairs (prefill, decode) that takes it: 1 to [`MAX_RANKED`] different ones.
+    PlacePairs(Vec<(u32, u32)>),
     /// Ask again later.
     Hold {
         /// After this time at the latest.
@@ -121,9 +125,28 @@ pub enum AnswerFault {
         /// The status.
         status: u16,
     },
-    /// It answered with what this host or stage cannot do.
-    #[error("it used place-disaggregated, which this host does not carry out yet; use place")]
-    Unsupported,
+    /// It placed a pair where one worker is asked for.
+    #[error("it used place-disaggregated in the stage {}, where one worker is asked for; use place", stage.code())]
+    NoPairs {
+        /// The stage.
+        stage: Stage,
+    },
+    /// It gave a worker of a pair what that does not do.
+    #[error("it gave {part} to row {row}, whose role is {role}; see candidates.role")]
+    Role {
+        /// `prefill` or `decode`.
+        part: &'static str,
+        /// The row.
+        row: u32,
+        /// What it does.
+        role: Role,
+    },
+    /// It gave both parts to one worker.
+    #[error("it gave prefill and decode to the same row {row}; use place for whole requests")]
+    Same {
+        /// The row.
+        row: u32,
+    },
 }
 
 impl AnswerFault {
@@ -137,28 +160,83 @@ impl AnswerFault {
             Self::OutOfRange { .. } => "answer-out-of-range",
             Self::Duplicate { .. } => "answer-duplicate",
             Self::Status { .. } => "answer-status",
-            Self::Unsupported => "answer-unsupported",
+            Self::NoPairs { .. } => "answer-no-pairs",
+            Self::Role { .. } => "answer-role",
+            Self::Same { .. } => "answer-same-row",
         }
     }
 }
 
-/// Checks an answer against `count` candidates.
+/// Checks an answer against `count` candidates of these roles, in a stage.
 ///
 /// # Errors
 /// Says what is wrong with it.
-pub fn validate(answer: Option<Answer>, count: u32) -> Result<Verdict, AnswerFault> {
+pub fn validate(answer: Option<Answer>, stage: Stage, count: u32, role: impl Fn(u32) -> Role) -> Result<Verdict, AnswerFault> {
     match answer.ok_or(AnswerFault::NoAnswer)? {
         Answer::Place(rows) => Ranking::new(rows, count).map(Verdict::Place),
-        Answer::PlaceDisaggregated(_) => Err(AnswerFault::Unsupported),
+        Answer::PlaceDisaggregated(_) if stage != Stage::Whole => Err(AnswerFault::NoPairs { stage }),
+        Answer::PlaceDisaggregated(pairs) => check_pairs(&pairs, count, role).map(|()| Verdict::PlacePairs(pairs)),
         Answer::Hold { at_most_ms } => Ok(Verdict::Hold { at_most_ms }),
         Answer::Reject(rejection) if (400..600).contains(&rejection.status) => Ok(Verdict::Reject(rejection)),
         Answer::Reject(rejection) => Err(AnswerFault::Status { status: rejection.status }),
     }
 }
 
+fn check_pairs(pairs: &[(u32, u32)], count: u32, role: impl Fn(u32) -> Role) -> Result<(), AnswerFault> {
+    if pairs.is_empty() {
+        return Err(AnswerFault::Empty);
+    }
+    if pairs.len() > MAX_RANKED {
+        return Err(AnswerFault::TooMany { rows: pairs.len() });
+    }
+    for (i, &(prefill, decode)) in pairs.iter().enumerate() {
+        if let Some(row) = [prefill, decode].into_iter().find(|&row| row >= count) {
+            return Err(AnswerFault::OutOfRange { row, count });
+        }
+        if prefill == decode {
+            return Err(AnswerFault::Same { row: prefill });
+        }
+        for (part, row, does) in [("prefill", prefill, role(prefill).prefills()), ("decode", decode, role(decode).decodes())] {
+            if !does {
+                return Err(AnswerFault::Role { part, row, role: role(row) });
+            }
+        }
+        if pairs[..i].contains(&(prefill, decode)) {
+            return Err(AnswerFault::Duplicate { row: prefill });
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn of_stage(answer: Option<Answer>, stage: Stage, count: u32) -> Result<Verdict, AnswerFault> {
+        const ROLES: [Role; 4] = [Role::Prefill, Role::Decode, Role::Both, Role::Aggregated];
+        super::validate(answer, stage, count, |row| ROLES[row as usize % 4])
+    }
+
+    fn validate(answer: Option<Answer>, count: u32) -> Result<Verdict, AnswerFault> {
+        of_stage(answer, Stage::Whole, count)
+    }
+
+    #[test]
+    fn a_pair_is_two_workers_that_do_their_parts_and_is_placed_for_whole_requests() {
+        let place =
+            |pairs: &[(u32, u32)]| validate(Some(Answer::PlaceDisaggregated(pairs.to_vec())), 4).map_err(|fault| fault.cause());
+        for pairs in [&[(0, 1)][..], &[(0, 2), (2, 1), (0, 1)]] {
+            assert_eq!(place(pairs), Ok(Verdict::PlacePairs(pairs.to_vec())));
+        }
+        assert_eq!(place(&[]), Err("answer-empty"));
+        assert_eq!(place(&[(0, 4)]), Err("answer-out-of-range"));
+        assert_eq!(place(&[(2, 2)]), Err("answer-same-row"));
+        assert_eq!(place(&[(1, 2)]), Err("answer-role"));
+        assert_eq!(place(&[(0, 3)]), Err("answer-role"));
+        assert_eq!(place(&[(0, 1), (0, 1)]), Err("answer-duplicate"));
+        let decode = of_stage(Some(Answer::PlaceDisaggregated(vec![(0, 1)])), Stage::Decode, 4);
+        assert_eq!(decode, Err(AnswerFault::NoPairs { stage: Stage::Decode }));
+    }
 
     #[track_caller]
     fn check(rows: &[u32], count: u32, expected: Result<(), &str>) {

@@ -46,14 +46,82 @@ pub struct Fleet {
     eligible: HashMap<String, Eligible>,
 }
 
-/// Workers of one model that are candidates together: of one role, and with one adapter if it names one.
-type Group<'a> = (Role, Option<&'a str>);
+/// Which of a model's workers a decision is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Among {
+    /// Those that serve whole requests. Aggregated ones, where there are any; else the decode pool, else the prefill pool, as
+    /// far as their engines do that.
+    Whole,
+    /// Those where a request may begin, if its KV may be handed over: those that serve it whole, and those that prefill for
+    /// somebody. Where that cannot be, the same as [`Whole`](Self::Whole).
+    Beginning,
+    /// All of them, for who tells roles apart; without anybody to hand over to, the same as [`Whole`](Self::Whole).
+    Everyone,
+    /// Those that decode what others have prefilled.
+    Decoders,
+}
 
 /// The eligible workers of a model: all of them, and for each adapter those that have it.
 #[derive(Debug, Default)]
 struct Eligible {
-    whole: Vec<(Role, Arc<Candidates>)>,
-    adapted: HashMap<String, Vec<(Role, Arc<Candidates>)>>,
+    all: Parts,
+    adapted: HashMap<String, Parts>,
+}
+
+/// The candidates of each part of the work.
+#[derive(Debug, Default)]
+struct Parts {
+    whole: Option<Arc<Candidates>>,
+    beginning: Option<Arc<Candidates>>,
+    everyone: Option<Arc<Candidates>>,
+    decoders: Option<Arc<Candidates>>,
+}
+
+impl Parts {
+    fn new(workers: &Arc<[Worker]>, rows: Vec<u32>, have_adapter: bool) -> Self {
+        let worker = |row: u32| &workers[row as usize];
+        let some = |keep: &dyn Fn(&Worker) -> bool| -> Option<Vec<u32>> {
+            let rows: Vec<u32> = rows.iter().copied().filter(|&row| keep(worker(row))).collect();
+            (!rows.is_empty()).then_some(rows)
+        };
+        let candidates = |rows: Vec<u32>| Arc::new(Candidates::new(workers, rows, have_adapter));
+        if rows.iter().all(|&row| worker(row).spec.role == Role::Aggregated) {
+            let all = (!rows.is_empty()).then(|| candidates(rows));
+            return Self { whole: all.clone(), beginning: all.clone(), everyone: all, decoders: None };
+        }
+        let serves = |role: &dyn Fn(Role) -> bool| some(&|worker| worker.handoff.serves_whole && role(worker.spec.role));
+        let whole = serves(&|role| matches!(role, Role::Aggregated | Role::Both))
+            .or_else(|| serves(&|role| role == Role::Decode))
+            .or_else(|| serves(&|role| role == Role::Prefill));
+        let has_partner = |of: &Worker| {
+            let is_partner =
+                |other: &Worker| other.spec.role.decodes() && other.id != of.id && other.handoff.group == of.handoff.group;
+            of.spec.role.prefills() && of.handoff.group.is_some() && rows.iter().any(|&row| is_partner(worker(row)))
+        };
+        let decoders = some(&|worker| worker.spec.role.decodes());
+        let (beginning, everyone) = if rows.iter().any(|&row| has_partner(worker(row))) {
+            let begins = |worker: &Worker| match worker.spec.role {
+                Role::Aggregated | Role::Both => worker.handoff.serves_whole,
+                Role::Prefill => has_partner(worker),
+                Role::Decode => false,
+            };
+            (some(&begins), Some(rows.clone()))
+        } else {
+            (whole.clone(), whole.clone())
+        };
+        let [whole, beginning, everyone, decoders] = [whole, beginning, everyone, decoders].map(|rows| rows.map(candidates));
+        Self { whole, beginning, everyone, decoders }
+    }
+
+    fn among(&self, among: Among) -> Option<Arc<Candidates>> {
+        match among {
+            Among::Whole => &self.whole,
+            Among::Beginning => &self.beginning,
+            Among::Everyone => &self.everyone,
+            Among::Decoders => &self.decoders,
+        }
+        .clone()
+    }
 }
 
 impl Fleet {
@@ -71,13 +139,13 @@ impl Fleet {
         }
         let workers: Arc<[Worker]> = workers.into();
         // By borrowed names: thousands of workers have few of them.
-        let mut models: HashMap<&str, HashMap<Group<'_>, Vec<u32>>> = HashMap::new();
+        let mut models: HashMap<&str, HashMap<Option<&str>, Vec<u32>>> = HashMap::new();
         for (index, worker) in (0..).zip(workers.iter()) {
             let groups = models.entry(&worker.spec.model).or_default();
             if worker.state.is_eligible() {
-                groups.entry((worker.spec.role, None)).or_default().push(index);
+                groups.entry(None).or_default().push(index);
                 for adapter in worker.adapters.iter() {
-                    groups.entry((worker.spec.role, Some(adapter))).or_default().push(index);
+                    groups.entry(Some(adapter)).or_default().push(index);
                 }
             }
         }
@@ -85,13 +153,12 @@ impl Fleet {
         let mut eligible: HashMap<String, Eligible> = HashMap::with_capacity(models.len());
         for (model, groups) in models {
             let mut of_model = Eligible::default();
-            for ((role, adapter), rows) in groups {
-                let candidates = Arc::new(Candidates::new(&workers, rows, adapter.is_some()));
-                let place = match adapter {
-                    Some(adapter) => of_model.adapted.entry(adapter.to_owned()).or_default(),
-                    None => &mut of_model.whole,
-                };
-                place.push((role, candidates));
+            for (adapter, rows) in groups {
+                let parts = Parts::new(&workers, rows, adapter.is_some());
+                match adapter {
+                    Some(adapter) => drop(of_model.adapted.insert(adapter.to_owned(), parts)),
+                    None => of_model.all = parts,
+                }
             }
             eligible.insert(model.to_owned(), of_model);
         }
@@ -116,21 +183,17 @@ impl Fleet {
         &self.models
     }
 
-    /// Workers that may be given requests for `model` in `role`; `None` if there is none.
+    /// Workers that may be given requests for `model`; `None` if there is none.
     #[must_use]
-    pub fn candidates(&self, model: &str, role: Role) -> Option<Arc<Candidates>> {
-        of_role(&self.eligible.get(model)?.whole, role)
+    pub fn candidates(&self, model: &str, among: Among) -> Option<Arc<Candidates>> {
+        self.eligible.get(model)?.all.among(among)
     }
 
     /// Those of them that have a LoRA adapter loaded; `None` if there is none.
     #[must_use]
-    pub fn candidates_with(&self, model: &str, adapter: &str, role: Role) -> Option<Arc<Candidates>> {
-        of_role(self.eligible.get(model)?.adapted.get(adapter)?, role)
+    pub fn candidates_with(&self, model: &str, adapter: &str, among: Among) -> Option<Arc<Candidates>> {
+        self.eligible.get(model)?.adapted.get(adapter)?.among(among)
     }
-}
-
-fn of_role(groups: &[(Role, Arc<Candidates>)], role: Role) -> Option<Arc<Candidates>> {
-    groups.iter().find(|(of, _)| *of == role).map(|(_, candidates)| Arc::clone(candidates))
 }
 
 /// The workers that may serve a request, in ascending id.
@@ -192,9 +255,25 @@ impl Candidates {
         &self.workers[self.rows[row as usize] as usize]
     }
 
+    /// A worker of the fleet that these were drawn from, a candidate or not.
+    #[must_use]
+    pub fn find(&self, worker: WorkerId) -> Option<&Worker> {
+        self.workers.binary_search_by_key(&worker, |of| of.id).ok().map(|place| &self.workers[place])
+    }
+
     /// All of them, in row order.
     pub fn iter(&self) -> impl Iterator<Item = &Worker> {
         self.rows.iter().map(|&row| &self.workers[row as usize])
+    }
+
+    /// Those that are to be kept by what they are; the same set if all are, `None` if nothing remains.
+    #[must_use]
+    pub fn of(self: &Arc<Self>, keep: impl Fn(&Worker) -> bool) -> Option<Arc<Self>> {
+        if self.iter().all(&keep) {
+            return Some(Arc::clone(self));
+        }
+        let rows: Vec<u32> = self.rows.iter().copied().filter(|&row| keep(&self.workers[row as usize])).collect();
+        (!rows.is_empty()).then(|| Arc::new(Self::new(&self.workers, rows, self.have_adapter)))
     }
 
     /// Those that are not among `excluded`; `None` if nothing remains.

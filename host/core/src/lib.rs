@@ -9,6 +9,7 @@ pub mod column;
 pub mod fleet;
 pub mod id;
 pub mod kv;
+pub mod links;
 pub mod load;
 pub mod native;
 pub mod request;
@@ -18,13 +19,14 @@ pub mod worker;
 pub use admission::{Admitted, PoolState};
 pub use answer::{Answer, AnswerFault, Ranking, Rejection};
 pub use column::Column;
-pub use fleet::{Candidates, Fleet, FleetError, RecordedError};
+pub use fleet::{Among, Candidates, Fleet, FleetError, RecordedError};
 pub use id::WorkerId;
 pub use kv::{EngineHash, Held, KvEvent, Overlap, StoredBlocks, Tier};
+pub use links::LinkBoard;
 pub use load::{Load, LoadBoard, LoadReport, LoadSlot};
 pub use request::{Endpoint, RequestFacts, Slo, Stage, TokenCount};
 pub use slot::{OnError, SlotKind, SlotName};
-pub use worker::{Role, Worker, WorkerSpec, WorkerState};
+pub use worker::{Handoff, Role, Worker, WorkerSpec, WorkerState};
 
 /// What columns hold where an amount is not known.
 pub const UNKNOWN: u32 = u32::MAX;

@@ -52,9 +52,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        fleet::Fleet,
+        fleet::{Among, Fleet},
         load::{InFlight, LoadBoard},
-        worker::{Role, Worker, WorkerSpec, WorkerState},
+        worker::{Handoff, Role, Worker, WorkerSpec, WorkerState},
     };
 
     fn candidates(count: u32) -> Arc<Candidates> {
@@ -74,12 +74,13 @@ mod tests {
                     spec: Arc::new(spec),
                     state: WorkerState::Healthy,
                     adapters: Arc::default(),
+                    handoff: Handoff::default(),
                     joined_ms: 0,
                     load: board.claim().unwrap(),
                 }
             })
             .collect();
-        Fleet::new(1, workers).unwrap().candidates("m", Role::Aggregated).unwrap()
+        Fleet::new(1, workers).unwrap().candidates("m", Among::Whole).unwrap()
     }
 
     #[test]

@@ -69,9 +69,13 @@ impl Endpoint {
 /// Which part of a request's work is being placed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Stage {
-    /// Prefill and decode on one worker.
+    /// All of it, as a policy sees fit: on one worker, or prefill and decode apart.
     #[default]
     Whole,
+    /// Prefill; who decodes is asked next.
+    Prefill,
+    /// Decode of what [`RequestFacts::prefilled_by`] prefills or has prefilled.
+    Decode,
 }
 
 impl Stage {
@@ -80,6 +84,8 @@ impl Stage {
     pub fn code(self) -> u32 {
         match self {
             Self::Whole => 0,
+            Self::Prefill => 1,
+            Self::Decode => 2,
         }
     }
 }
@@ -177,6 +183,10 @@ pub struct RequestFacts {
     pub holds: u32,
     /// Workers that failed it, oldest first.
     pub failed_workers: Vec<WorkerId>,
+    /// In the stage [`Stage::Decode`]: the worker that prefills, or has prefilled.
+    pub prefilled_by: Option<WorkerId>,
+    /// Prompts that its body holds: a completion may ask for several at once.
+    pub prompts: u32,
     /// Facts by name: allowed headers.
     pub attributes: BTreeMap<String, String>,
 }
@@ -212,8 +222,19 @@ impl RequestFacts {
             attempt: 0,
             holds: 0,
             failed_workers: Vec::new(),
+            prefilled_by: None,
+            prompts: 1,
             attributes: BTreeMap::new(),
         }
+    }
+
+    /// Whether its KV may be handed from one worker to another: engines do that for one prompt with one answer, and where
+    /// the first token is not the last.
+    #[must_use]
+    pub fn may_hand_over(&self) -> bool {
+        matches!(self.endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
+            && (self.choices, self.prompts, self.multimodal_items, self.generated_tokens) == (1, 1, 0, 0)
+            && self.max_output_tokens.is_none_or(|tokens| tokens > 1)
     }
 
     /// Key of the tenant.

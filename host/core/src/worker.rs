@@ -17,6 +17,8 @@ pub enum Role {
     Prefill,
     /// Decode only.
     Decode,
+    /// All of it: whole requests, prefill for others, decode of what others have prefilled.
+    Both,
 }
 
 impl Role {
@@ -27,7 +29,20 @@ impl Role {
             Self::Aggregated => 0,
             Self::Prefill => 1,
             Self::Decode => 2,
+            Self::Both => 3,
         }
+    }
+
+    /// Whether it computes prompts that others decode.
+    #[must_use]
+    pub fn prefills(self) -> bool {
+        matches!(self, Self::Prefill | Self::Both)
+    }
+
+    /// Whether it decodes what others have prefilled.
+    #[must_use]
+    pub fn decodes(self) -> bool {
+        matches!(self, Self::Decode | Self::Both)
     }
 }
 
@@ -37,6 +52,7 @@ impl fmt::Display for Role {
             Self::Aggregated => "aggregated",
             Self::Prefill => "prefill",
             Self::Decode => "decode",
+            Self::Both => "both",
         })
     }
 }
@@ -49,7 +65,8 @@ impl FromStr for Role {
             "aggregated" => Ok(Self::Aggregated),
             "prefill" => Ok(Self::Prefill),
             "decode" => Ok(Self::Decode),
-            _ => Err(format!("role {text:?} is not known; use aggregated, prefill or decode")),
+            "both" => Ok(Self::Both),
+            _ => Err(format!("role {text:?} is not known; use aggregated, prefill, decode or both")),
         }
     }
 }
@@ -118,6 +135,21 @@ impl WorkerSpec {
     }
 }
 
+/// What a worker can do with the KV of others of its model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handoff {
+    /// Whether it serves whole requests, whatever its role: some engines of split pools refuse them.
+    pub serves_whole: bool,
+    /// Key of those that it can hand KV to and take it from: one way of doing it, one block size. `None`: nobody.
+    pub group: Option<u64>,
+}
+
+impl Default for Handoff {
+    fn default() -> Self {
+        Self { serves_whole: true, group: None }
+    }
+}
+
 /// One row of a fleet.
 #[derive(Clone, Debug)]
 pub struct Worker {
@@ -129,6 +161,8 @@ pub struct Worker {
     pub state: WorkerState,
     /// LoRA adapters of its model that it has loaded.
     pub adapters: Arc<[String]>,
+    /// What it can do with the KV of others.
+    pub handoff: Handoff,
     /// When it joined, in milliseconds of the host's monotonic clock.
     pub joined_ms: u64,
     /// Its place on the load board, shared by all snapshots.

@@ -7,6 +7,7 @@
 mod admission_answer;
 mod admission_pools;
 mod candidates;
+mod links;
 mod outcomes;
 mod request;
 mod routing_answer;
@@ -23,7 +24,7 @@ use crate::{call::Guest, limits::Limits};
 
 /// Package and version of the contract that this host speaks. Older 0.1 guests link against it, since the host
 /// only ever adds imports.
-pub(crate) const VERSION: &str = "0.1.2";
+pub(crate) const VERSION: &str = "0.1.3";
 
 /// The full name of an interface.
 pub(crate) fn interface(name: &str) -> String {
@@ -35,6 +36,7 @@ pub(crate) fn interface(name: &str) -> String {
 pub(crate) fn link(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
     request::link(&mut linker.instance(&interface("request"))?)?;
     candidates::link(&mut linker.instance(&interface("candidates"))?)?;
+    links::link(&mut linker.instance(&interface("links"))?)?;
     routing_answer::link(&mut linker.instance(&interface("routing-answer"))?)?;
     admission_pools::link(&mut linker.instance(&interface("admission-pools"))?)?;
     admission_answer::link(&mut linker.instance(&interface("admission-answer"))?)?;

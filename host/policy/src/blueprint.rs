@@ -183,11 +183,15 @@ pub(crate) fn decide<Q: Question>(instance: &mut Instance, call: Q, limits: &Lim
     let fuel = run(instance, function, call.into_subject(), now, seed, limits).map_err(Failure::Guest)?;
     let guest = instance.store.data_mut();
     let (explanations, readings) = (std::mem::take(&mut guest.explanations), std::mem::take(&mut guest.readings));
-    let verdict = Q::verdict(guest, rows).map_err(Failure::Answer)?;
+    // Some answers are checked against what was asked, which the guest has.
+    let verdict = Q::verdict(guest, rows);
+    guest.end();
+    let verdict = verdict.map_err(Failure::Answer)?;
     Ok(Decided { verdict, explanations, readings, fuel })
 }
 
-/// Calls into an instance under the bounds of one decision; returns the fuel that it took.
+/// Calls into an instance under the bounds of one decision; returns the fuel that it took. What it was about is let go by
+/// [`Guest::end`], which the caller sees to if all went well.
 pub(crate) fn run(
     instance: &mut Instance,
     function: TypedFunc<(), ()>,
@@ -204,10 +208,12 @@ pub(crate) fn run(
     store.set_epoch_deadline(ticks + 1);
     let called = function.call(&mut *store, ());
     let fuel = limits.decision_fuel - store.get_fuel().expect("the engine counts fuel");
-    let guest = store.data_mut();
-    guest.end();
     match called {
         Ok(()) => Ok(fuel),
-        Err(error) => Err(PolicyFault::of(&error, guest.said.take())),
+        Err(error) => {
+            let guest = store.data_mut();
+            guest.end();
+            Err(PolicyFault::of(&error, guest.said.take()))
+        }
     }
 }

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use dynamo_host_core::{
-    Admitted, Candidates, Endpoint, Fleet, LoadBoard, PoolState, RequestFacts, Role, Slo, TokenCount, Worker, WorkerSpec,
-    WorkerState, admission::Quantiles, load::InFlight,
+    Admitted, Among, Candidates, Endpoint, Fleet, Handoff, LoadBoard, PoolState, RequestFacts, Role, Slo, TokenCount, Worker,
+    WorkerSpec, WorkerState, admission::Quantiles, load::InFlight,
 };
 
 use crate::question::{AdmissionCall, RouteCall};
@@ -49,13 +49,14 @@ pub fn fleet(count: u32) -> SyntheticFleet {
                 spec: Arc::new(spec),
                 state: WorkerState::Healthy,
                 adapters: Arc::default(),
+                handoff: Handoff::default(),
                 joined_ms: 0,
                 load,
             }
         })
         .collect();
     let fleet = Fleet::new(1, workers).expect("names differ");
-    let candidates = fleet.candidates(MODEL, Role::Aggregated).expect("all workers are healthy");
+    let candidates = fleet.candidates(MODEL, Among::Everyone).expect("all workers are healthy");
     SyntheticFleet { candidates, _in_flight: in_flight }
 }
 
@@ -90,6 +91,7 @@ pub fn route_call(fleet: &SyntheticFleet, seed: u64) -> RouteCall {
         request: Arc::new(request()),
         candidates: Arc::clone(&fleet.candidates),
         overlap: None,
+        links: None,
         now_ms: 1,
         unix_ms: 1,
         seed,

@@ -58,7 +58,7 @@ pub(crate) static ROUTER: World = World {
     slot: SlotKind::Routing,
     rows: "candidates",
     decides: ("routing", "route"),
-    imports: &["request", "candidates", "routing-answer", "outcomes", "state", "clock", "entropy", "telemetry"],
+    imports: &["request", "candidates", "links", "routing-answer", "outcomes", "state", "clock", "entropy", "telemetry"],
     probes: &[1, 4, 64],
     tried: Tried::with::<RouteCall>(),
 };

@@ -7,7 +7,7 @@ use dynamo_engine_mock::{
     model::{CacheEvent, EngineModel},
 };
 use dynamo_host_core::{
-    EngineHash, KvEvent, Load, LoadBoard, LoadReport, Role, StoredBlocks, Tier, Worker, WorkerSpec, WorkerState,
+    EngineHash, Handoff, KvEvent, Load, LoadBoard, LoadReport, Role, StoredBlocks, Tier, Worker, WorkerSpec, WorkerState,
     load::{LoadSlot, Recent, Throughput},
 };
 use dynamo_host_index::{PrefixIndexes, WorkerKv};
@@ -125,6 +125,7 @@ impl Engine {
             spec: Arc::new(spec),
             state: if self.is_up { WorkerState::Healthy } else { WorkerState::Unreachable },
             adapters: Arc::default(),
+            handoff: Handoff::default(),
             joined_ms: 0,
             load: Arc::clone(&self.load),
         }

@@ -18,7 +18,7 @@ use dynamo_engine_mock::{
     model::{Event, FinishReason, Sequence},
 };
 use dynamo_host_core::{
-    Candidates, Fleet, Held, LoadBoard, Role, SlotName,
+    Among, Candidates, Fleet, Held, LoadBoard, SlotName,
     answer::{MAX_HOLD, Verdict},
     load::{InFlight, READINGS_PER_SECOND, Recent},
 };
@@ -249,7 +249,7 @@ impl<'a> Run<'a> {
             options.workers.iter().map(|profile| Engine::new(profile, &board, &indexes)).collect::<Result<_, _>>()?;
         let workers = engines.iter().enumerate().map(|(number, engine)| engine.worker(number)).collect();
         let fleet = Fleet::new(1, workers).expect("names differ");
-        let candidates = fleet.candidates(MODEL, Role::Aggregated).ok_or(SimulationError::NoWorker)?;
+        let candidates = fleet.candidates(MODEL, Among::Everyone).ok_or(SimulationError::NoWorker)?;
         let mut by_slot = vec![0; engines.len()];
         engines.iter().enumerate().for_each(|(number, engine)| by_slot[engine.load.index() as usize] = number as u32);
         let rows = candidates.iter().map(|worker| by_slot[worker.load.index() as usize]).collect();
@@ -406,6 +406,7 @@ impl<'a> Run<'a> {
             request: Arc::new(waiting.facts.clone()),
             candidates: Arc::clone(&self.candidates),
             overlap: Some(Arc::clone(&overlap)),
+            links: None,
             now_ms,
             unix_ms: UNIX_START_MS + now_ms,
             seed: self.options.seed.wrapping_add(waiting.facts.decision_id) ^ u64::from(waiting.holds) << 60,
@@ -420,6 +421,7 @@ impl<'a> Run<'a> {
                 let cached = overlap.of(self.candidates.worker(row).load.index()).map_or(0, Held::total);
                 self.dispatch(number, waiting, row, cached, &by);
             }
+            Verdict::PlacePairs(_) => unreachable!("all workers are aggregated"),
             Verdict::Hold { at_most_ms } => {
                 waiting.holds += 1;
                 let pause = Duration::from_millis(u64::from(at_most_ms.max(1))).min(MAX_HOLD);

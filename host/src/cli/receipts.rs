@@ -195,6 +195,7 @@ fn decision_text(line: &DecisionLine) -> String {
         (Done::Reject(status), _) => format!("rejects it with {status}"),
         (Done::Place(_), Some((first, rest))) if !rest.is_empty() => format!("→ {first}, else {}", rest.join(", ")),
         (Done::Place(_), first) => format!("→ {}", first.map(|(first, _)| first.as_str()).unwrap_or_default()),
+        (Done::PlacePairs(pairs), _) => format!("→ {} pairs of prefill and decode", pairs.len()),
     };
     let attempt = if line.facts.attempt > 0 { format!(" attempt {}", line.facts.attempt + 1) } else { String::new() };
     format!(
@@ -287,7 +288,7 @@ fn csv_row(line: &DecisionLine, outcome: Option<&OutcomeLine>) -> String {
     let (hold_ms, reject) = match line.done {
         Done::HoldMs(ms) => (Some(ms), None),
         Done::Reject(status) => (None, Some(status)),
-        Done::Place(_) => (None, None),
+        Done::Place(_) | Done::PlacePairs(_) => (None, None),
     };
     let by = serde_json::to_value(line.by).ok().and_then(|by| by.as_str().map(str::to_owned));
     let fields = [

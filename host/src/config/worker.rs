@@ -177,9 +177,6 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
                 return Err(format!("{key} is empty, too long or not on one line; use at most {MAX_NAME_BYTES} bytes of text"));
             }
         }
-        if role != Role::Aggregated {
-            return Err(format!("role {role} of worker {name:?} is not served by this release; use aggregated"));
-        }
         for (key, value, most) in
             [("ranks", ranks, MAX_RANKS), ("block_size", block_size, MAX_BLOCK_SIZE), ("max_running", max_running, MAX_RUNNING)]
         {

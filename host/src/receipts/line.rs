@@ -54,6 +54,8 @@ pub(crate) struct FailedLine {
 pub(crate) enum Done {
     /// Workers, best first.
     Place(Vec<Hex>),
+    /// Pairs of workers (prefill, decode), best first.
+    PlacePairs(Vec<(Hex, Hex)>),
     HoldMs(u32),
     /// With this status.
     Reject(u16),
@@ -211,7 +213,7 @@ impl DecisionLine {
         let id = |&row: &u32| Hex(candidates.worker(row).id.0);
         let placed = match &decided.verdict {
             Verdict::Place(ranking) => ranking.rows(),
-            Verdict::Hold { .. } | Verdict::Reject(_) => &[],
+            Verdict::PlacePairs(_) | Verdict::Hold { .. } | Verdict::Reject(_) => &[],
         };
         Self {
             v: VERSION,
@@ -235,6 +237,7 @@ impl DecisionLine {
             labels,
             done: match &decided.verdict {
                 Verdict::Place(ranking) => Done::Place(ranking.rows().iter().map(id).collect()),
+                Verdict::PlacePairs(pairs) => Done::PlacePairs(pairs.iter().map(|(p, d)| (id(p), id(d))).collect()),
                 Verdict::Hold { at_most_ms } => Done::HoldMs(*at_most_ms),
                 Verdict::Reject(rejection) => Done::Reject(rejection.status),
             },
@@ -263,6 +266,7 @@ impl DecisionLine {
             request: Arc::new(self.facts.request(self)?),
             candidates,
             overlap: None,
+            links: None,
             now_ms: self.now_ms,
             unix_ms: self.unix_ms,
             seed: self.seed.0,
@@ -275,7 +279,7 @@ impl DecisionLine {
     pub(crate) fn placed(&self) -> &[Hex] {
         match &self.done {
             Done::Place(workers) => workers,
-            Done::HoldMs(_) | Done::Reject(_) => &[],
+            Done::PlacePairs(_) | Done::HoldMs(_) | Done::Reject(_) => &[],
         }
     }
 
@@ -360,6 +364,7 @@ fn rows_kept(count: usize, per_row: usize, verdict: &Verdict) -> Vec<u32> {
     }
     let mut rows = match verdict {
         Verdict::Place(ranking) => ranking.rows().to_vec(),
+        Verdict::PlacePairs(pairs) => pairs.iter().flat_map(|&(prefill, decode)| [prefill, decode]).collect(),
         Verdict::Hold { .. } | Verdict::Reject(_) => Vec::new(),
     };
     let others: Vec<u32> = (0..count as u32).filter(|row| !rows.contains(row)).take(most - rows.len()).collect();

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use dynamo_host_core::{Role, Worker, WorkerState};
+use dynamo_host_core::{Among, Role, Worker, WorkerState};
 use dynamo_host_flow::{Row, outliers};
 
 use super::{
@@ -71,7 +71,7 @@ impl Roster {
         }
         let served = member.standing().workers.iter().map(|worker| Arc::clone(&worker.spec)).collect::<Vec<_>>();
         let snapshot = self.snapshot();
-        if served.iter().all(|spec| snapshot.fleet.candidates(&spec.model, spec.role).is_some()) {
+        if served.iter().all(|spec| snapshot.fleet.candidates(&spec.model, Among::Beginning).is_some()) {
             member.give_up(GivenUp::Drained);
         }
     }

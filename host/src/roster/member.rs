@@ -12,7 +12,7 @@ use std::{
 
 use dynamo_engine_api::{Engine, ModelCard, RankLoad};
 use dynamo_host_core::{
-    Load, LoadBoard, LoadReport, Worker, WorkerSpec, WorkerState,
+    Handoff, Load, LoadBoard, LoadReport, Worker, WorkerSpec, WorkerState,
     load::{Recent, Throughput},
 };
 use dynamo_host_index::PrefixIndexes;
@@ -438,6 +438,7 @@ impl Standing {
                     spec: Arc::new(spec),
                     state: self.state(),
                     adapters: Arc::clone(&adapters),
+                    handoff: Handoff::default(),
                     joined_ms,
                     load,
                 });

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dynamo_engine_api::Engine;
-use dynamo_host_core::{Candidates, Fleet, Load, LoadSlot, RequestFacts, Role, Worker, WorkerId, WorkerState};
+use dynamo_host_core::{Among, Candidates, Fleet, Load, LoadSlot, RequestFacts, Worker, WorkerId, WorkerState};
 use dynamo_host_flow::BreakerRules;
 
 use super::{
@@ -98,7 +98,7 @@ impl Snapshot {
 
     /// Whether engines that may serve a request tell of their KV: the first few stand for all.
     pub(crate) fn tells_of_kv(&self, request: &RequestFacts) -> bool {
-        let eligible = self.eligible(&request.model, request.adapter.as_deref());
+        let eligible = self.eligible(&request.model, request.adapter.as_deref(), Among::Beginning);
         eligible.is_some_and(|eligible| eligible.iter().take(4).any(|worker| self.feed(worker.id).has_events()))
     }
 
@@ -119,7 +119,7 @@ impl Snapshot {
 
     /// What a client's name for a model is served as.
     pub(crate) fn resolve(&self, asked: &str) -> Result<Resolved, RequestError> {
-        let is_ready = |model: &str, adapter: Option<&str>| self.eligible(model, adapter).is_some();
+        let is_ready = |model: &str, adapter: Option<&str>| self.eligible(model, adapter, Among::Beginning).is_some();
         models::resolve(asked, &self.names, &self.listings, is_ready).ok_or_else(|| {
             let model = asked.to_owned();
             if self.has_unknown_models { RequestError::ModelsUnknown { model } } else { RequestError::ModelNotFound { model } }
@@ -129,7 +129,12 @@ impl Snapshot {
     /// The workers that may serve a request. Those that are tried and have enough for now are among them only if there are
     /// no others.
     pub(crate) fn candidates(&self, request: &RequestFacts) -> Result<Arc<Candidates>, RequestError> {
-        let eligible = self.eligible(&request.model, request.adapter.as_deref());
+        self.candidates_among(request, Among::Whole)
+    }
+
+    /// Those of them that a part of its work is for.
+    pub(crate) fn candidates_among(&self, request: &RequestFacts, among: Among) -> Result<Arc<Candidates>, RequestError> {
+        let eligible = self.eligible(&request.model, request.adapter.as_deref(), among);
         let no_worker = || RequestError::NoWorker { model: request.adapter.as_ref().unwrap_or(&request.model).clone() };
         let eligible = eligible.and_then(|eligible| eligible.without(&request.failed_workers)).ok_or_else(no_worker)?;
         let busy = self.busy_trials();
@@ -144,7 +149,7 @@ impl Snapshot {
 
     /// Whether somebody serves a model of this name.
     pub(crate) fn is_served(&self, asked: &str) -> bool {
-        let served = |resolved: Resolved| self.eligible(&resolved.model, resolved.adapter.as_deref());
+        let served = |resolved: Resolved| self.eligible(&resolved.model, resolved.adapter.as_deref(), Among::Beginning);
         self.resolve(asked).ok().and_then(served).is_some()
     }
 
@@ -156,17 +161,18 @@ impl Snapshot {
         match self.resolve(asked) {
             Ok(Resolved { model, adapter, .. }) => {
                 let is_starting = |worker: &Worker| worker.state == WorkerState::Starting && worker.spec.model == model;
-                self.eligible(&model, adapter.as_deref()).is_none() && self.fleet.workers().iter().any(is_starting)
+                self.eligible(&model, adapter.as_deref(), Among::Beginning).is_none()
+                    && self.fleet.workers().iter().any(is_starting)
             }
             Err(RequestError::ModelsUnknown { .. }) => self.awaits_models,
             Err(_) => false,
         }
     }
 
-    fn eligible(&self, model: &str, adapter: Option<&str>) -> Option<Arc<Candidates>> {
+    fn eligible(&self, model: &str, adapter: Option<&str>, among: Among) -> Option<Arc<Candidates>> {
         match adapter {
-            Some(adapter) => self.fleet.candidates_with(model, adapter, Role::Aggregated),
-            None => self.fleet.candidates(model, Role::Aggregated),
+            Some(adapter) => self.fleet.candidates_with(model, adapter, among),
+            None => self.fleet.candidates(model, among),
         }
     }
 }

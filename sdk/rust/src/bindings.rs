@@ -9,13 +9,13 @@ wit_bindgen::generate!({
     inline: "
         package sdk:lifecycle;
         world every-policy {
-            import dynamo:policy/request@0.1.2;
-            import dynamo:policy/outcomes@0.1.2;
-            import dynamo:policy/state@0.1.2;
-            import dynamo:policy/clock@0.1.2;
-            import dynamo:policy/entropy@0.1.2;
-            import dynamo:policy/telemetry@0.1.2;
-            export dynamo:policy/lifecycle@0.1.2;
+            import dynamo:policy/request@0.1.3;
+            import dynamo:policy/outcomes@0.1.3;
+            import dynamo:policy/state@0.1.3;
+            import dynamo:policy/clock@0.1.3;
+            import dynamo:policy/entropy@0.1.3;
+            import dynamo:policy/telemetry@0.1.3;
+            export dynamo:policy/lifecycle@0.1.3;
         }
     ",
     world: "sdk:lifecycle/every-policy",
@@ -33,9 +33,10 @@ pub mod router {
         inline: "
             package sdk:router;
             world routers-own {
-                import dynamo:policy/candidates@0.1.2;
-                import dynamo:policy/routing-answer@0.1.2;
-                export dynamo:policy/routing@0.1.2;
+                import dynamo:policy/candidates@0.1.3;
+                import dynamo:policy/links@0.1.3;
+                import dynamo:policy/routing-answer@0.1.3;
+                export dynamo:policy/routing@0.1.3;
             }
         ",
         world: "sdk:router/routers-own",
@@ -54,9 +55,9 @@ pub mod admission {
         inline: "
             package sdk:admission;
             world admissions-own {
-                import dynamo:policy/admission-pools@0.1.2;
-                import dynamo:policy/admission-answer@0.1.2;
-                export dynamo:policy/admitting@0.1.2;
+                import dynamo:policy/admission-pools@0.1.3;
+                import dynamo:policy/admission-answer@0.1.3;
+                export dynamo:policy/admitting@0.1.3;
             }
         ",
         world: "sdk:admission/admissions-own",

@@ -53,6 +53,8 @@ pub mod role {
     pub const PREFILL: u32 = 1;
     /// Decode alone.
     pub const DECODE: u32 = 2;
+    /// All of it: whole requests, prefill for others, decode of what others have prefilled. Since 0.1.3.
+    pub const BOTH: u32 = 3;
 }
 
 /// How a worker fares: values of [`Candidates::state`](crate::Candidates::state).

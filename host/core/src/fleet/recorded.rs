@@ -11,7 +11,7 @@ use crate::{
     id::WorkerId,
     kv::{Overlap, Tier},
     load::LoadBoard,
-    worker::{Role, Worker, WorkerSpec, WorkerState},
+    worker::{Handoff, Role, Worker, WorkerSpec, WorkerState},
 };
 
 /// Columns by their names in the contract.
@@ -97,6 +97,7 @@ impl Candidates {
                 spec: Arc::new(spec),
                 state: WorkerState::Healthy,
                 adapters: Arc::default(),
+                handoff: Handoff::default(),
                 joined_ms: 0,
                 load: board.claim().expect("the board has a slot per row"),
             }
@@ -134,7 +135,7 @@ mod tests {
     use super::*;
     use crate::{
         UNKNOWN,
-        fleet::Fleet,
+        fleet::{Among, Fleet},
         kv::Held,
         load::{InFlight, LoadReport, Recent},
     };
@@ -176,10 +177,18 @@ mod tests {
                 labels,
             };
             let id = spec.id("t");
-            Worker { id, spec: Arc::new(spec), state: WorkerState::Healthy, adapters: Arc::default(), joined_ms: 0, load }
+            Worker {
+                id,
+                spec: Arc::new(spec),
+                state: WorkerState::Healthy,
+                adapters: Arc::default(),
+                handoff: Handoff::default(),
+                joined_ms: 0,
+                load,
+            }
         });
         let fleet = Fleet::new(1, workers.collect()).unwrap();
-        let live = fleet.candidates("m", Role::Aggregated).unwrap();
+        let live = fleet.candidates("m", Among::Whole).unwrap();
         let overlap = Overlap::new(vec![Held { slot: 1, tokens: [32, 16, 0, 0] }]);
         let read = |candidates: &Candidates, name: &str, overlap| bits(candidates.column(name, 5000, overlap).unwrap());
 

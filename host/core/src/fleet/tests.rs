@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     load::{InFlight, LoadReport},
-    worker::{WorkerSpec, WorkerState},
+    worker::{Handoff, WorkerSpec, WorkerState},
 };
 
 fn worker(board: &Arc<LoadBoard>, name: &str, state: WorkerState, labels: &[(&str, &str)]) -> Worker {
@@ -16,7 +16,15 @@ fn worker(board: &Arc<LoadBoard>, name: &str, state: WorkerState, labels: &[(&st
         labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
     };
     let load = board.claim().unwrap();
-    Worker { id: spec.id("t"), spec: Arc::new(spec), state, adapters: Arc::default(), joined_ms: 0, load }
+    Worker {
+        id: spec.id("t"),
+        spec: Arc::new(spec),
+        state,
+        adapters: Arc::default(),
+        handoff: Handoff::default(),
+        joined_ms: 0,
+        load,
+    }
 }
 
 fn fleet_of(names: &[&str]) -> (Fleet, Arc<LoadBoard>) {
@@ -28,7 +36,7 @@ fn fleet_of(names: &[&str]) -> (Fleet, Arc<LoadBoard>) {
 #[test]
 fn rows_are_in_ascending_id_and_load_follows_its_worker() {
     let (fleet, _board) = fleet_of(&["a", "b", "c", "d"]);
-    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    let candidates = fleet.candidates("m", Among::Whole).unwrap();
     assert!(candidates.u64_column(U64Column::WorkerId).is_sorted());
     for row in 0..candidates.count() {
         let _busy = InFlight::dispatch(Arc::clone(&candidates.worker(row).load), 7, 7, 0);
@@ -44,12 +52,12 @@ fn only_workers_that_are_well_or_suspect_of_the_model_and_role_are_candidates() 
     let states = WorkerState::ALL;
     let workers = states.iter().enumerate().map(|(i, state)| worker(&board, &i.to_string(), *state, &[])).collect();
     let fleet = Fleet::new(1, workers).unwrap();
-    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    let candidates = fleet.candidates("m", Among::Whole).unwrap();
     let mut codes = candidates.u32_column(U32Column::State, 0).to_vec();
     codes.sort_unstable();
     assert_eq!(codes, [0, 1], "one that is healthy and one that is suspect");
-    assert!(fleet.candidates("m", Role::Prefill).is_none());
-    assert!(fleet.candidates("other", Role::Aggregated).is_none());
+    assert!(fleet.candidates("m", Among::Decoders).is_none());
+    assert!(fleet.candidates("other", Among::Whole).is_none());
     assert!(fleet.models().contains("m"));
 }
 
@@ -62,14 +70,14 @@ fn an_adapters_candidates_are_the_workers_that_have_it_loaded() {
     };
     let fleet = Fleet::new(1, vec![with("a", &["sql"]), with("b", &[]), with("c", &["sql", "law"])]).unwrap();
     let names = |candidates: Arc<Candidates>| candidates.iter().map(|w| w.spec.name.clone()).collect::<BTreeSet<_>>();
-    let sql = fleet.candidates_with("m", "sql", Role::Aggregated).unwrap();
+    let sql = fleet.candidates_with("m", "sql", Among::Whole).unwrap();
     assert_eq!(*sql.u32_column(U32Column::AdapterLoaded, 0), [1, 1]);
     let rest = sql.without(&[sql.worker(0).id]).unwrap();
     assert_eq!(*rest.u32_column(U32Column::AdapterLoaded, 0), [1]);
     assert_eq!(names(sql), BTreeSet::from(["a".to_owned(), "c".to_owned()]));
-    assert_eq!(fleet.candidates_with("m", "law", Role::Aggregated).unwrap().count(), 1);
-    assert!(fleet.candidates_with("m", "poems", Role::Aggregated).is_none());
-    let all = fleet.candidates("m", Role::Aggregated).unwrap();
+    assert_eq!(fleet.candidates_with("m", "law", Among::Whole).unwrap().count(), 1);
+    assert!(fleet.candidates_with("m", "poems", Among::Whole).is_none());
+    let all = fleet.candidates("m", Among::Whole).unwrap();
     assert_eq!((all.count(), all.u32_column(U32Column::AdapterLoaded, 0)[0]), (3, UNKNOWN));
 }
 
@@ -82,7 +90,7 @@ fn what_engines_report_is_in_the_columns_and_a_configured_block_size_wins() {
     workers[0].load.report(&report, 5);
     workers[1].load.report(&report, 7);
     let fleet = Fleet::new(1, workers).unwrap();
-    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    let candidates = fleet.candidates("m", Among::Whole).unwrap();
     for (row, worker) in candidates.iter().enumerate() {
         let expected = match worker.spec.name.as_str() {
             "a" => (2, 5, 64),
@@ -98,7 +106,7 @@ fn what_engines_report_is_in_the_columns_and_a_configured_block_size_wins() {
 #[test]
 fn excluded_workers_are_gone_and_nothing_left_is_none() {
     let (fleet, _board) = fleet_of(&["a", "b", "c"]);
-    let all = fleet.candidates("m", Role::Aggregated).unwrap();
+    let all = fleet.candidates("m", Among::Whole).unwrap();
     let ids: Vec<WorkerId> = all.iter().map(|worker| worker.id).collect();
     let rest = all.without(&ids[..1]).unwrap();
     assert_eq!(rest.iter().map(|worker| worker.id).collect::<Vec<_>>(), ids[1..]);
@@ -122,7 +130,7 @@ fn labels_become_codes_and_numbers_become_signals() {
         worker(&board, "c", WorkerState::Healthy, &[]),
     ];
     let fleet = Fleet::new(1, workers).unwrap();
-    let candidates = fleet.candidates("m", Role::Aggregated).unwrap();
+    let candidates = fleet.candidates("m", Among::Whole).unwrap();
     let codes = candidates.label_column("gpu");
     for (row, worker) in (0..).zip(candidates.iter()) {
         let expected = worker.spec.labels.get("gpu").map_or(UNKNOWN, |value| candidates.label_code("gpu", value).unwrap());
@@ -133,4 +141,44 @@ fn labels_become_codes_and_numbers_become_signals() {
     assert_eq!(price.iter().filter(|value| **value == 2.5).count(), 1);
     assert_eq!(price.iter().filter(|value| value.is_nan()).count(), 2);
     assert!(candidates.signal_column("gpu").is_none());
+}
+
+/// Names of the candidates of each part, as `name name`, of workers `name:role:group` or `name:role:group:only`, where the last serves
+/// no whole requests.
+fn parts(workers: &[&str]) -> [String; 4] {
+    let board = LoadBoard::new(16);
+    let workers = workers.iter().map(|text| {
+        let mut parts = text.split(':');
+        let mut made = worker(&board, parts.next().unwrap(), WorkerState::Healthy, &[]);
+        Arc::make_mut(&mut made.spec).role = parts.next().unwrap().parse().unwrap();
+        made.handoff.group = parts.next().and_then(|group| group.parse().ok());
+        made.handoff.serves_whole = parts.next().is_none();
+        made
+    });
+    let fleet = Fleet::new(1, workers.collect()).unwrap();
+    [Among::Whole, Among::Beginning, Among::Everyone, Among::Decoders].map(|among| {
+        let Some(candidates) = fleet.candidates("m", among) else { return String::new() };
+        let mut names: Vec<String> = candidates.iter().map(|worker| worker.spec.name.clone()).collect();
+        names.sort();
+        names.join(" ")
+    })
+}
+
+#[test]
+fn who_is_a_candidate_depends_on_the_part_of_the_work() {
+    assert_eq!(parts(&["a:aggregated", "b:aggregated"]), ["a b", "a b", "a b", ""]);
+    assert_eq!(parts(&["p:prefill:1", "d:decode:1"]), ["d", "p", "d p", "d"]);
+    assert_eq!(parts(&["a:aggregated", "p:prefill:1", "d:decode:1"]), ["a", "a p", "a d p", "d"]);
+    assert_eq!(parts(&["b:both:1", "c:both:1"]), ["b c", "b c", "b c", "b c"]);
+    assert_eq!(parts(&["p:prefill:1:only", "d:decode:1:only"]), ["", "p", "d p", "d"]);
+}
+
+#[test]
+fn where_nobody_can_hand_over_requests_are_served_whole() {
+    assert_eq!(parts(&["p:prefill:1"]), ["p", "p", "p", ""]);
+    assert_eq!(parts(&["d:decode:1"]), ["d", "d", "d", "d"]);
+    assert_eq!(parts(&["p:prefill:1", "d:decode:2"]), ["d", "d", "d", "d"]);
+    assert_eq!(parts(&["p:prefill", "d:decode"]), ["d", "d", "d", "d"]);
+    assert_eq!(parts(&["b:both:1"]), ["b", "b", "b", "b"]);
+    assert_eq!(parts(&["p:prefill:1:only"]), ["", "", "", ""]);
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dynamo_host_core::{
-    Candidates, Overlap, Rejection, RequestFacts,
+    Candidates, LinkBoard, Overlap, Rejection, RequestFacts,
     answer::{self, MAX_HOLDS, Ranking, Verdict},
     native,
 };
@@ -26,6 +26,8 @@ pub struct RouteCall {
     pub candidates: Arc<Candidates>,
     /// What workers hold of its prompt's prefix; `None` if nobody has looked.
     pub overlap: Option<Arc<Overlap>>,
+    /// What is known of the ways between them; `None` if KV is not handed over.
+    pub links: Option<Arc<LinkBoard>>,
     /// The host's monotonic clock.
     pub now_ms: u64,
     /// Wall clock.
@@ -99,7 +101,10 @@ impl Question for RouteCall {
     }
 
     fn verdict(guest: &mut Guest, rows: u32) -> Result<Verdict, PolicyFault> {
-        Ok(answer::validate(guest.routing.take(), rows)?)
+        let answer = guest.routing.take();
+        let call = guest.route("route").map_err(|error| PolicyFault::of(&error, None))?;
+        let role = |row| call.candidates.worker(row).spec.role;
+        Ok(answer::validate(answer, call.request.stage, rows, role)?)
     }
 
     fn scene(rows: u32) -> SyntheticFleet {

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use dynamo_host_core::{Fleet, Role, WorkerId};
+use dynamo_host_core::{Among, Fleet, WorkerId};
 use dynamo_host_index::{Prompt, Salt};
 use serde::Serialize;
 
@@ -135,7 +135,7 @@ impl Run<'_> {
         let workers = self.engines.iter().enumerate().map(|(number, engine)| engine.worker(number)).collect();
         let fleet = Fleet::new(self.generation, workers).expect("names differ");
         self.rows.clear();
-        if let Some(candidates) = fleet.candidates(MODEL, Role::Aggregated) {
+        if let Some(candidates) = fleet.candidates(MODEL, Among::Everyone) {
             let mut by_slot = vec![0; self.engines.len()];
             (0..).zip(&self.engines).for_each(|(number, engine)| by_slot[engine.load.index() as usize] = number);
             self.rows = candidates.iter().map(|worker| by_slot[worker.load.index() as usize]).collect();

@@ -144,6 +144,7 @@ impl Checked for RouteCall {
                 }
                 format!("place on {ranked} of {}", probe.rows)
             }
+            Verdict::PlacePairs(pairs) => format!("place prefill and decode apart, on {} pairs of {}", pairs.len(), probe.rows),
             Verdict::Hold { at_most_ms } => {
                 let message = format!("it holds a request although workers are there ({})", probe.name);
                 report.find(Level::Warning, "holds", message);

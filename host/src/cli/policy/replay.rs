@@ -305,6 +305,7 @@ fn compare(line: &DecisionLine, decided: &Result<(Verdict, Vec<Reading>, u64), P
         Err(_) => return differs("the candidate failed"),
         Ok((Verdict::Hold { .. }, ..)) => return differs("the candidate holds the request"),
         Ok((Verdict::Reject(_), ..)) => return differs("the candidate rejects the request"),
+        Ok((Verdict::PlacePairs(_), ..)) => return differs("the candidate places prefill and decode apart"),
         Ok((Verdict::Place(ranking), ..)) => ranking,
     };
     let ranked: Vec<Hex> = ranking.rows().iter().filter_map(|&row| line.workers.get(row as usize).copied()).collect();
