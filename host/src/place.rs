@@ -231,7 +231,7 @@ impl Roads<'_> {
             tracing::warn!("a policy placed a request where nobody can serve it; the least loaded worker is taken that can");
             let can = |worker: &Worker| self.of_worker(worker, 0).is_some();
             let able = self.candidates.of(can).ok_or_else(|| self.snapshot.no_worker(self.facts))?;
-            let rows = native::least_loaded(&able, seed);
+            let rows = native::least_loaded(&able, self.facts.stage, seed);
             let row_of = |id: WorkerId| (0..self.candidates.count()).find(|&row| self.candidates.worker(row).id == id);
             let rows = rows.rows().iter().filter_map(|&row| row_of(able.worker(row).id));
             ways.extend(rows.filter_map(|row| self.of_worker(self.candidates.worker(row), row)));

@@ -101,7 +101,7 @@ impl LinkBoard {
     /// A hand-off went well, and nobody knows how long it took.
     pub fn worked(&self, from: u32, to: u32) {
         // Of one that nothing is known of, nothing has to be forgotten.
-        if let Some(link) = self.lock().get_mut(&(from, to)) {
+        if let Some(link) = self.lock().get_mut(&from).and_then(|links| links.get_mut(&to)) {
             link.error_rate -= ALPHA * link.error_rate;
             (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
         }

@@ -86,7 +86,8 @@ impl Handoff<'_, '_> {
         let mut beside_account = open_account(prefill, booking, None);
         beside_account.be_prefill();
         beside_account.be_beside();
-        let ticket = match timeout_at(patience.deadline.into(), prefill.engine().ticket()).await {
+        let rank = prefill.placing.snapshot.rank(prefill.worker);
+        let ticket = match timeout_at(patience.deadline.into(), prefill.engine().ticket(rank)).await {
             Ok(Ok(ticket)) => ticket,
             Ok(Err(error)) => return self.prefill_failed(account, beside_account, error),
             Err(_) => {

@@ -10,12 +10,7 @@ use crate::error::RequestError;
 impl Snapshot {
     /// Whether KV can go from one worker to another: they do it in one way, and the link between them is not avoided.
     pub(crate) fn reaches(&self, from: &Worker, to: &Worker, links: &LinkBoard) -> bool {
-        from.spec.role.prefills()
-            && to.spec.role.decodes()
-            && from.id != to.id
-            && from.handoff.group.is_some()
-            && from.handoff.group == to.handoff.group
-            && !links.is_avoided(from.load.index(), to.load.index(), self.clock.now_ms())
+        from.hands_to(to) && !links.is_avoided(from.load.index(), to.load.index(), self.clock.now_ms())
     }
 
     /// Whether somebody who has not failed the request could decode what a worker prefills of it.
