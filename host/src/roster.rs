@@ -18,6 +18,7 @@ mod judge;
 mod links;
 mod listen;
 mod member;
+mod pairs;
 mod prove;
 mod pulse;
 mod report;

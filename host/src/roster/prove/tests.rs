@@ -87,7 +87,7 @@ impl Engine for Splits {
         Some(self.protocol)
     }
 
-    fn ticket(&self) -> BoxFuture<'_, Result<Ticket, EngineError>> {
+    fn ticket(&self, _: Option<u32>) -> BoxFuture<'_, Result<Ticket, EngineError>> {
         Box::pin(async { Ok(ticket(self.protocol)) })
     }
 
