@@ -26,7 +26,7 @@ pub use crate::driver::Stopped;
 use crate::{
     driver::{Driver, Outputs},
     faults::{self, DEAD_CORE, Faults, Step, Steps, Strike, Switches, Target, Tear},
-    handoff::{Handoff, Keep, Role, Transfer, Wanted, digest},
+    handoff::{Handoff, Keep, Remote, Role, Transfer, Wanted, digest},
     model::{EngineModel, Snapshot},
     options::{MockOptions, OptionsError},
     publishing::Once,
@@ -209,7 +209,7 @@ impl MockEngine {
         let (Transfer::Fetch(remote), Some(told)) = (&order.transfer, told) else { return steps };
         let prompt = &order.choices[0].prompt;
         let (prompt_tokens, digest) = (prompt.len() as u32, digest(prompt, order.salt));
-        let wanted = Wanted { ticket, remote: remote.clone(), prompt_tokens, digest, told };
+        let wanted = Wanted { ticket, remote: Remote::clone(remote), prompt_tokens, digest, told };
         steps.after(Arc::clone(&self.handoff).fetch(wanted))
     }
 

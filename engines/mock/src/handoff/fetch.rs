@@ -81,11 +81,11 @@ impl Handoff {
     /// Fetches what a request waits for, when its blocks are there.
     pub(crate) async fn fetch(self: Arc<Self>, wanted: Wanted) -> Result<(), FetchFailed> {
         let Wanted { ticket, remote, prompt_tokens, digest, told } = wanted;
+        let Remote { engine_id, request_id, host, port, .. } = remote;
         // Whoever drives the engine is gone: the outputs say so.
         let Ok(Fetch { tokens, .. }) = told.await else { return Ok(()) };
-        let (engine_id, request_id) = (remote.engine_id, remote.request_id);
         let parcel = Parcel { engine_id, request_id, tokens, prompt_tokens, digest };
-        match self.bring(&remote.host, remote.port, &parcel).await {
+        match self.bring(&host, port, &parcel).await {
             Ok(()) => self.courier.fetched(ticket, true).await,
             Err(NotFetched::Mismatch) => return Err(self.mismatch()),
             Err(_) => {
@@ -142,7 +142,7 @@ impl Handoff {
             half().await;
         }
         self.switches.die();
-        pending().await
+        pending::<()>().await;
     }
 }
 
@@ -189,7 +189,10 @@ async fn ask(host: &str, port: u16, parcel: &Parcel) -> Result<(), NotFetched> {
         request.headers_mut().insert(HOST, http::HeaderValue::from_static("mock"));
         let response = timeout(SILENCE, sender.send_request(request)).await??;
         match response.status() {
-            StatusCode::OK => Ok(drop(timeout(LONGEST, response.into_body().collect()).await??)),
+            StatusCode::OK => {
+                timeout(LONGEST, response.into_body().collect()).await??;
+                Ok(())
+            }
             StatusCode::CONFLICT => Err(NotFetched::Mismatch),
             status => Err(NotFetched::Refused(status)),
         }

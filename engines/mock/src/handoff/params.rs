@@ -15,7 +15,7 @@ pub(crate) enum Transfer {
     /// It is to be kept for another engine.
     Keep,
     /// Another engine has it.
-    Fetch(Remote),
+    Fetch(Box<Remote>),
 }
 
 impl Transfer {
@@ -23,7 +23,7 @@ impl Transfer {
     pub(crate) fn read(params: &Value) -> Self {
         let says = |name: &str| params.get(name).and_then(Value::as_bool).unwrap_or_default();
         if says("do_remote_prefill") {
-            return Remote::deserialize(params).map_or(Self::None, Self::Fetch);
+            return Remote::deserialize(params).map_or(Self::None, |remote| Self::Fetch(Box::new(remote)));
         }
         if says("do_remote_decode") { Self::Keep } else { Self::None }
     }
