@@ -170,7 +170,7 @@ impl MockEngine {
         let steps = self.steps(outputs, &order, strike);
         if order.stream {
             let rendering = self.rendering(order, &request.request_id);
-            return Ok(Served::Stream(Pieces { steps, rendering, is_over: false }));
+            return Ok(Served::Stream(Box::new(Pieces { steps, rendering, is_over: false })));
         }
         let served = self.collect(endpoint, steps, Whole::new(self.rendering(order, &request.request_id)), keep).await;
         if let Some(Faults { prefill_delay_ms: Some(ms), .. }) = of_prefill.faults() {
@@ -351,7 +351,7 @@ const CUT: &str = "the connection was cut";
 pub(crate) enum Served {
     Whole(WholeReply, Option<Tear>),
     EndlessHeaders,
-    Stream(Pieces),
+    Stream(Box<Pieces>),
 }
 
 /// A piece of a stream.

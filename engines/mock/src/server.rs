@@ -221,7 +221,7 @@ async fn generate(engine: &MockEngine, endpoint: Endpoint, request: Request) -> 
             StatusCode::OK.into_response()
         }
         Served::Stream(pieces) => {
-            ([(CONTENT_TYPE, "text/event-stream; charset=utf-8")], Body::from_stream(frames(pieces, lever))).into_response()
+            ([(CONTENT_TYPE, "text/event-stream; charset=utf-8")], Body::from_stream(frames(*pieces, lever))).into_response()
         }
     };
     if let Some(id) = given_id {
