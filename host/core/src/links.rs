@@ -150,13 +150,14 @@ impl LinkBoard {
     /// All that were used, as (prefill, decode) slots.
     #[must_use]
     pub fn all(&self) -> Vec<(u32, u32, Link)> {
-        self.lock().iter().map(|(&(from, to), &link)| (from, to, link)).collect()
+        let links = self.lock();
+        links.iter().flat_map(|(&from, links)| links.iter().map(move |(&to, &link)| (from, to, link))).collect()
     }
 
     /// Those that are left alone for now.
     #[must_use]
     pub fn avoided(&self, now_ms: u64) -> Vec<(u32, u32)> {
-        self.lock().iter().filter(|(_, link)| link.is_avoided(now_ms)).map(|(&ends, _)| ends).collect()
+        self.all().into_iter().filter(|(.., link)| link.is_avoided(now_ms)).map(|(from, to, _)| (from, to)).collect()
     }
 
     /// Forgets all links of a worker that is gone.

@@ -327,7 +327,7 @@ async fn hand_over(prefill: &End, decode: &End) -> Result<(), Fault> {
         return Err(Fault::Untold("it does not say how it hands KV over any more".to_owned()));
     };
     if protocol.is_concurrent() {
-        let ticket = prefill.engine().ticket().await.map_err(|error| Fault::Prefill(plain(&error.to_string())))?;
+        let ticket = prefill.engine().ticket(None).await.map_err(|error| Fault::Prefill(plain(&error.to_string())))?;
         let ask = GenerateRequest { leg: Leg::Prefill(Some(ticket.clone())), ..prefill.ask(&prompt) };
         let (first, second) = tokio::join!(answer(prefill, ask), decoded(decode, &prompt, ticket));
         first.map_err(|failed| failed.at(Fault::Prefill))?;
