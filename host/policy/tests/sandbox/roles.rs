@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Held, Overlap, Role, TokenCount, answer::Verdict};
+use dynamo_host_core::{Held, Overlap, Role, TokenCount, answer::Verdict, load::InFlight};
 use dynamo_host_policy::{
     Pinned, RouteCall,
     synthetic::{self, SyntheticFleet},
@@ -35,7 +35,9 @@ fn disagg_conditional_computes_apart_what_is_not_held_where_it_is_decoded() {
     assert_eq!(first("disagg-conditional", "{}", held(&fleet, 900)), Role::Decode);
     let by_load = r#"{"rule":"prefill_load","prefill_busy_above_tokens":0}"#;
     assert_eq!(first("disagg-conditional", by_load, held(&fleet, 0)), Role::Decode, "the prefill worker has something to do");
-    let guarded = r#"{"decode_busy_above_tokens":0,"local_below_tokens":4096}"#;
+    let decode = fleet.candidates.iter().find(|worker| worker.spec.role == Role::Decode).unwrap();
+    let _busy = InFlight::dispatch(Arc::clone(&decode.load), 10, 10, 0);
+    let guarded = r#"{"decode_busy_above_tokens":9}"#;
     assert_eq!(first("disagg-conditional", guarded, held(&fleet, 900)), Role::Prefill, "the decode worker has, too");
 }
 
@@ -51,7 +53,7 @@ fn disagg_conditional_decides_for_many_within_its_fuel() {
 
 #[test]
 fn a_policy_that_reads_no_links_is_asked_where_to_prefill_and_where_to_decode() {
-    for name in ["kv-aware", "least-loaded", "adaptive", "two-tier", "composed"] {
+    for name in ["kv-aware", "least-loaded", "two-tier", "power-of-two", "composed"] {
         assert_eq!(first(name, "{}", synthetic::route_call(&synthetic::prefilling(8), 1)), Role::Prefill, "{name}");
         assert_eq!(first(name, "{}", synthetic::route_call(&synthetic::decoding(8), 1)), Role::Decode, "{name}");
     }
