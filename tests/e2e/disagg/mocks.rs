@@ -9,17 +9,17 @@ use crate::harness::{
     sse::Streamed,
 };
 
-const CHAT: &str = "/v1/chat/completions";
+pub(super) const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
 /// Two engines that prefill, and two that decode.
-struct Pools {
+pub(super) struct Pools {
     prefill: Vec<MockProcess>,
     decode: Vec<MockProcess>,
 }
 
 impl Pools {
-    async fn start(profile: &[&str]) -> Self {
+    pub(super) async fn start(profile: &[&str]) -> Self {
         let mut pools = Self { prefill: Vec::new(), decode: Vec::new() };
         for pool in [&mut pools.prefill, &mut pools.decode] {
             for _ in 0..2 {
@@ -30,7 +30,7 @@ impl Pools {
     }
 
     /// A host over them, once all can hand over.
-    async fn host(&self, more: &[&str]) -> Host {
+    pub(super) async fn host(&self, more: &[&str]) -> Host {
         let worker = |(role, engine): (&str, &MockProcess)| format!("{},model=m,role={role}", engine.url());
         let prefill = self.prefill.iter().map(|engine| ("prefill", engine));
         let workers: Vec<String> = prefill.chain(self.decode.iter().map(|engine| ("decode", engine))).map(worker).collect();
@@ -68,7 +68,7 @@ async fn computed(engines: &[MockProcess]) -> f64 {
     tokens
 }
 
-fn long(mut body: Value, number: usize) -> Value {
+pub(super) fn long(mut body: Value, number: usize) -> Value {
     let text = format!("{number} {}", "word ".repeat(300));
     if body.get("prompt").is_some() {
         body["prompt"] = text.into();
