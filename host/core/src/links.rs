@@ -98,6 +98,15 @@ impl LinkBoard {
         (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
     }
 
+    /// A hand-off went well, and nobody knows how long it took.
+    pub fn worked(&self, from: u32, to: u32) {
+        // Of one that nothing is known of, nothing has to be forgotten.
+        if let Some(link) = self.lock().get_mut(&from).and_then(|links| links.get_mut(&to)) {
+            link.error_rate -= ALPHA * link.error_rate;
+            (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
+        }
+    }
+
     /// A hand-off failed that is the link's doing, as far as one can tell.
     pub fn failed(&self, from: u32, to: u32, now_ms: u64) {
         let mut links = self.lock();
