@@ -119,6 +119,18 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         "Spans of traces that were not exported: queue full, or export failed",
     ),
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
+    (
+        "dynamo_host_disaggregation",
+        Kind::Gauge,
+        "Whether prefill and decode are apart, by model and state: split, or served whole since there is no_prefill, no_decode or no_pair",
+    ),
+    (
+        "dynamo_host_handoff_checks_total",
+        Kind::Counter,
+        "Hand-offs that were tried to see whether workers can, by result: ok, or where it failed: prefill, decode, untold",
+    ),
+    ("dynamo_host_links_avoided", Kind::Gauge, "Pairs of workers that are left alone since hand-offs between them keep failing"),
+    ("dynamo_host_links_avoided_total", Kind::Counter, "Times that a pair of workers came to be left alone"),
     ("dynamo_host_worker_breaker", Kind::Gauge, "Breakers of workers that ever opened: 0 closed, 1 half-open, 2 open"),
     ("dynamo_host_breaker_opens_total", Kind::Counter, "Times that a worker's breaker opened, by the last failure's kind"),
     (
