@@ -144,6 +144,12 @@ impl KvLinks {
         self.moving.len() + self.arriving.len()
     }
 
+    /// Whether one has not been told to have ended.
+    #[must_use]
+    pub fn is_under_way(&self, id: TransferId) -> bool {
+        self.moving.contains_key(&id) || self.arriving.iter().any(|&(_, transfer)| transfer == id)
+    }
+
     fn next_drained(&self) -> Option<Duration> {
         self.moving.values().map(Moving::drains_in).min().map(|time| self.now.saturating_add(time))
     }
