@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dynamo_host_core::{
     Candidates, LinkBoard, Overlap, Rejection, RequestFacts,
     answer::{self, MAX_HOLDS, Ranking, Verdict},
+    column::U32Column,
     native,
 };
 
@@ -14,6 +15,7 @@ use crate::{
     fault::{FaultCause, PolicyFault},
     runtime::Now,
     synthetic::{self, SyntheticFleet},
+    version::PolicyVersion,
     world::{ROUTER, World},
 };
 
@@ -41,12 +43,14 @@ pub struct RouteCall {
 /// What the native fallback decides, and what it reads for it if that is asked for.
 #[must_use]
 pub fn native_route(call: &RouteCall) -> (Ranking, Vec<Reading>) {
-    let columns = native::READS.map(|column| call.candidates.u32_column(column, call.now_ms));
-    let ranking = native::rank(&columns[0], &columns[1], call.seed);
+    let read = |column: U32Column| call.candidates.u32_column(column, call.now_ms);
+    let columns = native::READS.map(read);
+    let roles = native::reads_roles(&call.candidates, call.request.stage).then(|| read(U32Column::Role));
+    let ranking = native::rank(&columns[0], &columns[1], roles.as_deref(), call.seed);
     if !call.explain {
         return (ranking, Vec::new());
     }
-    let readings = native::READS.into_iter().zip(columns);
+    let readings = native::READS.into_iter().zip(columns).chain(roles.map(|roles| (U32Column::Role, roles)));
     (ranking, readings.map(|(column, values)| Reading::Column(column.name(), values.into())).collect())
 }
 
@@ -109,6 +113,18 @@ impl Question for RouteCall {
 
     fn scene(rows: u32) -> SyntheticFleet {
         synthetic::fleet(rows)
+    }
+
+    fn scenes(version: &PolicyVersion, rows: u32) -> Vec<SyntheticFleet> {
+        let scenes: &[fn(u32) -> SyntheticFleet] = match version.tells_roles_apart() {
+            true => &[synthetic::fleet, synthetic::split, synthetic::decoding],
+            false => &[synthetic::fleet],
+        };
+        scenes.iter().map(|scene| scene(rows)).collect()
+    }
+
+    fn measured(version: &PolicyVersion, rows: u32) -> SyntheticFleet {
+        if version.tells_roles_apart() { synthetic::split(rows) } else { synthetic::fleet(rows) }
     }
 
     fn plain(fleet: &SyntheticFleet, seed: u64, explain: bool) -> Self {
