@@ -322,11 +322,12 @@ impl Run<'_> {
     }
 
     /// Tells the admission policy what became of a request on a worker.
-    pub(super) fn tell_admission(&mut self, row: OutcomeRow) {
+    pub(super) fn tell_admission(&mut self, number: u32, row: OutcomeRow) {
         let Some(Service { admission: Some(admission), open, .. }) = &mut self.service else { return };
-        let queue_ms = open.get(&(row.decision_id as u32)).map_or(f32::NAN, |open| open.waited);
+        let queue_ms = open.get(&number).map_or(f32::NAN, |open| open.waited);
         admission.itl.add(row.itl_ms);
-        if let Some(at) = admission.hear(OutcomeRow { queue_ms, ..row }, self.now) {
+        // It decided once, whatever was decided afterwards.
+        if let Some(at) = admission.hear(OutcomeRow { decision_id: number.into(), queue_ms, ..row }, self.now) {
             self.queue.push(at, Happening::ObserveAdmitted);
         }
     }
