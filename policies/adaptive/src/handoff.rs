@@ -31,6 +31,8 @@ use crate::{
 const STARTS: usize = 3;
 /// Workers that decode which are named for the first of them.
 const NEXTS: usize = 8;
+/// How much more stalls count on workers that decode and do nothing else, at any load: whoever runs such minds them.
+const DEDICATED: f32 = 2.0;
 /// Over how many workers the keeping free fades out.
 const FADE: f32 = 3.0;
 /// Way of a request that is no way for it.
@@ -119,39 +121,41 @@ impl<'a> Handoff<'a> {
         ms + ms * ms / self.late_ms
     }
 
-    /// What a prefill costs others there.
-    fn stalls(&self, terms: Terms) -> f32 {
-        terms.interference + self.demand.pressure * self.settings.handoff.stall * terms.stall * terms.decoding
+    /// Costs of a prefill: the first token's time, which is `handoff` later, and what is no concern of roles.
+    fn begin(&self, handoff: f32, others: impl Fn(Terms) -> f32) -> Vec<f32> {
+        let cost = |terms: Terms| {
+            let first = self.late(terms.wait + terms.prefill + handoff);
+            (first + terms.interference + terms.cache + terms.memory + others(terms)) * terms.factor
+        };
+        let mut costs = self.costs.each(self.profiles, cost);
+        let price = self.settings.handoff.stall;
+        let stalls = self.costs.each(self.profiles, |terms| price * terms.stall * terms.decoding * terms.factor);
+        for ((cost, stall), &of) in costs.iter_mut().zip(stalls).zip(self.roles) {
+            *cost += stall * if of == role::DECODE { DEDICATED } else { self.demand.pressure };
+        }
+        costs
     }
 
     fn whole(&self) -> Vec<f32> {
-        let cost = |terms: Terms| {
-            let first = self.late(terms.wait + terms.prefill);
-            (first + self.stalls(terms) + terms.decode + terms.cache + terms.memory) * terms.factor
-        };
-        let mut costs = self.costs.each(self.profiles, cost);
+        let mut costs = self.begin(0.0, |terms| terms.decode);
         self.keep_free(&mut costs);
-        for (cost, &of) in costs.iter_mut().zip(self.roles) {
-            if of == role::PREFILL {
-                *cost = NONE;
-            }
-        }
+        self.only(&mut costs, |of| of != role::PREFILL);
         costs
     }
 
     fn prefill(&self) -> Vec<f32> {
-        let handoff = self.settings.handoff.expected_ms(self.costs.prompt());
-        let cost = |terms: Terms| {
-            let first = self.late(terms.wait + terms.prefill + handoff);
-            (first + self.stalls(terms) + terms.cache + terms.memory) * terms.factor
-        };
-        let mut costs = self.costs.each(self.profiles, cost);
+        let mut costs = self.begin(self.settings.handoff.expected_ms(self.costs.prompt()), |_| 0.0);
+        self.only(&mut costs, prefills);
+        costs
+    }
+
+    /// Leaves the costs of workers of some roles; for the others it is no way.
+    fn only(&self, costs: &mut [f32], does: impl Fn(u32) -> bool) {
         for (cost, &of) in costs.iter_mut().zip(self.roles) {
-            if !prefills(of) {
+            if !does(of) {
                 *cost = NONE;
             }
         }
-        costs
     }
 
     /// Costs of going on, from a row or from the worker that prefills by now. What a hand-off is expected to take is in the cost of
@@ -247,7 +251,8 @@ impl Demand {
         let prompt = context / decoding;
         // By Little's law: what runs, by how long it takes, is how often one comes. Each has a prompt to be computed.
         let per_worker = 2.0 * decoding / others;
-        let step = profile.decode_ms_base + per_worker * (profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * prompt);
+        let step =
+            profile.decode_ms_base + per_worker * (profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * prompt);
         let prefill = decoding * speed.prefill_ms(prompt) / (output * step);
         // Gaps between tokens that a prefill would stall, of all, if it went where others decode.
         let stalled = decoding / others * (1.0 + prompt / profile.max_batched_tokens) / output;
@@ -276,3 +281,6 @@ fn finite(costs: &[f32]) -> Option<Vec<u32>> {
     rows.retain(|&row| costs[row as usize] < NONE);
     (!rows.is_empty()).then_some(rows)
 }
+
+#[cfg(test)]
+mod tests;
