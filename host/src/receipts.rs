@@ -30,7 +30,7 @@ use self::{
     writer::{Entry, Queue},
 };
 pub(crate) use self::{
-    line::{By, DecisionLine, Done, Hex, Line, OutcomeLine, VERSION},
+    line::{By, Choice, DecisionLine, Done, Hex, Line, OutcomeLine, VERSION},
     read::{Skipped, Source, Tail},
 };
 

@@ -16,6 +16,7 @@ mod hold;
 mod judge;
 mod listen;
 mod member;
+mod pairs;
 mod pulse;
 mod report;
 mod snapshot;
@@ -35,7 +36,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use dynamo_engine_api::{Engine, EngineError};
-use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerId, WorkerState};
+use dynamo_host_core::{Fleet, LinkBoard, LoadBoard, Worker, WorkerId, WorkerState};
 use dynamo_host_flow::RetryBudget;
 use dynamo_host_index::PrefixIndexes;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -71,6 +72,7 @@ pub(crate) struct Roster {
     namespace: String,
     clock: Clock,
     board: Arc<LoadBoard>,
+    links: Arc<LinkBoard>,
     indexes: Arc<PrefixIndexes>,
     max_workers: u32,
     /// What each source last said. Who holds it decides who is a member.
@@ -143,6 +145,7 @@ impl Roster {
             namespace: "default".to_owned(),
             clock,
             board: LoadBoard::new(max_workers),
+            links: Arc::default(),
             indexes,
             max_workers,
             said: Mutex::default(),
@@ -331,6 +334,11 @@ impl Roster {
     pub(crate) fn latest(&self) -> Arc<Snapshot> {
         self.publish();
         self.snapshot()
+    }
+
+    /// What is known of the ways by which KV goes from one worker to another.
+    pub(crate) fn links(&self) -> &Arc<LinkBoard> {
+        &self.links
     }
 
     /// Workers that tell of their KV and are not heard now.

@@ -126,7 +126,7 @@ pub enum AnswerFault {
         status: u16,
     },
     /// It placed a pair where one worker is asked for.
-    #[error("it used place-disaggregated in the stage {}, where one worker is asked for; use place", stage.code())]
+    #[error("it used place-disaggregated in the stage {}, where one worker is asked for; use place", stage.label())]
     NoPairs {
         /// The stage.
         stage: Stage,

@@ -175,6 +175,32 @@ impl F32Column {
     }
 }
 
+/// Name of the column of links that says whether KV can go there: the one that is no measure.
+pub const REACHABLE: &str = "reachable";
+
+/// Columns of `f32` of the ways by which KV goes from one worker to each candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkColumn {
+    /// Recent tokens of prompt per second.
+    TokensPerSecond,
+    /// Recent time of a hand-off.
+    HandoffMs,
+    /// Share of recent hand-offs that failed.
+    ErrorRate,
+}
+
+impl LinkColumn {
+    /// Every column with its name in the contract (`dynamo:policy/links`).
+    pub const ALL: &[(&'static str, Self)] =
+        &[("tokens-per-second", Self::TokensPerSecond), ("handoff-ms", Self::HandoffMs), ("error-rate", Self::ErrorRate)];
+
+    /// Its name in the contract.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL[self as usize].0
+    }
+}
+
 /// Label that holds a worker's placement domain at a topology level of the contract.
 #[must_use]
 pub fn topology_label(level: u32) -> Option<&'static str> {
@@ -190,5 +216,6 @@ mod tests {
         assert!(U64Column::ALL.iter().all(|(name, column)| column.name() == *name));
         assert!(U32Column::ALL.iter().all(|(name, column)| column.name() == *name));
         assert!(F32Column::ALL.iter().all(|(name, column)| column.name() == *name));
+        assert!(LinkColumn::ALL.iter().all(|(name, column)| column.name() == *name));
     }
 }

@@ -4,6 +4,7 @@
 //! worker that is not eligible. Identities and other columns that cannot change within a snapshot are
 //! computed once per snapshot; load is read when it is asked for.
 
+mod links;
 mod recorded;
 
 use std::{
@@ -12,7 +13,10 @@ use std::{
 };
 
 use self::recorded::Recorded;
-pub use self::recorded::RecordedError;
+pub use self::{
+    links::Ways,
+    recorded::{LinkColumns, RecordedError, Recording},
+};
 use crate::{
     UNKNOWN,
     column::{F32Column, U32Column, U64Column, topology_label},
@@ -209,6 +213,7 @@ pub struct Candidates {
     unknown: OnceLock<Arc<[u32]>>,
     block_size: OnceLock<Arc<[u32]>>,
     labels: OnceLock<BTreeMap<String, Label>>,
+    different_roles: OnceLock<bool>,
     /// What the columns were when somebody decided, of a set that is made of a receipt.
     recorded: Option<Box<Recorded>>,
 }
@@ -239,6 +244,7 @@ impl Candidates {
             unknown: OnceLock::new(),
             block_size: OnceLock::new(),
             labels: OnceLock::new(),
+            different_roles: OnceLock::new(),
             recorded: None,
         }
     }

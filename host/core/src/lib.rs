@@ -19,7 +19,7 @@ pub mod worker;
 pub use admission::{Admitted, PoolState};
 pub use answer::{Answer, AnswerFault, Ranking, Rejection};
 pub use column::Column;
-pub use fleet::{Among, Candidates, Fleet, FleetError, RecordedError};
+pub use fleet::{Among, Candidates, Fleet, FleetError, RecordedError, Recording, Ways};
 pub use id::WorkerId;
 pub use kv::{EngineHash, Held, KvEvent, Overlap, StoredBlocks, Tier};
 pub use links::LinkBoard;

@@ -8,6 +8,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -59,15 +60,37 @@ impl Link {
     }
 }
 
-/// All links, by (prefill, decode) slots.
+/// All links.
 #[derive(Debug, Default)]
-pub struct LinkBoard(Mutex<HashMap<(u32, u32), Link>>);
+pub struct LinkBoard(Mutex<BySlot<BySlot<Link>>>);
+
+/// By slot: of the worker that prefills, and within that of the one that decodes.
+type BySlot<T> = HashMap<u32, T, BuildHasherDefault<SlotHasher>>;
+
+/// Hashes slots, which are the host's own small numbers: a column looks up one for each candidate.
+#[derive(Default)]
+struct SlotHasher(u64);
+
+impl Hasher for SlotHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u32(byte.into()));
+    }
+
+    fn write_u32(&mut self, slot: u32) {
+        // Fibonacci hashing (Knuth 1973); the table takes the lowest bits and the highest.
+        self.0 = (self.0 ^ u64::from(slot)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 impl LinkBoard {
     /// The KV of `tokens` tokens came over, and the first token after it, within `ms` milliseconds.
     pub fn arrived(&self, from: u32, to: u32, tokens: u32, ms: f32) {
         let mut links = self.lock();
-        let link = links.entry((from, to)).or_default();
+        let link = links.entry(from).or_default().entry(to).or_default();
         let alpha = if link.ms > 0.0 { ALPHA } else { 1.0 };
         link.tokens += alpha * (tokens as f32 - link.tokens);
         link.ms += alpha * (ms.max(0.001) - link.ms);
@@ -75,10 +98,19 @@ impl LinkBoard {
         (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
     }
 
+    /// A hand-off went well, and nobody knows how long it took.
+    pub fn worked(&self, from: u32, to: u32) {
+        // Of one that nothing is known of, nothing has to be forgotten.
+        if let Some(link) = self.lock().get_mut(&from).and_then(|links| links.get_mut(&to)) {
+            link.error_rate -= ALPHA * link.error_rate;
+            (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
+        }
+    }
+
     /// A hand-off failed that is the link's doing, as far as one can tell.
     pub fn failed(&self, from: u32, to: u32, now_ms: u64) {
         let mut links = self.lock();
-        let link = links.entry((from, to)).or_default();
+        let link = links.entry(from).or_default().entry(to).or_default();
         link.error_rate += ALPHA * (1.0 - link.error_rate);
         link.failures += 1;
         if link.failures >= FAILURES {
@@ -90,7 +122,17 @@ impl LinkBoard {
     /// What is known of a link; `None` if it was never used.
     #[must_use]
     pub fn get(&self, from: u32, to: u32) -> Option<Link> {
-        self.lock().get(&(from, to)).copied()
+        self.lock().get(&from)?.get(&to).copied()
+    }
+
+    /// What is known of the links from one worker to others, in their order.
+    #[must_use]
+    pub fn gather(&self, from: u32, to: &[u32]) -> Vec<Option<Link>> {
+        let links = self.lock();
+        match links.get(&from) {
+            Some(links) => to.iter().map(|to| links.get(to).copied()).collect(),
+            None => vec![None; to.len()],
+        }
     }
 
     /// Whether a link is left alone for now.
@@ -101,10 +143,15 @@ impl LinkBoard {
 
     /// Forgets all links of a worker that is gone.
     pub fn forget(&self, slot: u32) {
-        self.lock().retain(|&(from, to), _| from != slot && to != slot);
+        let mut links = self.lock();
+        links.remove(&slot);
+        links.retain(|_, links| {
+            links.remove(&slot);
+            !links.is_empty()
+        });
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<(u32, u32), Link>> {
+    fn lock(&self) -> MutexGuard<'_, BySlot<BySlot<Link>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -128,6 +175,22 @@ mod tests {
         assert!(!links.is_avoided(0, 1, 10_001));
         links.forget(1);
         assert_eq!(links.get(0, 1), None);
+    }
+
+    #[test]
+    fn links_of_one_worker_to_a_thousand_are_gathered_as_they_are_got_one_by_one() {
+        let links = LinkBoard::default();
+        for to in (0..1000).step_by(3) {
+            links.arrived(7, to, to, 1.0);
+            links.failed(to, 7, 0);
+        }
+        let to: Vec<u32> = (0..1000).rev().collect();
+        let gathered = links.gather(7, &to);
+        assert!(to.iter().zip(&gathered).all(|(&to, link)| *link == links.get(7, to)));
+        assert_eq!(gathered.iter().flatten().count(), 334);
+        assert_eq!(links.gather(2000, &to), vec![None; 1000]);
+        links.forget(7);
+        assert!(links.lock().is_empty(), "nothing is kept of a worker that is gone");
     }
 
     #[test]

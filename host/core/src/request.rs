@@ -79,6 +79,19 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Whole, Self::Prefill, Self::Decode];
+
+    /// Its name in receipts, logs and metrics.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+
     /// The contract's code (`request.stage`).
     #[must_use]
     pub fn code(self) -> u32 {

@@ -22,6 +22,15 @@ pub enum Role {
 }
 
 impl Role {
+    /// All of them, by their codes.
+    pub const ALL: [Self; 4] = [Self::Aggregated, Self::Prefill, Self::Decode, Self::Both];
+
+    /// The role of a code; `None` if it is not known.
+    #[must_use]
+    pub fn of_code(code: u32) -> Option<Self> {
+        Self::ALL.get(code as usize).copied()
+    }
+
     /// The contract's code (`candidates.role`).
     #[must_use]
     pub fn code(self) -> u32 {

@@ -18,6 +18,8 @@ use crate::{
 pub enum Reading {
     /// A column, by its name in the contract.
     Column(&'static str, Column),
+    /// A column of links, by its name in the contract, and the row that KV would come from.
+    Link(&'static str, Option<u32>, Column),
     /// A label, as codes, as numbers or as a level of the topology.
     Label(String),
 }
@@ -191,6 +193,7 @@ impl Guest {
         let reading = reading();
         let is_known = self.readings.iter().any(|known| match (known, &reading) {
             (Reading::Column(known, _), Reading::Column(name, _)) => known == name,
+            (Reading::Link(known, known_from, _), Reading::Link(name, from, _)) => (known, known_from) == (name, from),
             (Reading::Label(known), Reading::Label(key)) => known == key,
             _ => false,
         });

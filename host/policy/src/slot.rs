@@ -93,6 +93,15 @@ struct Meters {
 #[derive(Clone, Debug)]
 pub struct Pinned(pub Option<Arc<PolicyVersion>>);
 
+impl Pinned {
+    /// Whether it is to be shown workers of all roles: see [`PolicyVersion::tells_roles_apart`]. What decides in its place can be
+    /// shown them, too.
+    #[must_use]
+    pub fn tells_roles_apart(&self) -> bool {
+        self.0.as_ref().is_some_and(|version| version.tells_roles_apart())
+    }
+}
+
 /// A rollback without anything to go back to.
 #[derive(Debug, thiserror::Error)]
 #[error("slot {slot} has no earlier policy to roll back to; activate one with: dynamo-host policy activate {slot} FILE")]

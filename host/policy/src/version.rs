@@ -35,6 +35,7 @@ pub struct PolicyVersion {
     mend_after_ms: AtomicU64,
     meters: Meters,
     record: FaultRecord,
+    tells_roles_apart: bool,
 }
 
 struct Meters {
@@ -90,6 +91,7 @@ impl PolicyVersion {
             mend_after_ms: AtomicU64::new(0),
             meters,
             record: FaultRecord::new(blueprint.slot(), &blueprint.label),
+            tells_roles_apart: blueprint.inspection.imports_interface("links"),
             blueprint,
         })
     }
@@ -134,6 +136,13 @@ impl PolicyVersion {
     #[must_use]
     pub fn observes(&self) -> bool {
         self.blueprint.inspection.imports_interface("outcomes")
+    }
+
+    /// Whether it tells the roles of workers apart: it reads what is known of the links between them, and is shown workers of
+    /// all roles.
+    #[must_use]
+    pub fn tells_roles_apart(&self) -> bool {
+        self.tells_roles_apart
     }
 
     /// Decisions asked of it.

@@ -12,7 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::Output;
 use crate::{
     clock::{unix_ms, utc},
-    receipts::{By, DecisionLine, Done, Hex, Line, OutcomeLine, Source, Tail},
+    receipts::{By, Choice, DecisionLine, Done, Hex, Line, OutcomeLine, Source, Tail},
     text::plain,
 };
 
@@ -175,7 +175,7 @@ fn go_on(tail: &mut Tail, output: Output, out: &mut impl Write) -> Result<(), Fa
 
 /// Whether the request went to a worker by it. Those that held it before have the same id, and no outcome.
 fn is_placed(line: &DecisionLine) -> bool {
-    matches!(line.done, Done::Place(_))
+    matches!(line.done, Done::Place(_) | Done::PlacePairs(_))
 }
 
 /// A decision on one line.
@@ -185,21 +185,24 @@ fn decision_text(line: &DecisionLine) -> String {
         (None, By::Bypass) => format!("{} (bypass)", line.policy),
         (None, _) => line.policy.clone(),
     };
-    let named = |(name, id): (&String, &Hex)| match line.score_of(*id) {
-        Some((_, score)) => format!("{} ({score:.4})", plain(name)),
-        None => plain(name),
+    let named = |choice: Choice| match choice {
+        Choice::One(worker) => match line.score_of(worker) {
+            Some((_, score)) => format!("{} ({score:.4})", line.name_of(worker)),
+            None => line.name_of(worker),
+        },
+        Choice::Pair(..) => line.text_of(choice),
     };
-    let ranked: Vec<String> = line.names.iter().zip(line.placed()).take(1 + SHOWN).map(named).collect();
+    let ranked: Vec<String> = line.choices().into_iter().take(1 + SHOWN).map(named).collect();
     let what = match (&line.done, ranked.split_first()) {
         (Done::HoldMs(ms), _) => format!("holds it for {ms} ms"),
         (Done::Reject(status), _) => format!("rejects it with {status}"),
-        (Done::Place(_), Some((first, rest))) if !rest.is_empty() => format!("→ {first}, else {}", rest.join(", ")),
-        (Done::Place(_), first) => format!("→ {}", first.map(|(first, _)| first.as_str()).unwrap_or_default()),
-        (Done::PlacePairs(pairs), _) => format!("→ {} pairs of prefill and decode", pairs.len()),
+        (_, Some((first, rest))) if !rest.is_empty() => format!("→ {first}, else {}", rest.join(", ")),
+        (_, first) => format!("→ {}", first.map(|(first, _)| first.as_str()).unwrap_or_default()),
     };
+    let stage = line.facts.stage.as_ref().map(|stage| format!(" {stage}")).unwrap_or_default();
     let attempt = if line.facts.attempt > 0 { format!(" attempt {}", line.facts.attempt + 1) } else { String::new() };
     format!(
-        "{}  {}  {}{attempt}  {who} {what}  of {}, {:.0} µs",
+        "{}  {}  {}{stage}{attempt}  {who} {what}  of {}, {:.0} µs",
         utc(line.unix_ms),
         line.id,
         plain(&line.request),
@@ -278,13 +281,18 @@ fn export(place: &Place, since: Option<&str>, until: Option<&str>, format: Forma
 
 const CSV_HEAD: &str = "id,time,request,model,adapter,by,policy,digest,settings,failed_policy,failed_cause,prompt_tokens,exact,attempt,holds,\
                         candidates,worker,worker_id,score,hold_ms,reject_status,fuel,us,end,status,ttft_ms,itl_ms,output_tokens,\
-                        cached_predicted,cached_reported";
+                        cached_predicted,cached_reported,stage,prefill,prefill_id";
 
 fn csv_row(line: &DecisionLine, outcome: Option<&OutcomeLine>) -> String {
     fn or<T: ToString>(value: Option<T>) -> String {
         value.map(|value| value.to_string()).unwrap_or_default()
     }
-    let first = line.placed().first();
+    // Of a pair, the worker is the one that decodes.
+    let (prefill, first) = match line.choices().first() {
+        Some(Choice::One(worker)) => (line.facts.prefilled_by, Some(*worker)),
+        Some(Choice::Pair(prefill, decode)) => (Some(*prefill), Some(*decode)),
+        None => (None, None),
+    };
     let (hold_ms, reject) = match line.done {
         Done::HoldMs(ms) => (Some(ms), None),
         Done::Reject(status) => (None, Some(status)),
@@ -308,9 +316,9 @@ fn csv_row(line: &DecisionLine, outcome: Option<&OutcomeLine>) -> String {
         line.facts.attempt.to_string(),
         line.facts.holds.to_string(),
         line.candidates.to_string(),
-        or(line.names.first()),
+        or(first.map(|first| line.name_of(first))),
         or(first),
-        or(first.and_then(|first| line.score_of(*first)).map(|(_, score)| score)),
+        or(first.and_then(|first| line.score_of(first)).map(|(_, score)| score)),
         or(hold_ms),
         or(reject),
         line.fuel.to_string(),
@@ -322,6 +330,9 @@ fn csv_row(line: &DecisionLine, outcome: Option<&OutcomeLine>) -> String {
         or(outcome.map(|outcome| outcome.output_tokens)),
         or(outcome.map(|outcome| outcome.cached_predicted)),
         or(outcome.and_then(|outcome| outcome.cached_reported)),
+        or(line.facts.stage.as_ref()),
+        or(prefill.map(|prefill| line.name_of(prefill))),
+        or(prefill),
     ];
     fields.map(quoted).join(",")
 }

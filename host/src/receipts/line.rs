@@ -4,16 +4,21 @@
 //! digits: JSON's numbers are floats elsewhere. `null` in a column is "not known"; a column that has one value in all rows is
 //! that value alone. What has its default is left out.
 
+mod facts;
 mod values;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use dynamo_host_core::{Candidates, Endpoint, RecordedError, RequestFacts, Slo, TokenCount, WorkerId, answer::Verdict};
+use dynamo_host_core::{
+    Candidates, Column, RecordedError, Recording, Role, Stage, WorkerId,
+    answer::{MAX_RANKED, Verdict},
+    column::U32Column,
+};
 use dynamo_host_policy::{DecidedBy, Digest, Explanation, Failed, Reading, RouteCall};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::values::Hex;
-use self::values::{Cell, Values, column, measure, values};
+use self::values::{Cell, Values, column, link_column, measure, values};
+pub(crate) use self::{facts::FactsLine, values::Hex};
 use super::Decided;
 
 /// Version of the form.
@@ -61,6 +66,15 @@ pub(crate) enum Done {
     Reject(u16),
 }
 
+/// What is chosen of the candidates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// A worker.
+    One(Hex),
+    /// Who prefills, and who decodes.
+    Pair(Hex, Hex),
+}
+
 /// One term of a policy's reasoning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Score {
@@ -68,54 +82,18 @@ pub(crate) struct Score {
     pub(crate) values: Values<Option<f32>>,
 }
 
-/// What a policy may read of the request. Neither text of the prompt nor tokens of it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct FactsLine {
-    pub(crate) endpoint: String,
-    pub(crate) prompt_tokens: u32,
-    /// Whether a tokenizer counted them.
-    pub(crate) exact: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) adapter: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) tenant_key: Option<Hex>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) session_key: Option<Hex>,
-    pub(crate) prefix_key: Hex,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(crate) priority: i32,
-    /// Chosen by admission, as the class is.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(crate) tier: u32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) class: Option<String>,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(crate) generated_tokens: u32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) max_output_tokens: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) expected_output_tokens: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) slo_ttft_ms: Option<f32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) slo_itl_ms: Option<f32>,
-    pub(crate) choices: u32,
-    pub(crate) flags: u32,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(crate) multimodal_items: u32,
-    pub(crate) accepted_ms: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) deadline_ms: Option<u64>,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(crate) attempt: u32,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(crate) holds: u32,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(crate) failed_workers: Vec<Hex>,
-}
-
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+/// A column of the ways by which KV goes from one worker to each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LinkLine {
+    pub(crate) column: String,
+    /// The worker that would prefill; none: the one that does or did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<Hex>,
+    pub(crate) values: Values<Cell>,
 }
 
 /// A decision.
@@ -151,10 +129,12 @@ pub(crate) struct DecisionLine {
     /// Their ids, in row order.
     pub(crate) workers: Vec<Hex>,
     pub(crate) columns: BTreeMap<String, Values<Cell>>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) links: Vec<LinkLine>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) labels: BTreeMap<String, Values<Option<String>>>,
     pub(crate) done: Done,
-    /// Names of the workers that were placed on, best first.
+    /// Names of the workers that were placed on, best first; of pairs, both.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) names: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -195,26 +175,32 @@ impl DecisionLine {
     pub(crate) fn of(decided: &Decided) -> Self {
         let Decided { candidates, readings, explanations, .. } = decided;
         let count = candidates.count() as usize;
-        let rows = rows_kept(count, 1 + readings.len() + explanations.len(), &decided.verdict);
+        let rows = rows_kept(count, 2 + readings.len() + explanations.len(), &decided.verdict);
         let (by, version, failed) = who(&decided.by);
         let settings = version.map(|version| Digest::of(version.settings().as_bytes()).to_string());
-        let mut columns = BTreeMap::new();
+        let id = |&row: &u32| Hex(candidates.worker(row).id.0);
+        let mut columns = roles(candidates, &rows);
         let mut labels = BTreeMap::new();
+        let mut links = Vec::new();
         for reading in readings {
             match reading {
                 Reading::Column("worker-id", _) => {}
                 Reading::Column(name, column) => drop(columns.insert((*name).to_owned(), values(column, &rows))),
+                Reading::Link(name, from, column) if from.is_none_or(|from| rows.binary_search(&from).is_ok()) => {
+                    links.push(LinkLine {
+                        column: (*name).to_owned(),
+                        from: from.as_ref().map(id),
+                        values: values(column, &rows),
+                    });
+                }
+                // Of a row that was left out, or of none.
+                Reading::Link(..) => {}
                 Reading::Label(key) => {
                     let of = |&row: &u32| candidates.worker(row).spec.labels.get(key).cloned();
                     labels.insert(key.clone(), Values::of(rows.iter().map(of).collect()));
                 }
             }
         }
-        let id = |&row: &u32| Hex(candidates.worker(row).id.0);
-        let placed = match &decided.verdict {
-            Verdict::Place(ranking) => ranking.rows(),
-            Verdict::PlacePairs(_) | Verdict::Hold { .. } | Verdict::Reject(_) => &[],
-        };
         Self {
             v: VERSION,
             id: Hex(decided.request.decision_id),
@@ -234,6 +220,7 @@ impl DecisionLine {
             rows_cut: (count - rows.len()) as u32,
             workers: rows.iter().map(id).collect(),
             columns,
+            links,
             labels,
             done: match &decided.verdict {
                 Verdict::Place(ranking) => Done::Place(ranking.rows().iter().map(id).collect()),
@@ -241,7 +228,7 @@ impl DecisionLine {
                 Verdict::Hold { at_most_ms } => Done::HoldMs(*at_most_ms),
                 Verdict::Reject(rejection) => Done::Reject(rejection.status),
             },
-            names: placed.iter().map(|&row| candidates.worker(row).spec.name.clone()).collect(),
+            names: placed(&decided.verdict).into_iter().map(|row| candidates.worker(row).spec.name.clone()).collect(),
             scores: explanations.iter().map(|term| score(term, count, &rows)).collect(),
             fuel: decided.fuel,
             us: decided.elapsed.as_secs_f32() * 1e6,
@@ -254,14 +241,22 @@ impl DecisionLine {
     /// If the line does not fit together.
     pub(crate) fn call(&self) -> Result<RouteCall, String> {
         let rows = self.workers.len();
-        let columns = self.columns.iter().map(|(name, values)| Ok((name.clone(), column(name, values, rows)?)));
         let labels = |row: usize| {
             let of = |(key, values): (&String, &Values<Option<String>>)| Some((key.clone(), values.get(row).cloned()??));
             self.labels.iter().filter_map(of).collect()
         };
-        let workers = self.workers.iter().enumerate().map(|(row, id)| (WorkerId(id.0), labels(row)));
-        let candidates = Candidates::recorded(workers.collect(), columns.collect::<Result<_, String>>()?);
-        let candidates = candidates.map_err(|error: RecordedError| error.to_string())?;
+        let columns = self.columns.iter().map(|(name, values)| Ok((name.clone(), column(name, values, rows)?)));
+        let links = self.links.iter().map(|LinkLine { column, from, values }| {
+            let from =
+                from.map(|from| self.row_of(from).ok_or_else(|| format!("its links begin at {from}, which is no candidate")));
+            Ok(((column.clone(), from.transpose()?), link_column(column, values, rows)?))
+        });
+        let recording = Recording {
+            rows: self.workers.iter().enumerate().map(|(row, id)| (WorkerId(id.0), labels(row))).collect(),
+            columns: columns.collect::<Result<_, String>>()?,
+            links: links.collect::<Result<_, String>>()?,
+        };
+        let candidates = Candidates::recorded(recording).map_err(|error: RecordedError| error.to_string())?;
         Ok(RouteCall {
             request: Arc::new(self.facts.request(self)?),
             candidates,
@@ -275,99 +270,111 @@ impl DecisionLine {
         })
     }
 
-    /// The workers that were placed on, best first.
-    pub(crate) fn placed(&self) -> &[Hex] {
-        match &self.done {
-            Done::Place(workers) => workers,
-            Done::PlacePairs(_) | Done::HoldMs(_) | Done::Reject(_) => &[],
+    /// The roles of the candidates.
+    pub(crate) fn roles(&self) -> Vec<Role> {
+        let column = self.columns.get(U32Column::Role.name());
+        let role = |row: usize| match column.and_then(|column| column.get(row)) {
+            Some(Cell::Amount(code)) => Role::of_code(*code).unwrap_or_default(),
+            _ => Role::Aggregated,
+        };
+        (0..self.workers.len()).map(role).collect()
+    }
+
+    /// The same as it would be put to a policy that does not tell roles apart: where the request begins, and without links.
+    pub(crate) fn of_beginning(&self) -> Self {
+        let roles = self.roles();
+        let rows: Vec<usize> = (0..roles.len()).filter(|&row| roles[row] != Role::Decode).collect();
+        let is_split = rows.iter().all(|&row| roles[row] == Role::Prefill);
+        let stage = is_split.then(|| Stage::Prefill.label().to_owned());
+        Self {
+            facts: FactsLine { stage, ..self.facts.clone() },
+            workers: rows.iter().map(|&row| self.workers[row]).collect(),
+            columns: self.columns.iter().map(|(name, values)| (name.clone(), values.only(&rows))).collect(),
+            labels: self.labels.iter().map(|(key, values)| (key.clone(), values.only(&rows))).collect(),
+            links: Vec::new(),
+            ..self.clone()
         }
+    }
+
+    /// What was chosen, best first: a worker, or one that prefills and one that decodes.
+    pub(crate) fn choices(&self) -> Vec<Choice> {
+        match &self.done {
+            Done::Place(workers) => workers.iter().map(|&worker| Choice::One(worker)).collect(),
+            Done::PlacePairs(pairs) => pairs.iter().map(|&(prefill, decode)| Choice::Pair(prefill, decode)).collect(),
+            Done::HoldMs(_) | Done::Reject(_) => Vec::new(),
+        }
+    }
+
+    /// The workers that were placed on, in the order of their names.
+    pub(crate) fn placed(&self) -> Vec<Hex> {
+        self.choices().into_iter().flat_map(Choice::workers).collect()
     }
 
     /// The name of a worker, if it was placed on; else its id.
     pub(crate) fn name_of(&self, worker: Hex) -> String {
-        let named = self.placed().iter().zip(&self.names).find(|(id, _)| **id == worker);
+        let named = self.placed().into_iter().zip(&self.names).find(|(id, _)| *id == worker);
         named.map_or_else(|| worker.to_string(), |(_, name)| crate::text::plain(name))
+    }
+
+    /// A choice by names.
+    pub(crate) fn text_of(&self, choice: Choice) -> String {
+        match choice {
+            Choice::One(worker) => self.name_of(worker),
+            Choice::Pair(prefill, decode) => format!("{} + {}", self.name_of(prefill), self.name_of(decode)),
+        }
+    }
+
+    fn row_of(&self, worker: Hex) -> Option<u32> {
+        self.workers.binary_search(&worker).ok().map(|row| row as u32)
     }
 
     /// The last term's score of a worker: composed policies end with their total.
     pub(crate) fn score_of(&self, worker: Hex) -> Option<(&str, f32)> {
-        let row = self.workers.iter().position(|id| *id == worker)?;
+        let row = self.row_of(worker)?;
         let score = self.scores.last()?;
-        Some((score.term.as_str(), score.values.get(row).copied()??))
+        Some((score.term.as_str(), score.values.get(row as usize).copied()??))
     }
 }
 
-impl FactsLine {
-    fn of(request: &RequestFacts) -> Self {
-        Self {
-            endpoint: request.endpoint.label().to_owned(),
-            prompt_tokens: request.prompt.tokens,
-            exact: request.prompt.exact,
-            adapter: request.adapter.clone(),
-            tenant_key: request.tenant_key().map(Hex),
-            session_key: request.session_key.map(Hex),
-            prefix_key: Hex(request.prefix_key),
-            priority: request.priority,
-            tier: request.tier,
-            class: request.class.as_deref().map(str::to_owned),
-            generated_tokens: request.generated_tokens,
-            max_output_tokens: request.max_output_tokens,
-            expected_output_tokens: request.expected_output_tokens,
-            slo_ttft_ms: request.slo.ttft_ms,
-            slo_itl_ms: request.slo.itl_ms,
-            choices: request.choices,
-            flags: request.flags,
-            multimodal_items: request.multimodal_items,
-            accepted_ms: request.accepted_ms,
-            deadline_ms: request.deadline_ms,
-            attempt: request.attempt,
-            holds: request.holds,
-            failed_workers: request.failed_workers.iter().map(|worker| Hex(worker.0)).collect(),
-        }
+impl Choice {
+    /// Its workers: one, or who prefills and who decodes.
+    pub(crate) fn workers(self) -> impl Iterator<Item = Hex> {
+        let (first, second) = match self {
+            Self::One(worker) => (worker, None),
+            Self::Pair(prefill, decode) => (prefill, Some(decode)),
+        };
+        std::iter::once(first).chain(second)
     }
+}
 
-    fn request(&self, line: &DecisionLine) -> Result<RequestFacts, String> {
-        let endpoint = Endpoint::ALL.into_iter().find(|endpoint| endpoint.label() == self.endpoint);
-        let endpoint = endpoint.ok_or_else(|| format!("its endpoint {:?} is not known", self.endpoint))?;
-        Ok(RequestFacts {
-            decision_id: line.id.0,
-            adapter: self.adapter.clone(),
-            recorded_tenant_key: self.tenant_key.map(|key| key.0),
-            priority: self.priority,
-            tier: self.tier,
-            class: self.class.as_deref().map(Into::into),
-            session_key: self.session_key.map(|key| key.0),
-            prefix_key: self.prefix_key.0,
-            prompt: TokenCount { tokens: self.prompt_tokens, exact: self.exact },
-            generated_tokens: self.generated_tokens,
-            max_output_tokens: self.max_output_tokens,
-            expected_output_tokens: self.expected_output_tokens,
-            slo: Slo { ttft_ms: self.slo_ttft_ms, itl_ms: self.slo_itl_ms },
-            choices: self.choices,
-            flags: self.flags,
-            multimodal_items: self.multimodal_items,
-            accepted_ms: self.accepted_ms,
-            deadline_ms: self.deadline_ms,
-            attempt: self.attempt,
-            holds: self.holds,
-            failed_workers: self.failed_workers.iter().map(|worker| WorkerId(worker.0)).collect(),
-            ..RequestFacts::new(line.request.clone(), line.model.clone(), endpoint)
-        })
+/// Rows that were placed on, in order: of pairs, both.
+fn placed(verdict: &Verdict) -> Vec<u32> {
+    match verdict {
+        Verdict::Place(ranking) => ranking.rows().to_vec(),
+        Verdict::PlacePairs(pairs) => pairs.iter().flat_map(|&(prefill, decode)| [prefill, decode]).collect(),
+        Verdict::Hold { .. } | Verdict::Reject(_) => Vec::new(),
     }
+}
+
+/// The column of roles, whether it was read or not: without it, a pair means nothing. None where all do all of the work.
+fn roles(candidates: &Candidates, rows: &[u32]) -> BTreeMap<String, Values<Cell>> {
+    if candidates.iter().all(|worker| worker.spec.role == Role::Aggregated) {
+        return BTreeMap::new();
+    }
+    let roles = Column::U32(candidates.iter().map(|worker| worker.spec.role.code()).collect());
+    BTreeMap::from([(U32Column::Role.name().to_owned(), values(&roles, rows))])
 }
 
 /// Rows that a receipt keeps: those that were placed on, and as many others as fit; in order.
 fn rows_kept(count: usize, per_row: usize, verdict: &Verdict) -> Vec<u32> {
-    let most = (MAX_VALUES / per_row).max(dynamo_host_core::answer::MAX_RANKED);
+    let most = (MAX_VALUES / per_row).max(2 * MAX_RANKED);
     if count <= most {
         return (0..count as u32).collect();
     }
-    let mut rows = match verdict {
-        Verdict::Place(ranking) => ranking.rows().to_vec(),
-        Verdict::PlacePairs(pairs) => pairs.iter().flat_map(|&(prefill, decode)| [prefill, decode]).collect(),
-        Verdict::Hold { .. } | Verdict::Reject(_) => Vec::new(),
-    };
-    let others: Vec<u32> = (0..count as u32).filter(|row| !rows.contains(row)).take(most - rows.len()).collect();
+    let mut rows = placed(verdict);
+    rows.sort_unstable();
+    rows.dedup();
+    let others: Vec<u32> = (0..count as u32).filter(|row| rows.binary_search(row).is_err()).take(most - rows.len()).collect();
     rows.extend(others);
     rows.sort_unstable();
     rows

@@ -135,8 +135,8 @@ impl Snapshot {
     /// Those of them that a part of its work is for.
     pub(crate) fn candidates_among(&self, request: &RequestFacts, among: Among) -> Result<Arc<Candidates>, RequestError> {
         let eligible = self.eligible(&request.model, request.adapter.as_deref(), among);
-        let no_worker = || RequestError::NoWorker { model: request.adapter.as_ref().unwrap_or(&request.model).clone() };
-        let eligible = eligible.and_then(|eligible| eligible.without(&request.failed_workers)).ok_or_else(no_worker)?;
+        let eligible = eligible.and_then(|eligible| eligible.without(&request.failed_workers));
+        let eligible = eligible.ok_or_else(|| self.no_worker(request))?;
         let busy = self.busy_trials();
         Ok(eligible.without(&busy).unwrap_or(eligible))
     }
@@ -169,7 +169,7 @@ impl Snapshot {
         }
     }
 
-    fn eligible(&self, model: &str, adapter: Option<&str>, among: Among) -> Option<Arc<Candidates>> {
+    pub(super) fn eligible(&self, model: &str, adapter: Option<&str>, among: Among) -> Option<Arc<Candidates>> {
         match adapter {
             Some(adapter) => self.fleet.candidates_with(model, adapter, among),
             None => self.fleet.candidates(model, among),

@@ -6,7 +6,7 @@ use crate::{
     Candidate, UNKNOWN,
     bindings::router::dynamo::policy::candidates as host,
     codes::{role, worker_state},
-    testing::Given,
+    testing::{Given, GivenLinks},
 };
 
 /// The workers that may serve this request: those of the right model, role, health and adapter. A policy ranks them; it
@@ -58,6 +58,7 @@ pub struct Candidates {
     pub(crate) adapter_loaded: OnceCell<Vec<u32>>,
     pub(crate) preference: OnceCell<Vec<f32>>,
     pub(crate) given: Given,
+    pub(crate) given_links: GivenLinks,
 }
 
 impl Candidates {

@@ -34,7 +34,7 @@
 //! Contract: what is not asked for is not computed and never crosses the boundary. Each fact and column is asked of the
 //! host at most once per call and kept; what takes an argument ([`label`](Candidates::label),
 //! [`label_code`](Candidates::label_code), [`topology`](Candidates::topology), [`signal`](Candidates::signal),
-//! [`attribute`](Request::attribute)) is asked each time. A policy's own memory is a cache that may vanish between any
+//! [`attribute`](Request::attribute), [`Links`]) is asked each time. A policy's own memory is a cache that may vanish between any
 //! two calls; what must last goes to [`state`].
 
 // The generated bindings name this crate as their users do.
@@ -47,6 +47,7 @@ pub mod classes;
 mod codes;
 pub mod compose;
 mod decision;
+mod links;
 mod outcomes;
 mod pools;
 pub mod rank;
@@ -66,6 +67,7 @@ pub use candidate::Candidate;
 pub use candidates::Candidates;
 pub use codes::{end, endpoint, flags, role, stage, topology, worker_state};
 pub use decision::{Decision, explain, explain_wanted};
+pub use links::Links;
 pub use outcomes::{Outcome, Outcomes};
 pub use pools::Pools;
 pub use request::Request;

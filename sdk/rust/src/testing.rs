@@ -33,6 +33,7 @@
 //! ```
 
 mod candidates;
+mod links;
 mod outcomes;
 mod pools;
 mod request;
@@ -41,6 +42,7 @@ pub(crate) mod services;
 use std::cell::OnceCell;
 
 pub(crate) use candidates::Given;
+pub(crate) use links::GivenLinks;
 pub(crate) use pools::GivenQuantiles;
 pub use services::{
     advance, clear_state, counter, explanations, gauge, log_lines, reset, seed, set_explain_wanted, set_now_ms, set_state_error,

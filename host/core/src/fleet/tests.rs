@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::{
+    column::LinkColumn,
+    links::LinkBoard,
     load::{InFlight, LoadReport},
     worker::{Handoff, WorkerSpec, WorkerState},
 };
@@ -146,6 +148,16 @@ fn labels_become_codes_and_numbers_become_signals() {
 /// Names of the candidates of each part, as `name name`, of workers `name:role:group` or `name:role:group:only`, where the last serves
 /// no whole requests.
 fn parts(workers: &[&str]) -> [String; 4] {
+    let fleet = split(workers);
+    [Among::Whole, Among::Beginning, Among::Everyone, Among::Decoders].map(|among| {
+        let Some(candidates) = fleet.candidates("m", among) else { return String::new() };
+        let mut names: Vec<String> = candidates.iter().map(|worker| worker.spec.name.clone()).collect();
+        names.sort();
+        names.join(" ")
+    })
+}
+
+fn split(workers: &[&str]) -> Fleet {
     let board = LoadBoard::new(16);
     let workers = workers.iter().map(|text| {
         let mut parts = text.split(':');
@@ -155,13 +167,7 @@ fn parts(workers: &[&str]) -> [String; 4] {
         made.handoff.serves_whole = parts.next().is_none();
         made
     });
-    let fleet = Fleet::new(1, workers.collect()).unwrap();
-    [Among::Whole, Among::Beginning, Among::Everyone, Among::Decoders].map(|among| {
-        let Some(candidates) = fleet.candidates("m", among) else { return String::new() };
-        let mut names: Vec<String> = candidates.iter().map(|worker| worker.spec.name.clone()).collect();
-        names.sort();
-        names.join(" ")
-    })
+    Fleet::new(1, workers.collect()).unwrap()
 }
 
 #[test]
@@ -181,4 +187,35 @@ fn where_nobody_can_hand_over_requests_are_served_whole() {
     assert_eq!(parts(&["p:prefill", "d:decode"]), ["d", "d", "d", "d"]);
     assert_eq!(parts(&["b:both:1"]), ["b", "b", "b", "b"]);
     assert_eq!(parts(&["p:prefill:1:only"]), ["", "", "", ""]);
+}
+
+#[test]
+fn columns_of_links_are_of_the_ways_from_one_worker_to_each_candidate() {
+    let fleet = split(&["p:prefill:1", "d:decode:1", "e:decode:1", "f:decode:2", "b:both:1", "a:aggregated:1"]);
+    let everyone = fleet.candidates("m", Among::Everyone).unwrap();
+    let row = |name: &str| everyone.iter().position(|worker| worker.spec.name == name).unwrap() as u32;
+    let slot = |name: &str| everyone.worker(row(name)).load.index();
+    let links = LinkBoard::default();
+    links.arrived(slot("p"), slot("d"), 1000, 10.0);
+    (0..crate::links::FAILURES).for_each(|_| links.failed(slot("p"), slot("e"), 100));
+    let from = |name: &str| Ways { from: Some(row(name)), prefilled_by: None, links: Some(&links) };
+    let reached = |among: &Candidates, ways| {
+        let column = among.reachable_column(ways, 200);
+        let mut names: Vec<&str> =
+            among.iter().zip(column.iter()).filter(|(_, value)| **value == 1).map(|(to, _)| to.spec.name.as_str()).collect();
+        names.sort_unstable();
+        names.join(" ")
+    };
+    assert_eq!(reached(&everyone, from("p")), "b d", "e is avoided for now, f does it otherwise, a does not decode for others");
+    assert_eq!(reached(&everyone, from("b")), "d e", "a link that fails is avoided, others of the same worker are not");
+    assert_eq!(reached(&everyone, from("d")), "");
+    assert_eq!(reached(&everyone, Ways { from: Some(99), ..from("p") }), "", "there is no such row");
+    let rates = everyone.link_column(LinkColumn::TokensPerSecond, from("p"));
+    let known: Vec<usize> = (0..6).filter(|&row| !rates[row].is_nan()).collect();
+    assert_eq!((known, rates[row("d") as usize]), (vec![row("d") as usize], 100_000.0));
+
+    let decoders = fleet.candidates("m", Among::Decoders).unwrap();
+    let done = Ways { from: None, prefilled_by: Some(everyone.worker(row("p")).id), links: Some(&links) };
+    assert_eq!(reached(&decoders, done), "b d", "who has prefilled need not be a candidate");
+    assert_eq!(reached(&decoders, Ways { prefilled_by: None, ..done }), "");
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dynamo_host_core::{
     Candidates, LinkBoard, Overlap, Rejection, RequestFacts,
     answer::{self, MAX_HOLDS, Ranking, Verdict},
+    column::U32Column,
     native,
 };
 
@@ -41,12 +42,14 @@ pub struct RouteCall {
 /// What the native fallback decides, and what it reads for it if that is asked for.
 #[must_use]
 pub fn native_route(call: &RouteCall) -> (Ranking, Vec<Reading>) {
-    let columns = native::READS.map(|column| call.candidates.u32_column(column, call.now_ms));
-    let ranking = native::rank(&columns[0], &columns[1], call.seed);
+    let read = |column: U32Column| call.candidates.u32_column(column, call.now_ms);
+    let columns = native::READS.map(read);
+    let roles = native::reads_roles(&call.candidates, call.request.stage).then(|| read(U32Column::Role));
+    let ranking = native::rank(&columns[0], &columns[1], roles.as_deref(), call.seed);
     if !call.explain {
         return (ranking, Vec::new());
     }
-    let readings = native::READS.into_iter().zip(columns);
+    let readings = native::READS.into_iter().zip(columns).chain(roles.map(|roles| (U32Column::Role, roles)));
     (ranking, readings.map(|(column, values)| Reading::Column(column.name(), values.into())).collect())
 }
 

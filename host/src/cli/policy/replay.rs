@@ -6,14 +6,14 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use dynamo_host_core::{SlotName, answer::Verdict, native};
+use dynamo_host_core::{Role, SlotName, Stage, answer::Verdict, native};
 use dynamo_host_policy::{Digest, PolicyFault, PolicyVersion, Reading, RouteCall, SlotState, Trial, native_route};
 use serde::Serialize;
 
 use super::{file_and_settings, load_for, named, read, read_given, uses};
 use crate::{
     cli::{Output, OutputFlags, receipts::warn},
-    receipts::{DecisionLine, Hex, Line, Source},
+    receipts::{Choice, DecisionLine, Hex, Line, Source},
     text::plain,
 };
 
@@ -42,6 +42,16 @@ const FACTS_NOT_HELD: [&str; 2] = ["tenant", "attribute"];
 enum Candidate {
     Native,
     Policy { version: Arc<PolicyVersion>, uses: uses::Uses, trial: Option<Trial> },
+}
+
+/// What the candidate policy is shown of a receipt's decision.
+enum Shown {
+    /// What who decided then was shown.
+    AsThen,
+    /// Where the request begins: it does not tell roles apart, and who decided then did.
+    Beginning,
+    /// Less than it would be in a host: it tells roles apart, and who decided then did not.
+    Less,
 }
 
 /// Counted over the decisions of one policy version with one set of settings.
@@ -133,6 +143,29 @@ impl Candidate {
         Ok(Self::Policy { version, uses, trial: None })
     }
 
+    /// How the decision of a receipt is put to it.
+    fn shown(&self, line: &DecisionLine) -> Shown {
+        // The native fallback knows what to do with either.
+        let Self::Policy { version, .. } = self else { return Shown::AsThen };
+        let stage = line.facts.stage.as_deref();
+        let roles = line.roles();
+        let has = |is: fn(Role) -> bool| roles.iter().any(|&role| is(role));
+        let has_decode = has(|role| role == Role::Decode);
+        match version.tells_roles_apart() {
+            false if stage.is_none() && has_decode && has(|role| role != Role::Decode) => Shown::Beginning,
+            true if stage == Some(Stage::Prefill.label()) => Shown::Less,
+            // Who only prefills is a candidate where somebody else decodes.
+            true if stage.is_none()
+                && has(|role| role == Role::Prefill)
+                && has(|role| role != Role::Prefill)
+                && !has(Role::decodes) =>
+            {
+                Shown::Less
+            }
+            _ => Shown::AsThen,
+        }
+    }
+
     /// What it decides, with what it read and the fuel that it took.
     fn decide(&mut self, call: &RouteCall) -> Result<(Verdict, Vec<Reading>, u64), PolicyFault> {
         match self {
@@ -189,10 +222,15 @@ impl Report {
         if line.rows_cut > 0 {
             return leave("rows were cut: the fleet was too large for a receipt");
         }
-        if line.placed().is_empty() {
+        if line.choices().is_empty() {
             return leave("it was held or rejected: nothing was placed");
         }
-        let Ok(call) = line.call() else { return leave("its receipt does not fit together") };
+        let call = match candidate.shown(line) {
+            Shown::AsThen => line.call(),
+            Shown::Beginning => line.of_beginning().call(),
+            Shown::Less => return leave("it was put to who tells no roles apart: who might decode was not shown"),
+        };
+        let Ok(call) = call else { return leave("its receipt does not fit together") };
         let decided = candidate.decide(&call);
         if let Ok((_, readings, fuel)) = &decided {
             self.fuel_sum += fuel;
@@ -201,7 +239,7 @@ impl Report {
                 *self.not_held.entry(what).or_default() += 1;
             }
         }
-        let comparison = compare(line, &decided, flags.top);
+        let comparison = compare(line, &call, &decided, flags.top);
         let key = [line.digest.as_deref(), line.settings.as_deref()];
         let is_own = key == [self.digest.as_deref(), self.settings.as_deref()];
         let short = |digest: Option<&str>| digest.map_or("-", |digest| digest.get(..8).unwrap_or(digest)).to_owned();
@@ -220,8 +258,8 @@ impl Report {
                 id: line.id.to_string(),
                 request: plain(&line.request),
                 cause,
-                recorded: line.placed().iter().take(flags.top as usize).map(|id| line.name_of(*id)).collect(),
-                candidate: comparison.ranked.iter().take(flags.top as usize).map(|id| line.name_of(*id)).collect(),
+                recorded: line.choices().into_iter().take(flags.top as usize).map(|choice| line.text_of(choice)).collect(),
+                candidate: comparison.choices.into_iter().take(flags.top as usize).map(|choice| line.text_of(choice)).collect(),
                 detail: decided.err().map(|fault| plain(&fault.to_string())),
             });
         }
@@ -285,7 +323,7 @@ struct Comparison {
     /// How they differ, if they do.
     cause: Option<&'static str>,
     in_top: bool,
-    ranked: Vec<Hex>,
+    choices: Vec<Choice>,
 }
 
 impl Tally {
@@ -299,27 +337,42 @@ impl Tally {
     }
 }
 
-fn compare(line: &DecisionLine, decided: &Result<(Verdict, Vec<Reading>, u64), PolicyFault>, top: u32) -> Comparison {
-    let differs = |cause| Comparison { cause: Some(cause), in_top: false, ranked: Vec::new() };
-    let ranking = match decided {
+fn compare(
+    line: &DecisionLine,
+    call: &RouteCall,
+    decided: &Result<(Verdict, Vec<Reading>, u64), PolicyFault>,
+    top: u32,
+) -> Comparison {
+    let differs = |cause| Comparison { cause: Some(cause), in_top: false, choices: Vec::new() };
+    let id = |row: u32| Hex(call.candidates.worker(row).id.0);
+    let choices: Vec<Choice> = match decided {
         Err(_) => return differs("the candidate failed"),
         Ok((Verdict::Hold { .. }, ..)) => return differs("the candidate holds the request"),
         Ok((Verdict::Reject(_), ..)) => return differs("the candidate rejects the request"),
-        Ok((Verdict::PlacePairs(_), ..)) => return differs("the candidate places prefill and decode apart"),
-        Ok((Verdict::Place(ranking), ..)) => ranking,
+        Ok((Verdict::PlacePairs(pairs), ..)) => pairs.iter().map(|&(one, other)| Choice::Pair(id(one), id(other))).collect(),
+        Ok((Verdict::Place(ranking), ..)) => ranking.rows().iter().map(|&row| Choice::One(id(row))).collect(),
     };
-    let ranked: Vec<Hex> = ranking.rows().iter().filter_map(|&row| line.workers.get(row as usize).copied()).collect();
-    let recorded = line.placed();
-    let first = ranked[0];
-    let in_top = recorded.iter().take(top as usize).any(|worker| *worker == first);
+    let recorded = line.choices();
+    let in_top = recorded.iter().take(top as usize).any(|choice| *choice == choices[0]);
+    let cause = (choices[0] != recorded[0]).then(|| difference(line, &recorded, choices[0]));
+    Comparison { cause, in_top, choices }
+}
+
+/// How a first choice differs from the recorded one.
+fn difference(line: &DecisionLine, recorded: &[Choice], now: Choice) -> &'static str {
     let score = |worker| line.score_of(worker).map(|(_, score)| score.to_bits());
-    let cause = match recorded.iter().position(|worker| *worker == first) {
-        Some(0) => None,
-        _ if score(first).is_some() && score(first) == score(recorded[0]) => Some("a worker of the same score"),
-        Some(_) => Some("another worker of the recorded ranking"),
-        None => Some("a worker that the recorded ranking has not"),
-    };
-    Comparison { cause, in_top, ranked }
+    match (recorded[0], now) {
+        (Choice::One(_), Choice::Pair(..)) => "prefill and decode fixed at once, not one worker",
+        (Choice::Pair(..), Choice::One(_)) => "one worker, not prefill and decode fixed at once",
+        (Choice::Pair(then, _), Choice::Pair(prefill, _)) if then == prefill => "another worker to decode",
+        (Choice::Pair(_, then), Choice::Pair(_, decode)) if then == decode => "another worker to prefill",
+        (Choice::Pair(..), Choice::Pair(..)) => "other workers to prefill and to decode",
+        (Choice::One(then), Choice::One(now)) if score(now).is_some() && score(now) == score(then) => {
+            "a worker of the same score"
+        }
+        _ if recorded.contains(&now) => "another worker of the recorded ranking",
+        _ => "a worker that the recorded ranking has not",
+    }
 }
 
 /// What was read and a receipt does not hold.
@@ -327,6 +380,11 @@ fn not_held(line: &DecisionLine, reading: &Reading) -> Option<String> {
     match reading {
         Reading::Column("worker-id", _) => None,
         Reading::Column(name, _) => (!line.columns.contains_key(*name)).then(|| (*name).to_owned()),
+        Reading::Link(name, from, _) => {
+            let from = from.and_then(|from| line.workers.get(from as usize).copied());
+            let is_held = line.links.iter().any(|link| link.column == *name && link.from == from);
+            (!is_held).then(|| format!("links.{name}"))
+        }
         Reading::Label(key) => (!line.labels.contains_key(key)).then(|| format!("label {key:?}")),
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 
 use dynamo_host_core::{
     Column, UNKNOWN,
-    column::{F32Column, U64Column},
+    column::{F32Column, LinkColumn, U64Column},
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
@@ -67,6 +67,14 @@ impl<T: Clone + PartialEq> Values<T> {
         }
     }
 
+    /// The values in some rows.
+    pub(super) fn only(&self, rows: &[usize]) -> Self {
+        match self {
+            Self::Each(values) => Self::of(rows.iter().filter_map(|&row| values.get(row).cloned()).collect()),
+            Self::All(value) => Self::All(value.clone()),
+        }
+    }
+
     fn each(&self, rows: usize) -> Vec<T> {
         match self {
             Self::Each(values) => values.clone(),
@@ -98,25 +106,40 @@ pub(super) fn measure(value: f32) -> Option<f32> {
 /// # Errors
 /// If it cannot hold them.
 pub(super) fn column(name: &str, values: &Values<Cell>, rows: usize) -> Result<Column, String> {
-    let cells = values.each(rows);
-    let wrong = |cell: Cell| format!("its column {name} holds {cell:?}");
     if U64Column::ALL.iter().any(|(of, _)| *of == name) {
-        let key = |cell| if let Cell::Key(key) = cell { Ok(key.0) } else { Err(wrong(cell)) };
-        return Ok(Column::U64(cells.into_iter().map(key).collect::<Result<_, _>>()?));
+        let key = |cell| if let Cell::Key(key) = cell { Ok(key.0) } else { Err(wrong(name, cell)) };
+        return Ok(Column::U64(values.each(rows).into_iter().map(key).collect::<Result<_, _>>()?));
     }
-    if F32Column::ALL.iter().any(|(of, _)| *of == name) {
-        let measure = |cell| match cell {
-            Cell::Amount(value) => Ok(value as f32),
-            Cell::Measure(value) => Ok(value),
-            Cell::Unknown(()) => Ok(f32::NAN),
-            Cell::Key(_) => Err(wrong(cell)),
-        };
-        return Ok(Column::F32(cells.into_iter().map(measure).collect::<Result<_, _>>()?));
-    }
+    if F32Column::ALL.iter().any(|(of, _)| *of == name) { measures(name, values, rows) } else { amounts(name, values, rows) }
+}
+
+/// The column of links of this name with these values.
+///
+/// # Errors
+/// If it cannot hold them.
+pub(super) fn link_column(name: &str, values: &Values<Cell>, rows: usize) -> Result<Column, String> {
+    if LinkColumn::ALL.iter().any(|(of, _)| *of == name) { measures(name, values, rows) } else { amounts(name, values, rows) }
+}
+
+fn measures(name: &str, values: &Values<Cell>, rows: usize) -> Result<Column, String> {
+    let measure = |cell| match cell {
+        Cell::Amount(value) => Ok(value as f32),
+        Cell::Measure(value) => Ok(value),
+        Cell::Unknown(()) => Ok(f32::NAN),
+        Cell::Key(_) => Err(wrong(name, cell)),
+    };
+    Ok(Column::F32(values.each(rows).into_iter().map(measure).collect::<Result<_, _>>()?))
+}
+
+fn amounts(name: &str, values: &Values<Cell>, rows: usize) -> Result<Column, String> {
     let amount = |cell| match cell {
         Cell::Amount(value) => Ok(value),
         Cell::Unknown(()) => Ok(UNKNOWN),
-        Cell::Measure(_) | Cell::Key(_) => Err(wrong(cell)),
+        Cell::Measure(_) | Cell::Key(_) => Err(wrong(name, cell)),
     };
-    Ok(Column::U32(cells.into_iter().map(amount).collect::<Result<_, _>>()?))
+    Ok(Column::U32(values.each(rows).into_iter().map(amount).collect::<Result<_, _>>()?))
+}
+
+fn wrong(name: &str, cell: Cell) -> String {
+    format!("its column {name} holds {cell:?}")
 }
