@@ -22,23 +22,25 @@ type Tiered = (f32, fn(&Candidates) -> &[u32]);
 impl Costs {
     pub(crate) fn of(settings: &Settings, request: &Request, candidates: &Candidates) -> Self {
         let prompt = known(request.prompt_tokens());
-        let preference = candidates.preference();
         let cached = cached(settings, candidates, prompt);
-        let queued = candidates.active_uncached_tokens();
-        let prefill = |((&cached, &queued), &preference): ((&f32, &u32), &f32)| {
-            let credit = settings.overlap_score_credit * cached;
-            settings.prefill_load_scale * (known(queued) + (prompt - credit).max(0.0)) * preference
-        };
-        let prefill: Vec<f32> = cached.iter().zip(queued).zip(preference).map(prefill).collect();
-        let (decoding, prefilling) = (candidates.active_decode_tokens(), candidates.active_prefill_tokens());
-        let context = |((&decoding, &prefilling), &preference): ((&u32, &u32), &f32)| {
-            (known(decoding) + known(prefilling) + prompt) * preference
-        };
-        let mut context: Vec<f32> = decoding.iter().zip(prefilling).zip(preference).map(context).collect();
+        // One simple loop after the other, since those become SIMD.
+        let mut prefill: Vec<f32> =
+            cached.iter().map(|cached| (prompt - settings.overlap_score_credit * cached).max(0.0)).collect();
+        for (prefill, &queued) in prefill.iter_mut().zip(candidates.active_uncached_tokens()) {
+            *prefill = settings.prefill_load_scale * (*prefill + known(queued));
+        }
+        let mut context: Vec<f32> = candidates.active_decode_tokens().iter().map(|&tokens| prompt + known(tokens)).collect();
+        for (context, &tokens) in context.iter_mut().zip(candidates.active_prefill_tokens()) {
+            *context += known(tokens);
+        }
         if settings.active_request_weight_tokens != 0.0 {
-            for ((context, &requests), &preference) in context.iter_mut().zip(candidates.active_requests()).zip(preference) {
-                *context += settings.active_request_weight_tokens * known(requests) * preference;
+            for (context, &requests) in context.iter_mut().zip(candidates.active_requests()) {
+                *context += settings.active_request_weight_tokens * known(requests);
             }
+        }
+        for ((prefill, context), preference) in prefill.iter_mut().zip(&mut context).zip(candidates.preference()) {
+            *prefill *= preference;
+            *context *= preference;
         }
         explain("cached_tokens", || cached.clone());
         explain("prefill_tokens", || prefill.clone());

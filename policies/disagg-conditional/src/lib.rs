@@ -82,11 +82,15 @@ struct Pools {
 impl Pools {
     fn of(costs: &Costs, candidates: &Candidates, seed: u64) -> Self {
         let roles = candidates.role();
+        let is_split = |&role: &u32| role == role::PREFILL || role == role::DECODE;
+        if !roles.iter().any(is_split) {
+            let aggregated = rank::lowest_rows(costs.whole.iter().copied(), seed);
+            return Self { prefill: Vec::new(), decode: Vec::new(), aggregated };
+        }
         let ranked = |costs: &[f32], is: fn(u32) -> bool| -> Vec<u32> {
-            let is = |row: u32| is(roles[row as usize]);
-            // Others are last, and left out.
-            let costs = (0..).zip(costs).map(|(row, &cost)| if is(row) { cost } else { f32::NAN });
-            rank::lowest_rows(costs, seed).into_iter().filter(|&row| is(row)).collect()
+            let rows: Vec<u32> = (0..).zip(roles).filter(|(_, role)| is(**role)).map(|(row, _)| row).collect();
+            let ranked = rank::lowest_rows(rows.iter().map(|&row| costs[row as usize]), seed);
+            ranked.into_iter().map(|place| rows[place as usize]).collect()
         };
         let mut prefill = ranked(&costs.prefill, |role| role == role::PREFILL);
         // KV must be able to go somewhere. Asked of the few that are ranked: each costs a column.
