@@ -209,7 +209,7 @@ fn asked_about(
             Ok((if is_prefill { Stage::Prefill } else { Stage::Whole }, beginning))
         }
         Part::Beginning | Part::Whole => {
-            let whole = snapshot.candidates(facts)?;
+            let whole = snapshot.for_whole(facts)?;
             // Workers that failed this one request are no missing pool.
             let is_first = part == Part::Beginning && (facts.attempt, facts.holds) == (0, 0);
             if let Some(cause) = is_first.then(|| snapshot.missing_for_pairs(facts)).flatten() {

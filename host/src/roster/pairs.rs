@@ -52,9 +52,22 @@ impl Snapshot {
         }
     }
 
+    /// Those that serve a request whole. Where all of them have failed it, workers of other pools, as far as they do that.
+    ///
+    /// # Errors
+    /// If there is nobody.
+    pub(crate) fn for_whole(&self, request: &RequestFacts) -> Result<Arc<Candidates>, RequestError> {
+        let usual = self.candidates(request);
+        if usual.is_ok() || request.failed_workers.is_empty() {
+            return usual;
+        }
+        let others = self.candidates_among(request, Among::Everyone);
+        others.ok().and_then(|others| others.of(|worker| worker.handoff.serves_whole)).map_or(usual, Ok)
+    }
+
     /// Whether anybody could serve a request, in whatever way.
     pub(crate) fn has_way(&self, request: &RequestFacts, links: &LinkBoard) -> bool {
-        self.candidates(request).is_ok() || self.has_pair(request, links)
+        self.for_whole(request).is_ok() || self.has_pair(request, links)
     }
 
     /// Those that can go on from what a worker prefills or has prefilled.

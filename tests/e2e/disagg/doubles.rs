@@ -88,7 +88,7 @@ fn is_busy(_: &Received, _: u32) -> String {
 }
 
 fn refuses(_: &Received, _: u32) -> String {
-    whole_answer("400 Bad Request", r#"{"error":{"message":"unknown field kv_transfer_params"}}"#)
+    whole_answer("400 Bad Request", r#"{"error":{"message":"the prompt is too long"}}"#)
 }
 
 fn breaks(_: &Received, _: u32) -> String {
@@ -200,21 +200,20 @@ async fn a_prefill_that_fails_is_tried_elsewhere_and_then_not_at_all() {
 }
 
 #[tokio::test]
-async fn what_engines_refuse_in_parts_is_asked_for_as_a_whole() {
+async fn an_engines_no_is_the_answer_and_staged_kv_is_given_up() {
     let (prefill, decode) = (engine(refuses, breaks).await, engine(breaks, tokens).await);
     let host = over(&[(&prefill, "prefill"), (&decode, "decode")]).await;
-    streams(&host).await;
-    assert_eq!((legs(&prefill), legs(&decode)), (vec![Leg::Prefill], vec![Leg::Whole]));
+    let reply = host.http.post(CHAT, streamed(chat(2)).to_string()).await;
+    assert_eq!((reply.status.as_u16(), reply.text().contains("too long")), (400, true), "{}", reply.text());
+    assert_eq!((legs(&prefill), legs(&decode)), (vec![Leg::Prefill], vec![]));
 
     let (prefill, decode) = (engine(keeps, breaks).await, engine(breaks, refuses).await);
     let host = over(&[(&prefill, "prefill"), (&decode, "decode")]).await;
-    streams(&host).await;
-    eventually("the KV is given up, and the request is served whole", async || {
-        (legs(&decode) == [Leg::Decode, Leg::Whole, Leg::Decode] || legs(&decode) == [Leg::Decode, Leg::Decode, Leg::Whole])
-            .then_some(())
-    })
-    .await;
-    assert_eq!(fallbacks(&host, "refused").await, 1.0);
+    let reply = host.http.post(CHAT, streamed(chat(2)).to_string()).await;
+    assert_eq!(reply.status.as_u16(), 400);
+    eventually("the KV is given up", async || (legs(&decode) == [Leg::Decode; 2]).then_some(())).await;
+    assert_eq!(decode.received()[1].json()["max_tokens"], 1, "it is fetched, for one token that nobody reads");
+    assert_eq!(legs(&prefill), [Leg::Prefill]);
 }
 
 #[tokio::test]
@@ -264,6 +263,7 @@ async fn a_link_that_keeps_failing_is_left_alone_and_its_workers_are_not() {
     let (prefill, decode) = (engine(keeps, breaks).await, engine(breaks, cannot_fetch).await);
     let host = over(&[(&prefill, "prefill"), (&decode, "decode")]).await;
     eventually("the link is left alone", async || {
+        // Each is served, by the decode worker alone if need be.
         streams(&host).await;
         (fallbacks(&host, "no_link").await > 0.0).then_some(())
     })
