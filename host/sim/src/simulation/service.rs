@@ -194,10 +194,17 @@ impl<'a> Service<'a> {
         self.content[tier] += u32::from(self.waiting[tenant] == 0);
     }
 
-    /// Its first token came: its prompt is computed.
-    pub(super) fn begun(&mut self, number: u32, ttft_ms: f64) {
+    /// Its prompt is computed.
+    pub(super) fn prefilled(&mut self, number: u32) {
         if let Some(open) = self.open.get(&number) {
             self.flow.prefilled(open.ticket);
+        }
+    }
+
+    /// Its first token came.
+    pub(super) fn begun(&mut self, number: u32, ttft_ms: f64) {
+        self.prefilled(number);
+        if let Some(open) = self.open.get(&number) {
             self.tally.tenants[open.tenant].ttft.add(ttft_ms, 1);
             self.admission.iter_mut().for_each(|admission| admission.ttft.add(ttft_ms as f32));
         }

@@ -143,7 +143,10 @@ impl Run<'_> {
         {
             self.queue.push(at, Happening::Observe);
         }
-        self.tell_admission(placed.number, row);
+        // That hears of the leg that answers, or was to.
+        if placed.tokens > 0 || !matches!(placed.leg, Leg::Prefill { .. }) {
+            self.tell_admission(placed.number, row);
+        }
     }
 
     /// A request is no more, however it ended.
