@@ -82,7 +82,8 @@ impl Run<'_> {
                 let cached_tokens = placed.before.cached_tokens.filter(|_| is_remote).unwrap_or(event.cached_tokens);
                 let role = self.engines[placed.place.worker as usize].role;
                 self.tally.begun(ttft_ms, cached_tokens, (is_remote, role));
-                self.service.iter_mut().for_each(|service| service.begun(number, ttft_ms));
+                let now_ms = self.now_ms();
+                self.service.iter_mut().for_each(|service| service.begun(number, ttft_ms, now_ms));
             }
         }
         if is_remote && event.index == 0 {
