@@ -47,7 +47,9 @@ pub struct HandoffRow {
     pub bytes: u64,
     /// KV that was given up since nobody had begun to fetch it in time.
     pub leases_lost: u64,
-    /// Milliseconds from the end of a prefill to the first token elsewhere.
+    /// Milliseconds from a request's arrival to the end of its prefill, of those that went on elsewhere.
+    pub prefilled: Quantiles,
+    /// Milliseconds from there to the first token.
     pub handoff: Quantiles,
     /// Those of them in which KV was under way.
     pub transfer: Quantiles,
@@ -91,6 +93,7 @@ impl HandoffRow {
             fetched_tokens: of.fetched_tokens,
             bytes: of.bytes,
             leases_lost: of.leases_lost,
+            prefilled: of.prefilled.quantiles(),
             handoff: of.time.quantiles(),
             transfer: of.transfer.quantiles(),
         })
@@ -118,6 +121,9 @@ const HANDOFFS: &[Column<HandoffRow>] = &[
     ("transfers", |row| row.transfers.to_string()),
     ("GB moved", |row| format!("{:.1}", row.bytes as f64 / 1e9)),
     ("leases lost", |row| row.leases_lost.to_string()),
+    ("prefilled mean", |row| format!("{:.1}", row.prefilled.mean)),
+    ("p90", |row| format!("{:.1}", row.prefilled.p90)),
+    ("p99", |row| format!("{:.1}", row.prefilled.p99)),
     ("hand-off mean", |row| format!("{:.1}", row.handoff.mean)),
     ("p50", |row| format!("{:.1}", row.handoff.p50)),
     ("p99", |row| format!("{:.1}", row.handoff.p99)),

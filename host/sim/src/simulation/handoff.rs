@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use dynamo_engine_mock::model::{Event, Fetch};
+use dynamo_host_core::request::Stage;
 
 use super::{Run, faults::FAILED};
 use crate::{
@@ -21,9 +22,13 @@ const LEASE: Duration = Duration::from_secs(30);
 impl Run<'_> {
     /// An engine has computed a prompt for somebody else: who goes on is asked now.
     pub(super) fn prefilled(&mut self, number: u32, event: &Event) {
-        let Some(placed) = self.take_placed(number) else { return };
+        let Some(mut placed) = self.take_placed(number) else { return };
         self.observe(&placed);
+        // Its token is nobody's: the first one comes from whoever decodes.
+        placed.tokens = 0;
         self.tell(&placed, placed.ttft_ms(), 0);
+        self.tally.handoffs.prefilled.add(ms(self.now - placed.at));
+        self.service.iter_mut().for_each(|service| service.prefilled(number));
         let Placed { leg, place, mut before, decision_id, is_observed, in_flight, .. } = *placed;
         let Leg::Prefill { mut facts, prompt, decoder } = leg else { return };
         drop(in_flight);
@@ -32,7 +37,7 @@ impl Run<'_> {
         let kept = Kept { place, life: engine.life, since: self.now };
         self.queue.push(self.now + LEASE, Happening::Lease { request: number });
         before.cached_tokens = Some(event.cached_tokens);
-        facts.stage = dynamo_host_core::request::Stage::Decode;
+        facts.stage = Stage::Decode;
         facts.prefilled_by = Some(place.id);
         // A pair is one decision; who goes on otherwise is another.
         facts.decision_id = if decoder.is_some() { decision_id } else { before.next_decision(number) };

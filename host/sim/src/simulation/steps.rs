@@ -82,7 +82,8 @@ impl Run<'_> {
                 let cached_tokens = placed.before.cached_tokens.filter(|_| is_remote).unwrap_or(event.cached_tokens);
                 let role = self.engines[placed.place.worker as usize].role;
                 self.tally.begun(ttft_ms, cached_tokens, (is_remote, role));
-                self.service.iter_mut().for_each(|service| service.begun(number, ttft_ms));
+                let now_ms = self.now_ms();
+                self.service.iter_mut().for_each(|service| service.begun(number, ttft_ms, now_ms));
             }
         }
         if is_remote && event.index == 0 {
@@ -143,7 +144,10 @@ impl Run<'_> {
         {
             self.queue.push(at, Happening::Observe);
         }
-        self.tell_admission(placed.number, row);
+        // That hears of the leg that answers, or was to.
+        if placed.tokens > 0 || !matches!(placed.leg, Leg::Prefill { .. }) {
+            self.tell_admission(placed.number, row);
+        }
     }
 
     /// A request is no more, however it ended.

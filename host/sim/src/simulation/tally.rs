@@ -32,7 +32,9 @@ pub struct HandoffTally {
     pub fetched_tokens: u64,
     /// … in so many bytes.
     pub bytes: u64,
-    /// From the end of a prefill to the first token elsewhere, in milliseconds.
+    /// From a request's arrival to the end of its prefill for somebody else, in milliseconds.
+    pub prefilled: Samples,
+    /// From there to the first token elsewhere, in milliseconds.
     pub time: Samples,
     /// That part of it in which KV was under way.
     pub transfer: Samples,
