@@ -256,7 +256,11 @@ impl<'a> Dispatch<'a> {
             Ok(Ok(Opened::Stream(first, chunks))) => {
                 self.taken_up(post, facts);
                 self.lane.handoffs.prefilled_alone(worker.spec.role);
-                return Ok(Given::Answered(self.relay(post, Answer { account, head, first, chunks, vigil, beside: None }, facts)));
+                return Ok(Given::Answered(self.relay(
+                    post,
+                    Answer { account, head, first, chunks, vigil, beside: None },
+                    facts,
+                )));
             }
             Ok(Err(error)) => error,
             Err(late) => {

@@ -103,11 +103,8 @@ pub(crate) async fn carry_out(
         return dispatch.give(prefill, booking, facts).await;
     };
     let mut handoff = Handoff { dispatch, facts, notes, prefill, protocol };
-    let given = if protocol.is_concurrent() {
-        handoff.together(decode, booking).await
-    } else {
-        handoff.in_turn(decode, booking).await
-    };
+    let given =
+        if protocol.is_concurrent() { handoff.together(decode, booking).await } else { handoff.in_turn(decode, booking).await };
     let result = match &given {
         Ok(Given::Answered(_)) => "answered",
         Ok(Given::Failed | Given::Anew) => "fell_back",
@@ -190,7 +187,9 @@ impl Handoff<'_, '_> {
                 return Ok(None);
             }
             Err(RequestError::Deadline { .. })
-                if staged.is_some_and(Staged::is_lost) && Instant::now() < dispatch.patience.deadline && dispatch.has_attempts() =>
+                if staged.is_some_and(Staged::is_lost)
+                    && Instant::now() < dispatch.patience.deadline
+                    && dispatch.has_attempts() =>
             {
                 lost_lease();
                 return Ok(None);
@@ -227,7 +226,11 @@ impl Handoff<'_, '_> {
         let lane = self.dispatch.lane;
         let [from, to] = [self.prefill, decode].map(|post| post.worker.load.index());
         lane.roster.links().failed(from, to, lane.clock.now_ms());
-        tracing::warn!(prefill = self.prefill.name(), decode = decode.name(), "KV was not handed over from one worker to the other");
+        tracing::warn!(
+            prefill = self.prefill.name(),
+            decode = decode.name(),
+            "KV was not handed over from one worker to the other"
+        );
     }
 }
 

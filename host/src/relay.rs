@@ -172,7 +172,13 @@ pub(crate) fn stream(
 }
 
 /// A stream of events that is there as a whole: what an engine gave as a whole answer, to a client that wants a stream.
-pub(crate) fn finished(mut account: Account, mut permit: Option<Permit>, head: Head, events: Bytes, usage: Option<Usage>) -> Response {
+pub(crate) fn finished(
+    mut account: Account,
+    mut permit: Option<Permit>,
+    head: Head,
+    events: Bytes,
+    usage: Option<Usage>,
+) -> Response {
     account.answer(StatusCode::OK, Some(End::Done));
     account.first_token();
     if let Some(usage) = usage {

@@ -19,20 +19,14 @@ use crate::{
 
 impl Handoff<'_, '_> {
     /// Has a worker go on with what is staged.
-    pub(super) async fn decode(
-        &mut self,
-        post: Post<'_>,
-        booking: Booking,
-        staged: &mut Staged,
-    ) -> Result<Decode, RequestError> {
+    pub(super) async fn decode(&mut self, post: Post<'_>, booking: Booking, staged: &mut Staged) -> Result<Decode, RequestError> {
         let lane = self.dispatch.lane;
         let Some(ticket) = staged.take() else {
             lost_lease();
             return if self.dispatch.has_attempts() { Ok(Decode::Spent) } else { Err(self.out_of_attempts()) };
         };
         let heard = self.dispatch.heard();
-        let mut account =
-            Account::open(lane, self.facts, post.placing, post.worker, booking, heard, self.dispatch.accepted());
+        let mut account = Account::open(lane, self.facts, post.placing, post.worker, booking, heard, self.dispatch.accepted());
         account.be_decode();
         let head = self.dispatch.head(post, Some(self.prefill));
         tracing::debug!(worker = post.name(), policy = head.policy, prefill = self.prefill.name(), "decode");

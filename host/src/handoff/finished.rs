@@ -133,7 +133,8 @@ mod tests {
 
     #[test]
     fn a_finished_completion_keeps_its_text_and_what_is_no_answer_passes_as_it_is() {
-        let answer = json!({ "id": "1", "object": "text_completion", "choices": [{ "index": 0, "text": "", "finish_reason": "stop" }] });
+        let answer =
+            json!({ "id": "1", "object": "text_completion", "choices": [{ "index": 0, "text": "", "finish_reason": "stop" }] });
         let stream = as_stream(answer.to_string().as_bytes(), b"{}", false).unwrap();
         let events = events(&stream);
         assert_eq!(serde_json::from_str::<Value>(&events[0]).unwrap(), answer);
