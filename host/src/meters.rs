@@ -100,7 +100,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_handoff_fallbacks_total",
         Kind::Counter,
-        "Requests that were to be handed from one worker to another and went another way, by cause: prefill_failed, not_handed_over (no parameters came), refused (in parts; it was asked for as a whole), decode_failed, lease_lost, no_prefill_pool, no_decode_pool",
+        "Requests that were to be handed from one worker to another and went another way, by cause: prefill_failed, not_handed_over (no parameters came), refused (in parts; it was asked for as a whole), decode_failed, lease_lost, no_prefill_pool, no_decode_pool, no_link (all ways between them failed lately)",
     ),
     ("dynamo_host_handoff_leases_lost_total", Kind::Counter, "Prompts that were computed, and whose KV nobody fetched in time"),
     ("dynamo_host_handoff_bytes_total", Kind::Counter, "KV that was handed over, of engines that say how much, by protocol"),
@@ -119,6 +119,18 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         "Spans of traces that were not exported: queue full, or export failed",
     ),
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
+    (
+        "dynamo_host_disaggregation",
+        Kind::Gauge,
+        "Whether prefill and decode are apart, by model and state: split, or served whole since there is no_prefill, no_decode or no_pair",
+    ),
+    (
+        "dynamo_host_handoff_checks_total",
+        Kind::Counter,
+        "Hand-offs that were tried to see whether workers can, by result: ok, or where it failed: prefill, decode, untold",
+    ),
+    ("dynamo_host_links_avoided", Kind::Gauge, "Pairs of workers that are left alone since hand-offs between them keep failing"),
+    ("dynamo_host_links_avoided_total", Kind::Counter, "Times that a pair of workers came to be left alone"),
     ("dynamo_host_worker_breaker", Kind::Gauge, "Breakers of workers that ever opened: 0 closed, 1 half-open, 2 open"),
     ("dynamo_host_breaker_opens_total", Kind::Counter, "Times that a worker's breaker opened, by the last failure's kind"),
     (

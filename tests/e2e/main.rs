@@ -13,6 +13,7 @@ mod books;
 mod bypass;
 mod cli;
 mod cors;
+mod disagg;
 mod discovery;
 mod endpoints;
 mod failures;

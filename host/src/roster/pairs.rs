@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Among, Candidates, LinkBoard, RequestFacts, Worker, WorkerId};
+use dynamo_host_core::{Among, Candidates, LinkBoard, RequestFacts, Role, Worker, WorkerId};
 
 use super::Snapshot;
 use crate::error::RequestError;
@@ -36,6 +36,20 @@ impl Snapshot {
             let begins = |from: &Worker| !request.failed_workers.contains(&from.id) && from.spec.role.prefills();
             everyone.iter().any(|from| begins(from) && self.reaches_any(request, from, links))
         })
+    }
+
+    /// What is missing where a request could be handed over but for it, a pool or the ways between both; `None` where there is
+    /// nothing to hand over from or to.
+    pub(crate) fn missing_for_pairs(&self, request: &RequestFacts) -> Option<&'static str> {
+        if !request.may_hand_over() {
+            return None;
+        }
+        let eligible = |among| self.eligible(&request.model, request.adapter.as_deref(), among);
+        match eligible(Among::Decoders) {
+            Some(_) if eligible(Among::Everyone)?.iter().any(|worker| worker.spec.role == Role::Prefill) => Some("no_link"),
+            Some(decoders) => decoders.iter().any(|worker| worker.spec.role == Role::Decode).then_some("no_prefill_pool"),
+            None => eligible(Among::Whole)?.iter().all(|worker| worker.spec.role == Role::Prefill).then_some("no_decode_pool"),
+        }
     }
 
     /// Whether anybody could serve a request, in whatever way.

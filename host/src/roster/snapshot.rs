@@ -1,6 +1,6 @@
 //! All workers at one moment, with the engines behind them and the names that they serve: what one decision sees.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use dynamo_engine_api::Engine;
 use dynamo_host_core::{Among, Candidates, Fleet, Load, LoadSlot, RequestFacts, Worker, WorkerId, WorkerState};
@@ -31,6 +31,8 @@ pub(crate) struct Snapshot {
     pub(super) awaits_models: bool,
     /// Whether some worker is starting.
     pub(super) has_starting: bool,
+    /// Models whose workers may come to hand over to each other in a moment.
+    pub(super) coming: HashSet<String>,
     /// Workers that are given a few requests at once only.
     pub(super) trials: Vec<Trial>,
     pub(super) rules: BreakerRules,
@@ -155,14 +157,14 @@ impl Snapshot {
 
     /// Whether nobody serves a model of this name, and somebody is starting who may.
     pub(super) fn is_awaited(&self, asked: &str) -> bool {
-        if !self.has_starting && !self.awaits_models {
+        if !self.has_starting && !self.awaits_models && self.coming.is_empty() {
             return false;
         }
         match self.resolve(asked) {
             Ok(Resolved { model, adapter, .. }) => {
                 let is_starting = |worker: &Worker| worker.state == WorkerState::Starting && worker.spec.model == model;
                 self.eligible(&model, adapter.as_deref(), Among::Beginning).is_none()
-                    && self.fleet.workers().iter().any(is_starting)
+                    && (self.coming.contains(&model) || self.fleet.workers().iter().any(is_starting))
             }
             Err(RequestError::ModelsUnknown { .. }) => self.awaits_models,
             Err(_) => false,

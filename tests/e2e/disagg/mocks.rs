@@ -1,0 +1,1 @@
+//! Over mock engines as processes, two of each role.
