@@ -14,8 +14,10 @@ use tokio::{runtime::Handle, time::timeout};
 
 use crate::{request::Lane, tasks};
 
-/// How long before its end a lease is taken for over: the ticket must arrive and be used.
-const MARGIN: Duration = Duration::from_secs(2);
+/// How long before its end a lease is taken for over: the ticket must arrive, and be taken up by an engine that may be busy, and
+/// the engine that prefilled answers a second after its lease began (docs/disaggregation.md). A vLLM that fetches too late says
+/// nothing of it, and goes on from whatever is in those blocks by then: rather prefill once more than trust that.
+const MARGIN: Duration = Duration::from_secs(10);
 /// How long giving it up may take.
 const RELEASE_WITHIN: Duration = Duration::from_secs(5);
 
