@@ -211,7 +211,6 @@ impl Roster {
 
     /// A request's prefill on a worker came to nothing that anybody could go on from: it gets no more of them until a check went
     /// well. Nothing happens to another engine that has its place by now.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for who carries hand-offs out"))]
     pub(crate) fn report_no_handoff(&self, worker: WorkerId, engine: &Arc<dyn Engine>, error: &EngineError) {
         let snapshot = self.snapshot();
         let Some(seat) = snapshot.find(worker).filter(|seat| Arc::ptr_eq(&seat.member.engine, engine)) else { return };
