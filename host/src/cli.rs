@@ -320,6 +320,12 @@ struct MockFlags {
     /// Name of the model that it serves
     #[arg(long, value_name = "NAME", default_value = "mock")]
     model: String,
+    /// Its part in hand-offs of KV between engines: aggregated, prefill, decode or both
+    #[arg(long, value_name = "ROLE")]
+    role: Option<String>,
+    /// How long it keeps KV that nobody fetches [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    kv_lease_seconds: Option<String>,
     /// A property of the engine, such as speedup=10 or kv_blocks=4096; may be repeated
     #[arg(long = "profile", value_name = "KEY=VALUE")]
     profile: Vec<String>,

@@ -56,7 +56,7 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) patience: Patience,
     /// Workers, or pairs of them, that it may still be given to.
     attempts_left: u32,
-    /// Whether it may begin on one worker and end on another: engines that refused a part may take it whole.
+    /// Whether it may begin on one worker and end on another.
     may_be_split: bool,
     /// What the last worker failed it with.
     failure: Option<EngineError>,

@@ -14,7 +14,7 @@ use dynamo_engine_api::{
     sse::{Chunk, Framer, Summary},
 };
 use dynamo_engine_mock::MockOptions;
-pub use dynamo_engine_openai::fuzzing::{http_answer, metrics};
+pub use dynamo_engine_openai::fuzzing::{handoff, http_answer, metrics};
 use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
 
 use crate::{
@@ -29,6 +29,7 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("component", component),
     ("config", config),
+    ("handoff", handoff),
     ("http", http_answer),
     ("metrics", metrics),
     ("request", request),

@@ -235,7 +235,7 @@ impl Handoff<'_, '_> {
 }
 
 /// Counts a request that was to be handed over and goes another way now.
-fn fell_back(cause: &'static str) {
+pub(crate) fn fell_back(cause: &'static str) {
     counter!("dynamo_host_handoff_fallbacks_total", "cause" => cause).increment(1);
 }
 

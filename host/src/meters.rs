@@ -100,7 +100,7 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
     (
         "dynamo_host_handoff_fallbacks_total",
         Kind::Counter,
-        "Requests that were to be handed from one worker to another and went another way, by cause: prefill_failed, not_handed_over (no parameters came), refused (in parts; it was asked for as a whole), decode_failed, lease_lost, no_prefill_pool, no_decode_pool",
+        "Requests that were to be handed from one worker to another and went another way, by cause: prefill_failed, not_handed_over (no parameters came), decode_failed, lease_lost, no_prefill_pool, no_decode_pool, no_link (all ways between them failed lately)",
     ),
     ("dynamo_host_handoff_leases_lost_total", Kind::Counter, "Prompts that were computed, and whose KV nobody fetched in time"),
     ("dynamo_host_handoff_bytes_total", Kind::Counter, "KV that was handed over, of engines that say how much, by protocol"),

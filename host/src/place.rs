@@ -28,6 +28,7 @@ use dynamo_host_policy::{DecidedBy, Decision, Pinned, PolicyVersion, RouteCall};
 use crate::{
     clock::unix_ms,
     error::RequestError,
+    handoff,
     receipts::Recorder,
     relay::Patience,
     request::{Lane, Notes},
@@ -128,9 +129,10 @@ pub(crate) async fn place(
     for holds in 0..=MAX_HOLDS {
         let begun = Instant::now();
         let snapshot = lane.roster.snapshot();
+        facts.holds = holds;
         let (stage, candidates) = asked_about(lane, part, pinned, facts, &snapshot)?;
         let candidates = lane.queue.with_room(candidates, facts);
-        (facts.stage, facts.holds) = (stage, holds);
+        facts.stage = stage;
         let overlap = lane.prefixes.overlap(facts, prompt);
         let call = RouteCall {
             request: Arc::new(facts.clone()),
@@ -206,7 +208,15 @@ fn asked_about(
             let is_prefill = beginning.iter().all(|worker| worker.spec.role == Role::Prefill);
             Ok((if is_prefill { Stage::Prefill } else { Stage::Whole }, beginning))
         }
-        Part::Beginning | Part::Whole => Ok((Stage::Whole, snapshot.candidates(facts)?)),
+        Part::Beginning | Part::Whole => {
+            let whole = snapshot.for_whole(facts)?;
+            // Workers that failed this one request are no missing pool.
+            let is_first = part == Part::Beginning && (facts.attempt, facts.holds) == (0, 0);
+            if let Some(cause) = is_first.then(|| snapshot.missing_for_pairs(facts)).flatten() {
+                handoff::fell_back(cause);
+            }
+            Ok((Stage::Whole, whole))
+        }
     }
 }
 

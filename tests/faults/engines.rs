@@ -18,18 +18,27 @@ pub(crate) struct Engines {
     /// None while one is dead.
     engines: Vec<Option<MockProcess>>,
     addresses: Vec<String>,
-    profile: Vec<String>,
+    profiles: Vec<Vec<String>>,
+    roles: Vec<&'static str>,
 }
 
 impl Engines {
     pub(crate) async fn start(count: usize, profile: &[&str]) -> Self {
-        let mut engines = Vec::new();
-        for _ in 0..count {
-            engines.push(Some(MockProcess::start(profile).await));
+        Self::of_roles(&vec!["aggregated"; count], profile).await
+    }
+
+    /// One of each role.
+    pub(crate) async fn of_roles(roles: &[&'static str], profile: &[&str]) -> Self {
+        let (mut engines, mut profiles) = (Vec::new(), Vec::new());
+        for role in roles {
+            let role = format!("role={role}");
+            let profile: Vec<_> = profile.iter().copied().chain([role.as_str()]).collect();
+            engines.push(Some(MockProcess::start(&profile).await));
+            profiles.push(profile.iter().map(|&parameter| parameter.to_owned()).collect());
         }
         let address = |engine: &Option<MockProcess>| engine.as_ref().unwrap().url().strip_prefix("http://").unwrap().to_owned();
         let addresses = engines.iter().map(address).collect();
-        Self { engines, addresses, profile: profile.iter().map(|&parameter| parameter.to_owned()).collect() }
+        Self { engines, addresses, profiles, roles: roles.to_vec() }
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -43,7 +52,7 @@ impl Engines {
 
     /// What tells a host of them.
     pub(crate) fn arguments(&self) -> Vec<String> {
-        let worker = |(at, address): (usize, &String)| format!("http://{address},name=e{at},model=m");
+        let worker = |(at, address): (usize, &String)| format!("http://{address},name=e{at},model=m,role={}", self.roles[at]);
         let workers = self.addresses.iter().enumerate().map(worker);
         ["--expose-worker".to_owned()].into_iter().chain(workers.flat_map(|worker| ["--worker".to_owned(), worker])).collect()
     }
@@ -76,7 +85,7 @@ impl Engines {
 
     /// Starts it again where it was.
     pub(crate) async fn restart(&mut self, at: usize) {
-        let profile: Vec<_> = self.profile.iter().map(String::as_str).collect();
+        let profile: Vec<_> = self.profiles[at].iter().map(String::as_str).collect();
         self.engines[at] = Some(MockProcess::start_at(&self.addresses[at], &profile).await);
     }
 

@@ -9,6 +9,7 @@
 mod disk;
 mod engines;
 mod footprint;
+mod handoff;
 mod load;
 mod outage;
 mod scripted;

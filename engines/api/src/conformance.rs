@@ -9,6 +9,7 @@
 mod ask;
 mod checks;
 mod endpoints;
+mod handoff;
 mod load;
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
@@ -32,6 +33,12 @@ pub trait Fixture: Sync {
 
     /// The same adapter for an address where nobody listens (see [`closed_port`]); none if it has no address.
     fn dead_engine(&self) -> Option<Arc<dyn Engine>> {
+        None
+    }
+
+    /// The adapters of two such engines, the first of which prefills what the second decodes, once both have been probed; none
+    /// if there is no pair.
+    fn pair(&self) -> Option<(Arc<dyn Engine>, Arc<dyn Engine>)> {
         None
     }
 
@@ -178,6 +185,10 @@ pub async fn run(fixture: &impl Fixture) -> Report {
         ("a response of OpenAI's newer API is answered whole", Box::pin(endpoints::a_response_is_answered_whole(&on))),
         ("it tells its load, rank by rank", Box::pin(load::it_tells_its_load(&on))),
         ("a stream shows in its load, and is gone after it", Box::pin(load::a_stream_shows_in_its_load(&on))),
+        ("a chat is handed over, and says what it says whole", Box::pin(handoff::a_chat_is_handed_over(&on))),
+        ("a completion is handed over, and says what it says whole", Box::pin(handoff::a_completion_is_handed_over(&on))),
+        ("hand-offs at once do not meet each other", Box::pin(handoff::hand_offs_at_once_do_not_meet(&on))),
+        ("a prefill that left nothing is told from one that did", Box::pin(handoff::nothing_left_is_told(&on))),
         ("an unknown model is a 404 with an error object", Box::pin(checks::an_unknown_model_is_refused(&on))),
         ("a malformed body is refused with a message", Box::pin(checks::a_malformed_body_is_refused(&on))),
         ("16 streams at once are each complete", Box::pin(checks::streams_at_once_are_complete(&on))),

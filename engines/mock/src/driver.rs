@@ -3,6 +3,9 @@
 //! Contract: whoever submits gets [`Outputs`]; dropping them cancels the sequences at once, also in the middle of a
 //! step. The task ends when the driver is dropped; outputs then end without a finish reason.
 //!
+//! A request that is to hold its KV has one sequence, and is known by its ticket until it is [released](Courier::release); one whose
+//! KV comes from elsewhere has one sequence, and its [`Outputs`] say when to fetch it.
+//!
 //! Bounds: submissions wait for room in a queue of [`COMMANDS`]. A request's outputs have room for all tokens that it can
 //! ever get, so a slow reader holds up nobody, and holds no more than its own answer.
 //!
@@ -11,7 +14,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -24,7 +27,7 @@ use tokio::{
 
 use crate::{
     faults::Pace,
-    model::{EngineModel, Event, FinishReason, Sequence, SequenceId, Snapshot},
+    model::{EngineModel, Event, Fetch, FinishReason, Sequence, SequenceId, Snapshot},
     tape::{Batch, Tape},
 };
 
@@ -67,7 +70,9 @@ pub(crate) struct Driver {
 pub(crate) type Ticket = u64;
 
 pub(crate) enum Command {
-    Submit { ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output> },
+    Submit { ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output>, fetch: oneshot::Sender<Fetch> },
+    Fetched { ticket: Ticket, arrived: bool },
+    Held { ticket: Ticket, answer: oneshot::Sender<Option<Vec<u32>>> },
     Snapshot(oneshot::Sender<Snapshot>),
     ResetPrefixCache(oneshot::Sender<bool>),
     Tape(oneshot::Sender<mpsc::Receiver<Batch>>),
@@ -95,8 +100,15 @@ impl Driver {
         let room = sequences.iter().map(|sequence| sequence.output_tokens as usize).sum::<usize>().max(1);
         let (outputs, reader) = mpsc::channel(room);
         let open = sequences.len();
-        self.commands.send(Command::Submit { ticket, sequences, outputs }).await.map_err(|_| Stopped)?;
-        Ok(Outputs { reader, open, _guard: CancelOnDrop { ticket, cancellations: Arc::clone(&self.cancellations) } })
+        let (fetch, fetches) = oneshot::channel();
+        self.commands.send(Command::Submit { ticket, sequences, outputs, fetch }).await.map_err(|_| Stopped)?;
+        let guard = CancelOnDrop { ticket, cancellations: Arc::clone(&self.cancellations) };
+        Ok(Outputs { reader, open, fetch: Some(fetches), guard })
+    }
+
+    /// A way to tell of requests that does not hold the driver.
+    pub(crate) fn courier(&self) -> Courier {
+        Courier { commands: self.commands.clone(), cancellations: Arc::clone(&self.cancellations) }
     }
 
     pub(crate) async fn snapshot(&self) -> Result<Snapshot, Stopped> {
@@ -122,6 +134,32 @@ impl Driver {
     }
 }
 
+/// Tells of KV that comes from elsewhere, or goes there.
+#[derive(Clone, Debug)]
+pub(crate) struct Courier {
+    commands: mpsc::Sender<Command>,
+    cancellations: Arc<Cancellations>,
+}
+
+impl Courier {
+    /// The KV that a request waits for is there; or it does not come, and is computed.
+    pub(crate) async fn fetched(&self, ticket: Ticket, arrived: bool) {
+        // Were the task gone, the request would hear of it.
+        let _ = self.commands.send(Command::Fetched { ticket, arrived }).await;
+    }
+
+    /// The blocks that a request holds since it finished.
+    pub(crate) async fn held(&self, ticket: Ticket) -> Result<Option<Vec<u32>>, Stopped> {
+        ask(&self.commands, |answer| Command::Held { ticket, answer }).await
+    }
+
+    /// What a request holds is not needed any more. Waits for nothing.
+    pub(crate) fn release(&self, ticket: Ticket) {
+        self.cancellations.lock().released.push(ticket);
+        self.cancellations.wake.notify_one();
+    }
+}
+
 /// Begins to read changes of the prefix cache.
 pub(crate) struct Tapes(mpsc::Sender<Command>);
 
@@ -144,10 +182,21 @@ pub(crate) struct Outputs {
     reader: mpsc::Receiver<Output>,
     /// Sequences that have not finished.
     open: usize,
-    _guard: CancelOnDrop,
+    fetch: Option<oneshot::Receiver<Fetch>>,
+    guard: CancelOnDrop,
 }
 
 impl Outputs {
+    /// Its name.
+    pub(crate) fn ticket(&self) -> Ticket {
+        self.guard.ticket
+    }
+
+    /// Says when to fetch its KV, and how much of it. Once, and of nothing if its KV is computed here.
+    pub(crate) fn take_fetch(&mut self) -> Option<oneshot::Receiver<Fetch>> {
+        self.fetch.take()
+    }
+
     /// The next token of any of the sequences; `Ok(None)` after the last one of all.
     ///
     /// # Errors
@@ -164,17 +213,27 @@ impl Outputs {
     }
 }
 
-/// Requests whose readers left. A list and not a channel, since dropping cannot wait for room; each request
-/// is in it once at most.
+/// Requests whose readers left, and those whose KV is not needed. Lists and not channels, since dropping cannot wait for room; each
+/// request is in each of them once at most.
 #[derive(Debug, Default)]
 struct Cancellations {
-    tickets: Mutex<Vec<Ticket>>,
+    gone: Mutex<Gone>,
     wake: Notify,
 }
 
+#[derive(Debug, Default)]
+struct Gone {
+    left: Vec<Ticket>,
+    released: Vec<Ticket>,
+}
+
 impl Cancellations {
-    fn take(&self) -> Vec<Ticket> {
-        std::mem::take(&mut self.tickets.lock().unwrap_or_else(PoisonError::into_inner))
+    fn lock(&self) -> MutexGuard<'_, Gone> {
+        self.gone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Gone {
+        std::mem::take(&mut self.lock())
     }
 }
 
@@ -186,7 +245,7 @@ struct CancelOnDrop {
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        self.cancellations.tickets.lock().unwrap_or_else(PoisonError::into_inner).push(self.ticket);
+        self.cancellations.lock().left.push(self.ticket);
         self.cancellations.wake.notify_one();
     }
 }
@@ -201,6 +260,9 @@ struct Loop {
     /// Which of which request's sequences it is.
     places: HashMap<SequenceId, (Ticket, u32)>,
     requests: HashMap<Ticket, Request>,
+    /// Requests that have finished and hold their KV.
+    held: HashMap<Ticket, SequenceId>,
+    fetches: Vec<Fetch>,
     events: Vec<Event>,
     /// Made for its first reader.
     tape: Option<Tape>,
@@ -210,6 +272,8 @@ struct Request {
     outputs: mpsc::Sender<Output>,
     sequences: Vec<SequenceId>,
     open: usize,
+    /// Until it was told to fetch.
+    fetch: Option<oneshot::Sender<Fetch>>,
 }
 
 impl Loop {
@@ -219,8 +283,10 @@ impl Loop {
         cancellations: Arc<Cancellations>,
         pace: watch::Receiver<Pace>,
     ) -> Self {
-        let (places, requests) = (HashMap::new(), HashMap::new());
-        Self { model, inbox, cancellations, pace, start: Instant::now(), places, requests, events: Vec::new(), tape: None }
+        let (start, tape) = (Instant::now(), None);
+        let (places, requests, held) = (HashMap::new(), HashMap::new(), HashMap::new());
+        let (fetches, events) = (Vec::new(), Vec::new());
+        Self { model, inbox, cancellations, pace, start, places, requests, held, fetches, events, tape }
     }
 
     /// Runs until the driver is gone, or the engine dies.
@@ -244,7 +310,9 @@ impl Loop {
             }
             let now = self.start.elapsed();
             let begin = if self.model.is_idle() || now.saturating_sub(last_end) > MAX_LAG { now } else { last_end };
-            match self.model.begin_step(begin) {
+            let end = self.model.begin_step(begin);
+            self.tell_fetches();
+            match end {
                 Some(end) => {
                     self.listen_until(self.start + end).await;
                     if !self.resumed().await {
@@ -312,7 +380,12 @@ impl Loop {
     fn carry_out(&mut self, command: Command) {
         // Whoever asked and left does not need the answer.
         match command {
-            Command::Submit { ticket, sequences, outputs } => self.submit(ticket, sequences, outputs),
+            Command::Submit { ticket, sequences, outputs, fetch } => self.submit(ticket, sequences, outputs, fetch),
+            Command::Fetched { ticket, arrived } => self.fetched(ticket, arrived),
+            Command::Held { ticket, answer } => {
+                let held = self.held.get(&ticket).and_then(|&id| self.model.held(id));
+                let _ = answer.send(held.map(<[u32]>::to_vec));
+            }
             Command::Snapshot(answer) => drop(answer.send(self.model.snapshot())),
             Command::ResetPrefixCache(answer) => {
                 let _ = answer.send(self.model.reset_prefix_cache());
@@ -326,7 +399,27 @@ impl Loop {
         }
     }
 
-    fn submit(&mut self, ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output>) {
+    /// Whoever waits for KV is told to fetch it.
+    fn tell_fetches(&mut self) {
+        self.model.take_fetches(&mut self.fetches);
+        for fetch in self.fetches.drain(..) {
+            let request = self.places.get(&fetch.sequence).and_then(|(ticket, _)| self.requests.get_mut(ticket));
+            // If nobody waits for it, its cancellation is on the way.
+            let _ = request.and_then(|request| request.fetch.take()).map(|told| told.send(fetch));
+        }
+    }
+
+    fn fetched(&mut self, ticket: Ticket, arrived: bool) {
+        for &id in self.requests.get(&ticket).iter().flat_map(|request| &request.sequences) {
+            if arrived {
+                self.model.fetched(id, self.start.elapsed());
+            } else {
+                self.model.fetch_failed(id);
+            }
+        }
+    }
+
+    fn submit(&mut self, ticket: Ticket, sequences: Vec<Sequence>, outputs: mpsc::Sender<Output>, fetch: oneshot::Sender<Fetch>) {
         if outputs.is_closed() {
             return;
         }
@@ -343,16 +436,26 @@ impl Loop {
             }
         }
         self.places.extend((0..).zip(&ids).map(|(place, &id)| (id, (ticket, place))));
-        self.requests.insert(ticket, Request { outputs, open: ids.len(), sequences: ids });
+        self.requests.insert(ticket, Request { outputs, open: ids.len(), sequences: ids, fetch: Some(fetch) });
     }
 
     fn apply_cancellations(&mut self) {
-        for ticket in self.cancellations.take() {
-            let Some(request) = self.requests.remove(&ticket) else { continue };
-            for id in request.sequences {
-                self.places.remove(&id);
-                self.model.cancel(id);
+        let Gone { left, released } = self.cancellations.take();
+        for ticket in released {
+            match self.held.remove(&ticket) {
+                Some(id) => _ = self.model.release(id),
+                // It would hold it when it ends.
+                None => self.cancel(ticket),
             }
+        }
+        left.into_iter().for_each(|ticket| self.cancel(ticket));
+    }
+
+    fn cancel(&mut self, ticket: Ticket) {
+        let Some(request) = self.requests.remove(&ticket) else { return };
+        for id in request.sequences {
+            self.places.remove(&id);
+            self.model.cancel(id);
         }
     }
 
@@ -371,6 +474,9 @@ impl Loop {
             // It has room for all its tokens; if the reader left, its cancellation is on the way.
             let _ = request.outputs.try_send(Output { sequence, index, token, cached_tokens, finish });
             if finish.is_some() {
+                if self.model.held(event.sequence).is_some() {
+                    self.held.insert(ticket, event.sequence);
+                }
                 self.places.remove(&event.sequence);
                 request.open -= 1;
                 if request.open == 0 {

@@ -7,25 +7,26 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use dynamo_engine_api::{
-    ChatContinuation, Chunk, Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply,
-    WholeReply,
+    ChatContinuation, Chunk, Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, Leg, ModelCard, RankLoad,
+    Reply, WholeReply,
 };
 use futures_core::{Stream, future::BoxFuture, ready};
 use futures_util::{StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
-use serde_json::json;
+use serde_json::{json, value::to_raw_value};
 use tokio::sync::mpsc;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 pub use crate::driver::Stopped;
 use crate::{
-    driver::Driver,
-    faults::{self, DEAD_CORE, Step, Steps, Switches, Tear},
+    driver::{Driver, Outputs},
+    faults::{self, DEAD_CORE, Faults, Step, Steps, Strike, Switches, Target, Tear},
+    handoff::{Handoff, Keep, Remote, Role, Transfer, Wanted, digest},
     model::{EngineModel, Snapshot},
     options::{MockOptions, OptionsError},
     publishing::Once,
@@ -41,6 +42,7 @@ pub struct MockEngine {
     options: MockOptions,
     switches: Arc<Switches>,
     driver: Driver,
+    handoff: Arc<Handoff>,
     /// Seconds since 1970.
     started: u64,
     ids: RequestIds,
@@ -69,7 +71,9 @@ impl MockEngine {
     pub fn start(options: MockOptions) -> Result<Self, OptionsError> {
         let switches = Arc::new(Switches::new(options.faults.clone()));
         let driver = Driver::start(EngineModel::new(options.profile.clone())?, switches.pace());
-        Ok(Self { options, switches, driver, started: now_seconds(), ids: RequestIds::new(), publishing: Once::new() })
+        let ids = RequestIds::new();
+        let handoff = Arc::new(Handoff::start(ids.uuid(), &options, &driver, Arc::clone(&switches)));
+        Ok(Self { options, switches, driver, handoff, started: now_seconds(), ids, publishing: Once::new() })
     }
 
     /// What it was started with.
@@ -115,6 +119,11 @@ impl MockEngine {
         &self.publishing
     }
 
+    /// Its part in hand-offs.
+    pub(crate) fn handoff(&self) -> &Arc<Handoff> {
+        &self.handoff
+    }
+
     /// A request id as engines make them for requests without one.
     pub(crate) fn new_request_id(&self) -> Arc<str> {
         self.ids.next().into()
@@ -126,7 +135,7 @@ impl MockEngine {
         if endpoint == Endpoint::CountTokens {
             return Ok(Served::Whole(self.count_tokens(&request.body), None));
         }
-        let strike = self.switches.strike();
+        let strike = self.switches.strike(Target::Request);
         if let Some(faults) = strike.faults() {
             if faults.endless_headers {
                 return Ok(Served::EndlessHeaders);
@@ -143,13 +152,65 @@ impl MockEngine {
             Err(error) => return Ok(Served::Whole(error_reply_at(&error, endpoint), None)),
         };
         order.return_token_ids |= request.wants_token_ids && order.stream;
+        if let Err(error) = self.check_transfer(&mut order) {
+            return Ok(Served::Whole(error_reply_at(&error, endpoint), None));
+        }
+        let of_prefill = match order.transfer {
+            Transfer::Keep => self.switches.strike(Target::Prefill),
+            _ => Strike::default(),
+        };
+        if let Some(Faults { prefill_refuse: Some(refusal), .. }) = of_prefill.faults() {
+            return Ok(Served::Whole(error_reply_at(&refusal.error(), endpoint), None));
+        }
+        if of_prefill.faults().is_some_and(|faults| faults.prefill_silent) {
+            order.transfer = Transfer::None;
+        }
         let outputs = self.driver.submit(order.sequences()).await?;
-        let steps = Steps::new(outputs, strike, Arc::clone(&self.switches));
+        let keep = (order.transfer == Transfer::Keep).then(|| self.handoff.to_keep(outputs.ticket()));
+        let steps = self.steps(outputs, &order, strike);
         if order.stream {
             let rendering = self.rendering(order, &request.request_id);
-            return Ok(Served::Stream(Pieces { steps, rendering, is_over: false }));
+            return Ok(Served::Stream(Box::new(Pieces { steps, rendering, is_over: false })));
         }
-        self.collect(endpoint, steps, Whole::new(self.rendering(order, &request.request_id))).await
+        let served = self.collect(endpoint, steps, Whole::new(self.rendering(order, &request.request_id)), keep).await;
+        if let Some(Faults { prefill_delay_ms: Some(ms), .. }) = of_prefill.faults() {
+            tokio::time::sleep(Duration::from_millis(u64::from(*ms))).await;
+        }
+        served
+    }
+
+    /// Checks what a request says of its KV; an engine without a part in hand-offs does not hear of it.
+    fn check_transfer(&self, order: &mut Order) -> Result<(), ApiError> {
+        let role = self.handoff.options().role;
+        let refused = |why: &str| {
+            let message = format!("This engine was started with role={}: {why}.", role.name());
+            Err(ApiError::bad_request(Some("kv_transfer_params"), message))
+        };
+        match &order.transfer {
+            _ if role == Role::Aggregated => order.transfer = Transfer::None,
+            Transfer::None => {}
+            _ if order.choices.len() != 1 => return refused("it hands over one choice of one prompt"),
+            Transfer::Keep if !role.prefills() => return refused("it computes no prompts for others"),
+            Transfer::Keep if order.stream => return refused("what it keeps for others is not streamed"),
+            Transfer::Keep => {}
+            Transfer::Fetch(_) if !role.decodes() => return refused("it does not go on from prompts of others"),
+            Transfer::Fetch(remote) if remote.tokens as usize != order.choices[0].prompt.len() => {
+                self.handoff.mismatch();
+                return Err(faults::dead_core());
+            }
+            Transfer::Fetch(_) => {}
+        }
+        Ok(())
+    }
+
+    fn steps(&self, mut outputs: Outputs, order: &Order, strike: Strike) -> Steps {
+        let (ticket, told) = (outputs.ticket(), outputs.take_fetch());
+        let steps = Steps::new(outputs, strike, Arc::clone(&self.switches));
+        let (Transfer::Fetch(remote), Some(told)) = (&order.transfer, told) else { return steps };
+        let prompt = &order.choices[0].prompt;
+        let (prompt_tokens, digest) = (prompt.len() as u32, digest(prompt, order.salt));
+        let wanted = Wanted { ticket, remote: Remote::clone(remote), prompt_tokens, digest, told };
+        steps.after(Arc::clone(&self.handoff).fetch(wanted))
     }
 
     fn count_tokens(&self, body: &[u8]) -> WholeReply {
@@ -162,7 +223,13 @@ impl MockEngine {
         }
     }
 
-    async fn collect(&self, endpoint: Endpoint, mut steps: Steps, mut whole: Whole) -> Result<Served, Stopped> {
+    async fn collect(
+        &self,
+        endpoint: Endpoint,
+        mut steps: Steps,
+        mut whole: Whole,
+        keep: Option<Keep>,
+    ) -> Result<Served, Stopped> {
         let tear = loop {
             match steps.next().await {
                 Step::Token(output, None) => whole.token(output),
@@ -177,6 +244,12 @@ impl MockEngine {
                 Step::Stopped => return Err(Stopped),
             }
         };
+        if let Some(keep) = keep {
+            let (id, prompt, salt, cached) = whole.prompt();
+            if let Some(kept) = self.handoff.keep(keep, id, &prompt, salt, cached).await {
+                whole.kept(to_raw_value(&kept).expect("numbers and strings serialize"));
+            }
+        }
         Ok(Served::Whole(json_reply(StatusCode::OK, whole.body()), tear))
     }
 
@@ -257,6 +330,10 @@ impl Engine for MockEngine {
         Box::pin(async {
             self.switches.awake().await;
             let engine = self.options.name.clone();
+            if !matches!(request.leg, Leg::Whole) {
+                let reason = "in this process it takes no part in hand-offs".to_owned();
+                return Err(EngineError::Protocol { engine, reason });
+            }
             match self.serve(request).await.map_err(|stopped| self.broken(&stopped.to_string()))? {
                 Served::Whole(reply, None) => Ok(Reply::Whole(reply)),
                 Served::Whole(_, Some(_)) => Err(self.broken(CUT)),
@@ -274,7 +351,7 @@ const CUT: &str = "the connection was cut";
 pub(crate) enum Served {
     Whole(WholeReply, Option<Tear>),
     EndlessHeaders,
-    Stream(Pieces),
+    Stream(Box<Pieces>),
 }
 
 /// A piece of a stream.
@@ -369,6 +446,13 @@ impl RequestIds {
     fn new() -> Self {
         let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
         Self { seed, next: AtomicU64::new(0) }
+    }
+
+    /// An id as vLLM's engines have one.
+    fn uuid(&self) -> String {
+        let all = self.next() + &self.next();
+        let [a, b, c, d, e] = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &all[part]);
+        format!("{a}-{b}-{c}-{d}-{e}")
     }
 
     fn next(&self) -> String {

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 
 pub use self::switches::Switches;
 pub(crate) use self::{
-    steps::{Step, Steps, Tear},
+    steps::{FetchFailed, Step, Steps, Tear},
     switches::{Pace, Strike},
 };
 use crate::service::ApiError;
@@ -59,6 +59,38 @@ pub struct Faults {
     pub content_type: Option<String>,
     /// The head of the answer does not end.
     pub endless_headers: bool,
+    /// Prefills for other engines are refused. Of what concerns hand-offs, `share` and `next` pick among prefills for others, or
+    /// among fetches.
+    pub prefill_refuse: Option<Refusal>,
+    /// Prefills for other engines are answered so many milliseconds later.
+    pub prefill_delay_ms: Option<u32>,
+    /// Prefills for other engines are answered without a word of the KV, and none is kept.
+    pub prefill_silent: bool,
+    /// Whoever fetches KV has its connection cut within it; the KV stays.
+    pub fetch_cut: bool,
+    /// It dies when KV is fetched, by it or from it.
+    pub fetch_die: Option<FetchMoment>,
+}
+
+/// When in a fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FetchMoment {
+    /// Before any of the KV came.
+    Before,
+    /// When half of it came.
+    Within,
+}
+
+/// What a fault strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// Requests of clients.
+    Request,
+    /// Those that compute a prompt for another engine, besides.
+    Prefill,
+    /// Fetches of KV.
+    Fetch,
 }
 
 /// How a request is refused, in vLLM's words.
@@ -119,6 +151,11 @@ impl Default for Faults {
             end: None,
             content_type: None,
             endless_headers: false,
+            prefill_refuse: None,
+            prefill_delay_ms: None,
+            prefill_silent: false,
+            fetch_cut: false,
+            fetch_die: None,
         }
     }
 }
@@ -182,8 +219,16 @@ impl Faults {
         }
     }
 
-    /// Whether any of them strikes requests one by one.
-    fn strikes(&self) -> bool {
+    /// Whether any of them strikes such targets one by one.
+    fn strikes(&self, target: Target) -> bool {
+        match target {
+            Target::Request => self.strikes_requests(),
+            Target::Prefill => self.prefill_refuse.is_some() || self.prefill_delay_ms.is_some() || self.prefill_silent,
+            Target::Fetch => self.fetch_cut || self.fetch_die.is_some(),
+        }
+    }
+
+    fn strikes_requests(&self) -> bool {
         let after = [self.die, self.hang, self.wedge].into_iter().flatten().any(|tokens| tokens > 0);
         let within = [self.error_event, self.cut, self.cut_character, self.end].iter().any(Option::is_some);
         after || within || self.refuse.is_some() || self.content_type.is_some() || self.endless_headers

@@ -18,6 +18,7 @@
 mod driver;
 mod engine;
 mod faults;
+mod handoff;
 pub mod model;
 mod options;
 mod publishing;
@@ -27,6 +28,7 @@ mod tape;
 pub mod tokens;
 
 pub use engine::{MockEngine, Stopped};
-pub use faults::{FaultError, Faults, Refusal, Switches};
+pub use faults::{FaultError, Faults, FetchMoment, Refusal, Switches};
+pub use handoff::{HandoffOptions, Role};
 pub use model::{Profile, ProfileError};
 pub use options::{MockOptions, OptionsError};

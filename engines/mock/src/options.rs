@@ -5,6 +5,7 @@ use serde_json::{Map, Number, Value};
 
 use crate::{
     faults::{FaultError, Faults},
+    handoff::{self, HandoffOptions, Role},
     model::{Profile, ProfileError},
     tokens::Script,
 };
@@ -28,6 +29,8 @@ pub struct MockOptions {
     pub publishes_kv_events: bool,
     /// How it does that.
     pub publisher: PublisherOptions,
+    /// Its part in hand-offs, when it is served over HTTP.
+    pub handoff: HandoffOptions,
     /// Capacity and speed.
     pub profile: Profile,
 }
@@ -60,6 +63,7 @@ impl Default for MockOptions {
             faults: Faults::default(),
             publishes_kv_events: false,
             publisher,
+            handoff: HandoffOptions::default(),
             profile: Profile::default(),
         }
     }
@@ -90,6 +94,15 @@ pub enum OptionsError {
         /// What it may be.
         accepted: &'static str,
     },
+    /// A part in hand-offs, which takes a server that others can reach.
+    #[error(
+        "mock engine parameter role={role:?} is not possible in this process, where no other engine can fetch from it; \
+         start `dynamo-host mock-engine --role {role}`, and give its http:// address"
+    )]
+    Role {
+        /// Which.
+        role: &'static str,
+    },
     /// Values that do not fit together.
     #[error(transparent)]
     Profile(#[from] ProfileError),
@@ -115,6 +128,9 @@ impl MockOptions {
             options.set(&key, &value)?;
         }
         options.profile.validate()?;
+        if options.handoff.role != Role::Aggregated {
+            return Err(OptionsError::Role { role: options.handoff.role.name() });
+        }
         Ok(options)
     }
 
@@ -139,6 +155,7 @@ impl MockOptions {
             }
             "assistant_prefill" => self.assistant_prefill = value.parse().map_err(|_| wrong("true or false"))?,
             _ if key.starts_with(FAULT) => self.faults.set(&key[FAULT.len()..], value)?,
+            _ if handoff::KEYS.contains(&key) => self.handoff.set(key, value).map_err(wrong)?,
             _ if KV_KEYS.contains(&key) => self.set_kv(key, value).map_err(wrong)?,
             _ => {
                 let mut fields = fields(&self.profile);
@@ -185,6 +202,7 @@ impl MockOptions {
             .into_iter()
             .chain(fields(&Profile::default()).into_iter().map(|(key, _)| key))
             .chain(KV_KEYS.map(str::to_owned))
+            .chain(handoff::KEYS.map(str::to_owned))
             .chain(Faults::keys().into_iter().map(|key| format!("{FAULT}{key}")))
             .collect()
     }
@@ -210,8 +228,11 @@ mod tests {
         let expected = MockOptions { chat_tokens: 7, profile, ..named };
         assert_eq!(options, expected);
         let mut all = MockOptions::default();
-        let no_number =
-            |key: &str| KV_KEYS.contains(&key) || key.starts_with(FAULT) || ["script", "assistant_prefill"].contains(&key);
+        let no_number = |key: &str| {
+            KV_KEYS.contains(&key)
+                || key.starts_with(FAULT)
+                || ["script", "assistant_prefill", "role", "kv_load_failure", "kv_mismatch"].contains(&key)
+        };
         for key in MockOptions::keys().iter().filter(|key| !no_number(key)) {
             all.set(key, "17").unwrap();
         }
@@ -264,6 +285,13 @@ mod tests {
         check_refused("mock://a?kv_form=json", "map or positional");
         check_refused("mock://a?kv_drop_every=1", "at least 2");
         check_refused("mock://a?script=latin", "use ascii or wide");
+        check_refused("mock://a?role=prefil", "use aggregated, prefill, decode or both");
+        check_refused("mock://a?role=prefill", "start `dynamo-host mock-engine --role prefill`");
+        check_refused("mock://a?kv_load_failure=retry", "use fail or recompute");
+        check_refused("mock://a?kv_mismatch=ignore", "use fail or die");
+        check_refused("mock://a?kv_lease_seconds=-1", "seconds from 0");
+        check_refused("mock://a?kv_latency_ms=soon", "milliseconds from 0");
+        check_refused("mock://a?kv_bytes_per_second=0", "from 1, such as 64e9");
         check_refused("mock://a?assistant_prefill=yes", "use true or false");
         check_refused("mock://a?fault.fire=1", "fault \"fire\" is not known; use content_type, cut,");
         check_refused("mock://a?fault.slow=0.5", "slow=0.5");

@@ -3,6 +3,7 @@
 //! Contract: a client that hangs up cancels its request at once, streamed or not: its connection's task drops the
 //! reply. Every error has vLLM's JSON body. Connections are HTTP/1.1 with keep-alive and without Nagle's delay.
 //!
+//! `POST /mock/kv` is how an engine with a part in hand-offs gives KV to another one ([`crate::HandoffOptions`]).
 //! `POST /mock/faults` sets what it does wrong from then on, `{}` nothing; `GET` tells it.
 //!
 //! Deliberately absent: TLS, API keys, stored responses, and every path of vLLM that the host does not use.
@@ -31,6 +32,7 @@ use self::wire::{Lever, Wires};
 use crate::{
     engine::{self, MockEngine, Piece, Pieces, Served, Stopped},
     faults::{self, FaultError, Faults},
+    handoff::{self, Parcel, RefusedFetch},
     service::{self, ApiError},
 };
 
@@ -56,6 +58,7 @@ pub fn router(engine: Arc<MockEngine>) -> Router {
         .route("/v1/models", get(models))
         .route("/tokenize", post(tokenize))
         .route("/reset_prefix_cache", post(reset_prefix_cache))
+        .route(handoff::PATH, post(send_kv))
         .layer(middleware::from_fn_with_state(Arc::clone(&engine), unless_hung))
         .route("/mock/faults", get(tell_faults).post(set_faults))
         .layer(DefaultBodyLimit::disable())
@@ -73,6 +76,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let switches = Arc::clone(engine.switches());
+    engine.handoff().is_at(listener.local_addr()?);
     let shutdown = async move {
         shutdown.await;
         switches.stopping();
@@ -153,7 +157,7 @@ async fn kv_event_sources(State(engine): State<Arc<MockEngine>>) -> Response {
 }
 
 async fn metrics(State(engine): State<Arc<MockEngine>>) -> Result<Response, Failure> {
-    let text = metrics::render(&engine.snapshot().await?, engine.options());
+    let text = metrics::render(&engine.snapshot().await?, engine.options(), engine.handoff());
     Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
 }
 
@@ -185,6 +189,18 @@ async fn reset_prefix_cache(State(engine): State<Arc<MockEngine>>) -> Result<(),
     Err(Failure(ApiError::unavailable("The prefix cache is in use; wait until no request runs.")))
 }
 
+/// KV for another engine: an answer that ends when all of it was moved.
+async fn send_kv(State(engine): State<Arc<MockEngine>>, request: Request) -> Result<Response, Failure> {
+    let body = read_body(request.into_body()).await?;
+    let parcel: Parcel =
+        serde_json::from_slice(&body).map_err(|error| ApiError::bad_request(None, format!("not a fetch of KV: {error}")))?;
+    let sending = engine.handoff().send(&parcel).map_err(|refused| match refused {
+        RefusedFetch::NotKept => ApiError::gone("No KV is kept for this request, or not any more."),
+        RefusedFetch::Mismatch => ApiError::conflict("The KV that is kept is of another prompt."),
+    })?;
+    Ok(Body::from_stream(stream::once(sending)).into_response())
+}
+
 async fn generate(engine: &MockEngine, endpoint: Endpoint, request: Request) -> Result<Response, Failure> {
     let (head, body) = request.into_parts();
     let body = read_body(body).await?;
@@ -205,7 +221,7 @@ async fn generate(engine: &MockEngine, endpoint: Endpoint, request: Request) -> 
             StatusCode::OK.into_response()
         }
         Served::Stream(pieces) => {
-            ([(CONTENT_TYPE, "text/event-stream; charset=utf-8")], Body::from_stream(frames(pieces, lever))).into_response()
+            ([(CONTENT_TYPE, "text/event-stream; charset=utf-8")], Body::from_stream(frames(*pieces, lever))).into_response()
         }
     };
     if let Some(id) = given_id {

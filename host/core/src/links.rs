@@ -157,9 +157,7 @@ impl LinkBoard {
     /// Those that are left alone for now.
     #[must_use]
     pub fn avoided(&self, now_ms: u64) -> Vec<(u32, u32)> {
-        let links = self.lock();
-        let avoided = links.iter().flat_map(|(&from, links)| links.iter().map(move |(&to, link)| (from, to, link)));
-        avoided.filter(|(.., link)| link.is_avoided(now_ms)).map(|(from, to, _)| (from, to)).collect()
+        self.all().into_iter().filter(|(.., link)| link.is_avoided(now_ms)).map(|(from, to, _)| (from, to)).collect()
     }
 
     /// Forgets all links of a worker that is gone.

@@ -45,7 +45,7 @@ pub fn native_fallback(world: &World, rows: u32) -> Cost {
 }
 
 pub(crate) fn of_policy<Q: Question>(version: &Arc<PolicyVersion>, rows: u32) -> Result<Cost, PolicyFault> {
-    let scene = Q::scene(rows);
+    let scene = Q::measured(version, rows);
     let mut trial = version.trial()?;
     let mut call = Q::plain(&scene, 1, false);
     let fuel = trial.decide(&call)?.fuel;

@@ -18,6 +18,7 @@ use crate::{
     call::{Guest, Reading, Subject},
     fault::PolicyFault,
     runtime::Now,
+    version::PolicyVersion,
     world::World,
 };
 
@@ -76,6 +77,16 @@ pub trait Question: Clone + fmt::Debug + Send + 'static {
 
     /// Something to ask about, with this many rows. The same for the same number.
     fn scene(rows: u32) -> Self::Scene;
+
+    /// What a policy is probed with, with this many rows each.
+    fn scenes(_version: &PolicyVersion, rows: u32) -> Vec<Self::Scene> {
+        vec![Self::scene(rows)]
+    }
+
+    /// What a policy is measured with: the one of these that asks the most of it.
+    fn measured(_version: &PolicyVersion, rows: u32) -> Self::Scene {
+        Self::scene(rows)
+    }
 
     /// A made-up question about it, with its reasons if that is wanted and the world has any.
     fn plain(scene: &Self::Scene, seed: u64, explain: bool) -> Self;

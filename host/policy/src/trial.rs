@@ -107,18 +107,19 @@ impl PolicyVersion {
 pub(crate) fn probe<Q: Question>(version: &Arc<PolicyVersion>) -> Result<(), ProbeFailure> {
     let mut trial = version.trial().map_err(|fault| ProbeFailure { rows: None, fault })?;
     for &rows in Q::WORLD.probes {
-        let scene = Q::scene(rows);
-        // With its reasons too: a host that writes receipts asks for them.
-        for explain in [false, true] {
-            let call = Q::plain(&scene, 1, explain);
-            trial.decide(&call).map_err(|fault| ProbeFailure { rows: Some(rows), fault })?;
+        for scene in Q::scenes(version, rows) {
+            // With its reasons too: a host that writes receipts asks for them.
+            for explain in [false, true] {
+                let call = Q::plain(&scene, 1, explain);
+                trial.decide(&call).map_err(|fault| ProbeFailure { rows: Some(rows), fault })?;
+            }
         }
     }
     Ok(())
 }
 
 pub(crate) fn memory_dependence<Q: Question>(version: &Arc<PolicyVersion>) -> Result<Option<MemoryDependence>, PolicyFault> {
-    let scenes = REMEMBERED_SIZES.map(Q::scene);
+    let scenes: Vec<Q::Scene> = REMEMBERED_SIZES.into_iter().flat_map(|rows| Q::scenes(version, rows)).collect();
     let (mut warm, mut fresh) = (version.trial()?, version.trial()?);
     for nth in 0..REMEMBERED_CALLS {
         // Two of each size in a row: what was remembered of a fleet is used, and outlived.

@@ -62,7 +62,15 @@ fn bound(trace: &Trace, engine: &Profile, kv_blocks: u32) -> Result<Bound, Simul
     for request in &trace.requests {
         let prompt: Arc<[u32]> = prompt::tokens(&request.prompt);
         total += prompt.len() as u64;
-        let sequence = Sequence { prompt, first_output_token: 0, output_tokens: 1, finish: FinishReason::Stop, salt: 0 };
+        let sequence = Sequence {
+            prompt,
+            first_output_token: 0,
+            output_tokens: 1,
+            finish: FinishReason::Stop,
+            salt: 0,
+            hold: false,
+            remote: false,
+        };
         if model.submit(Duration::ZERO, sequence).is_err() {
             let (tokens, max_model_len, workers) = (trace.longest(), engine.max_model_len, 1);
             return Err(SimulationError::TooLong { tokens, max_model_len, workers });

@@ -153,8 +153,15 @@ mod tests {
         let waiting = Waiting { facts: facts(0, &request, 0), prompt, holds: 1, before: Before::default() };
         let in_flight = InFlight::dispatch(LoadBoard::new(1).claim().unwrap(), 0, 0, 100);
         let (at, dispatched) = (Duration::ZERO, Duration::from_millis(100));
-        let sequence =
-            Sequence { prompt: [1].into(), first_output_token: 0, output_tokens: 1, finish: FinishReason::Stop, salt: 0 };
+        let sequence = Sequence {
+            prompt: [1].into(),
+            first_output_token: 0,
+            output_tokens: 1,
+            finish: FinishReason::Stop,
+            salt: 0,
+            hold: false,
+            remote: false,
+        };
         let sequence = EngineModel::new(crate::default_profile()).unwrap().submit(at, sequence).unwrap();
         let place = Place { id: WorkerId(1), worker: 0, sequence };
         let mut placed = Placed::new(waiting, in_flight, place, at, dispatched, false);

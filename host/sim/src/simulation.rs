@@ -449,6 +449,8 @@ impl<'a> Run<'a> {
             output_tokens: self.trace[number as usize].output_tokens - waiting.before.tokens,
             finish: FinishReason::Stop,
             salt: 0,
+            hold: false,
+            remote: false,
         };
         let sequence = engine.model.submit(self.now, sequence).expect("the longest request was checked against the profile");
         engine.requests.insert(number);

@@ -16,6 +16,9 @@ pub(super) async fn run(flags: MockFlags) -> Result<(), String> {
         let (key, value) = key_and_value("--profile", property, MockOptions::keys)?;
         options.set(key, value).map_err(|error| error.to_string())?;
     }
+    for (key, value) in [("role", &flags.role), ("kv_lease_seconds", &flags.kv_lease_seconds)] {
+        let _ = value.as_ref().map(|value| options.set(key, value)).transpose().map_err(|error| error.to_string())?;
+    }
     for fault in &flags.fault {
         let (key, value) = key_and_value("--fault", fault, Faults::keys)?;
         options.faults.set(key, value).map_err(|error| error.to_string())?;

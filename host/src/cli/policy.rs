@@ -213,6 +213,13 @@ fn print_report(report: &Report) {
             100.0 * decided.fuel as f64 / report.fuel_limit as f64
         );
     }
+    match report.tells_roles_apart {
+        Some(true) => println!("  roles                 told apart: it is shown all, and says who prefills and who decodes"),
+        Some(false) => {
+            println!("  roles                 not told apart: it is asked where to begin, then who decodes what was prefilled")
+        }
+        None => {}
+    }
     println!("  same question twice   {}", if report.deterministic { "same answer" } else { "another answer" });
     let memory = match report.memory {
         Memory::None => "nothing else",

@@ -6,8 +6,7 @@
 
 use std::time::Instant;
 
-use dynamo_engine_api::{EngineError, Leg, WholeReply};
-use dynamo_host_core::Among;
+use dynamo_engine_api::{EngineError, Leg};
 
 use super::{Decode, Handoff, Staged, fell_back, is_refusal, lost_lease, ms};
 use crate::{
@@ -40,14 +39,14 @@ impl Handoff<'_, '_> {
                 let answer = Answer { account, head, first, chunks, vigil, beside: None };
                 return Ok(Decode::Answered(self.dispatch.relay(post, answer, self.facts)));
             }
-            Ok(Ok(Opened::Whole(reply))) if is_refusal(&reply) => {
-                // It was not fetched.
-                staged.give_back(ticket);
-                return Ok(self.decode_refused(account, head, reply));
-            }
-            Ok(Ok(Opened::Whole(reply))) if reply.status.is_success() || !self.dispatch.has_alternative(self.facts) => {
+            Ok(Ok(Opened::Whole(reply)))
+                if reply.status.is_success() || is_refusal(&reply) || !self.dispatch.has_alternative(self.facts) =>
+            {
                 if reply.status.is_success() {
                     self.handed_over(post, staged.since, sent, staged.bytes, false);
+                } else if is_refusal(&reply) {
+                    // It was not fetched.
+                    staged.give_back(ticket);
                 }
                 return Ok(Decode::Answered(relay::whole(account, self.dispatch.permit().take(), head, reply)));
             }
@@ -75,8 +74,9 @@ impl Handoff<'_, '_> {
         Ok(if is_unsent { Decode::Unsent } else { Decode::Spent })
     }
 
-    /// A decode leg failed before its first token: its worker is blamed, or the link.
-    pub(super) fn decode_failed(&self, post: Post<'_>, mut account: Account, error: &EngineError) {
+    /// A decode leg failed before its first token: its worker is blamed, or the link. One that is at no fault may still serve the
+    /// request whole, if nobody else can.
+    pub(super) fn decode_failed(&mut self, post: Post<'_>, mut account: Account, error: &EngineError) {
         let is_the_links = match error {
             EngineError::InStream { refused, .. } => !refused,
             EngineError::Timeout { .. } => self.dispatch.lane.roster.snapshot().is_eligible(post.worker.id),
@@ -88,24 +88,15 @@ impl Handoff<'_, '_> {
         };
         if is_the_links {
             self.link_failed(post);
-            return account.abandon_unblamed();
+            account.abandon_unblamed();
+            if self.dispatch.has_attempts() && !self.dispatch.has_alternative(self.facts) {
+                self.facts.failed_workers.retain(|&failed| failed != post.worker.id);
+                self.dispatch.keep_whole();
+            }
+            return;
         }
         account.blame(error);
         account.abandon();
-    }
-
-    /// The engine that was to decode says no: it, or somebody else, may take the request as a whole.
-    fn decode_refused(&mut self, account: Account, head: relay::Head, reply: WholeReply) -> Decode {
-        let snapshot = self.dispatch.lane.roster.snapshot();
-        self.facts.failed_workers.pop();
-        if !self.dispatch.has_attempts() || snapshot.candidates_among(self.facts, Among::Whole).is_err() {
-            return Decode::Answered(relay::whole(account, self.dispatch.permit().take(), head, reply));
-        }
-        tracing::debug!(prefill = self.prefill.name(), status = reply.status.as_u16(), "decode was refused");
-        account.set_aside();
-        fell_back("refused");
-        self.dispatch.keep_whole();
-        Decode::Spent
     }
 
     /// Nothing failed, and it still cannot be tried again.

@@ -1,10 +1,9 @@
 //! The prefill leg of a sequential hand-off: the prompt is computed, and its KV kept for whoever decodes.
 //!
 //! A worker that fails, is slow, or says nothing by which somebody could go on, is treated like any worker before the first
-//! token: another way is tried. What an engine refuses in parts is asked for as a whole, which tells whether the request is at fault.
+//! token: another way is tried. Its no to the request is the answer: that it can do its part was seen before it was given any.
 
 use dynamo_engine_api::{EngineError, Leg, Prefilled, WholeReply};
-use dynamo_host_core::Among;
 
 use super::{Given, Handoff, Prefill, Staged, fell_back, finished, is_refusal, usage_of};
 use crate::{
@@ -46,8 +45,7 @@ impl Handoff<'_, '_> {
                     (error, "not_handed_over")
                 }
             },
-            Ok(Ok(Opened::Whole(reply))) if is_refusal(&reply) => return Ok(Prefill::Given(self.refused(account, reply))),
-            Ok(Ok(Opened::Whole(reply))) if !self.dispatch.has_alternative(self.facts) => {
+            Ok(Ok(Opened::Whole(reply))) if is_refusal(&reply) || !self.dispatch.has_alternative(self.facts) => {
                 return Ok(Prefill::Given(self.pass(account, reply)));
             }
             Ok(Ok(Opened::Whole(reply))) => (answered(post, &reply), "prefill_failed"),
@@ -64,22 +62,11 @@ impl Handoff<'_, '_> {
         account.blame(&error);
         account.abandon();
         fell_back(cause);
+        if cause == "not_handed_over" {
+            lane.roster.report_no_handoff(post.worker.id, post.engine(), &error);
+        }
         self.dispatch.failed(post, error, true)?;
         Ok(Prefill::Given(Given::Failed))
-    }
-
-    /// The engine that prefills says no: it may take the request as a whole, or somebody else may.
-    fn refused(&mut self, account: Account, reply: WholeReply) -> Given {
-        self.facts.failed_workers.pop();
-        let snapshot = self.dispatch.lane.roster.snapshot();
-        if !self.dispatch.has_attempts() || snapshot.candidates_among(self.facts, Among::Whole).is_err() {
-            return self.pass(account, reply);
-        }
-        tracing::debug!(worker = self.prefill.name(), status = reply.status.as_u16(), "prefill was refused");
-        account.set_aside();
-        fell_back("refused");
-        self.dispatch.keep_whole();
-        Given::Anew
     }
 
     /// What the engine that prefills answered is the answer, if only an error.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Among, Candidates, LinkBoard, RequestFacts, Worker, WorkerId};
+use dynamo_host_core::{Among, Candidates, LinkBoard, RequestFacts, Role, Worker, WorkerId};
 
 use super::Snapshot;
 use crate::error::RequestError;
@@ -38,9 +38,36 @@ impl Snapshot {
         })
     }
 
+    /// What is missing where a request could be handed over but for it, a pool or the ways between both; `None` where there is
+    /// nothing to hand over from or to.
+    pub(crate) fn missing_for_pairs(&self, request: &RequestFacts) -> Option<&'static str> {
+        if !request.may_hand_over() {
+            return None;
+        }
+        let eligible = |among| self.eligible(&request.model, request.adapter.as_deref(), among);
+        match eligible(Among::Decoders) {
+            Some(_) if eligible(Among::Everyone)?.iter().any(|worker| worker.spec.role == Role::Prefill) => Some("no_link"),
+            Some(decoders) => decoders.iter().any(|worker| worker.spec.role == Role::Decode).then_some("no_prefill_pool"),
+            None => eligible(Among::Whole)?.iter().all(|worker| worker.spec.role == Role::Prefill).then_some("no_decode_pool"),
+        }
+    }
+
+    /// Those that serve a request whole. Where all of them have failed it, workers of other pools, as far as they do that.
+    ///
+    /// # Errors
+    /// If there is nobody.
+    pub(crate) fn for_whole(&self, request: &RequestFacts) -> Result<Arc<Candidates>, RequestError> {
+        let usual = self.candidates(request);
+        if usual.is_ok() || request.failed_workers.is_empty() {
+            return usual;
+        }
+        let others = self.candidates_among(request, Among::Everyone);
+        others.ok().and_then(|others| others.of(|worker| worker.handoff.serves_whole)).map_or(usual, Ok)
+    }
+
     /// Whether anybody could serve a request, in whatever way.
     pub(crate) fn has_way(&self, request: &RequestFacts, links: &LinkBoard) -> bool {
-        self.candidates(request).is_ok() || self.has_pair(request, links)
+        self.for_whole(request).is_ok() || self.has_pair(request, links)
     }
 
     /// Those that can go on from what a worker prefills or has prefilled.

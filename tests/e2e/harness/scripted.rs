@@ -70,10 +70,11 @@ impl Scripted {
                 let (script, requests, models) = (script.clone(), Arc::clone(&requests), Arc::clone(&models));
                 let loading = Arc::clone(&loading);
                 connections.spawn(async move {
-                    let mut connection = Connection { stream, is_broken: false };
+                    let mut connection = Connection { stream, is_broken: false, asked: None };
                     let Some(request) = connection.request().await else { return };
                     if request.head.starts_with("post ") {
-                        requests.lock().unwrap().push(request);
+                        requests.lock().unwrap().push(request.clone());
+                        connection.asked = Some(request);
                         script(connection).await;
                     } else if loading.load(Relaxed) {
                         let body = r#"{"error":{"message":"Loading model","type":"unavailable_error","code":503}}"#;
@@ -121,6 +122,7 @@ impl Scripted {
 pub(crate) struct Connection {
     stream: TcpStream,
     is_broken: bool,
+    asked: Option<Received>,
 }
 
 impl Connection {
@@ -139,6 +141,12 @@ impl Connection {
                 return None;
             }
         }
+    }
+
+    /// What is asked for.
+    #[track_caller]
+    pub(crate) fn asked(&self) -> &Received {
+        self.asked.as_ref().expect("a script is played when something was asked")
     }
 
     /// A client that is gone does not mind.

@@ -134,7 +134,7 @@ impl Streamed {
 }
 
 /// Reads a stream and checks what is true of any good one.
-async fn read(mut chunks: ChunkStream) -> Result<Streamed, Verdict> {
+pub(super) async fn read(mut chunks: ChunkStream) -> Result<Streamed, Verdict> {
     let mut streamed = Streamed { chunks: Vec::new(), events: Vec::new() };
     while let Some(item) = chunks.next().await {
         let chunk = item.map_err(|error| Verdict::Failed(error.to_string()))?;

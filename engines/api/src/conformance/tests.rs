@@ -8,7 +8,9 @@ use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{Chunk, Endpoint, EngineError, GenerateRequest, ModelCard, RankLoad, Reply, WholeReply};
+use crate::{
+    Chunk, Endpoint, EngineError, GenerateRequest, Leg, ModelCard, Prefilled, Protocol, RankLoad, Reply, Ticket, WholeReply,
+};
 
 /// What the stub does wrong.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,6 +37,9 @@ enum Fault {
     NoResponse,
     FreerThanEmpty,
     AlwaysBusy,
+    ForgetsItsPrompt,
+    KeepsNothing,
+    TakesAnything,
 }
 
 struct Stub {
@@ -143,8 +148,25 @@ impl Engine for Stub {
         })
     }
 
+    fn handoff(&self) -> Option<Protocol> {
+        Some(Protocol::Nixl)
+    }
+
+    fn prefilled(&self, reply: &WholeReply) -> Result<Prefilled, EngineError> {
+        let kept = reply.body.starts_with(b"{\"kept\":true") || self.fault == Fault::TakesAnything;
+        if !kept {
+            return Err(EngineError::Protocol { engine: "stub".into(), reason: "nothing is kept".into() });
+        }
+        let state = serde_json::value::to_raw_value(&json!({})).unwrap().into();
+        let ticket = Ticket { protocol: Protocol::Nixl, state, prompt_ids: None, cached_tokens: None, bytes: None };
+        Ok(Prefilled::Ready(ticket))
+    }
+
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Reply, EngineError>> {
         Box::pin(async move {
+            if matches!(request.leg, Leg::Prefill(_)) {
+                return Ok(whole(StatusCode::OK, &json!({ "kept": self.fault != Fault::KeepsNothing })));
+            }
             match self.fault {
                 Fault::Dead => return Err(self.connect()),
                 Fault::Hangs => std::future::pending().await,
@@ -161,7 +183,9 @@ impl Engine for Stub {
             self.running.fetch_add(1, Ordering::Relaxed);
             let running = Running(self.running.clone(), self.fault);
             let tokens = asked["max_tokens"].as_u64().unwrap_or(1);
-            let prompt_tokens = asked["prompt"].as_array().map_or(3, Vec::len) - usize::from(self.fault == Fault::MiscountsIds);
+            let forgets = self.fault == Fault::ForgetsItsPrompt && matches!(request.leg, Leg::Decode(_));
+            let prompt_tokens =
+                asked["prompt"].as_array().map_or(3, Vec::len) - usize::from(self.fault == Fault::MiscountsIds || forgets);
             let usage = json!({ "prompt_tokens": prompt_tokens, "completion_tokens": tokens });
             let chat = request.endpoint == Endpoint::ChatCompletions;
             if request.stream {
@@ -220,6 +244,10 @@ impl Fixture for StubFixture {
         Some(Arc::new(Stub { fault: Fault::Dead, running: Arc::default() }))
     }
 
+    fn pair(&self) -> Option<(Arc<dyn Engine>, Arc<dyn Engine>)> {
+        Some((self.stub.clone(), self.stub.clone()))
+    }
+
     fn capabilities(&self) -> Capabilities {
         self.can
     }
@@ -272,6 +300,10 @@ async fn each_fault_fails_its_check() {
         (Fault::NoResponse, "a response of OpenAI's newer API"),
         (Fault::FreerThanEmpty, "it tells its load"),
         (Fault::AlwaysBusy, "a stream shows in its load"),
+        (Fault::ForgetsItsPrompt, "a chat is handed over"),
+        (Fault::KeepsNothing, "a completion is handed over"),
+        (Fault::KeepsNothing, "hand-offs at once"),
+        (Fault::TakesAnything, "left nothing is told"),
     ] {
         let report = run(&StubFixture::new(fault)).await;
         fails(&report, fault, check);

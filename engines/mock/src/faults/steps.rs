@@ -27,6 +27,10 @@ pub(crate) enum Step {
     Stopped,
 }
 
+/// The KV that a request was to go on from is not to be had, and it is not computed instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FetchFailed;
+
 /// Where a connection is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tear {
@@ -46,13 +50,20 @@ pub(crate) struct Steps {
     tokens: u32,
     /// It made the engine hang or die already.
     is_spent: bool,
+    /// While its KV is fetched from another engine: ready when it is there, or is computed; an error if it is not to be had.
+    fetching: Option<BoxFuture<'static, Result<(), FetchFailed>>>,
     /// While the engine generates nothing: ready when it goes on.
     resumed: Option<BoxFuture<'static, ()>>,
 }
 
 impl Steps {
     pub(crate) fn new(outputs: Outputs, strike: Strike, switches: Arc<Switches>) -> Self {
-        Self { outputs, strike, pace: switches.pace(), switches, tokens: 0, is_spent: false, resumed: None }
+        Self { outputs, strike, pace: switches.pace(), switches, tokens: 0, is_spent: false, fetching: None, resumed: None }
+    }
+
+    /// Its KV comes from another engine.
+    pub(crate) fn after(self, fetching: impl Future<Output = Result<(), FetchFailed>> + Send + 'static) -> Self {
+        Self { fetching: Some(Box::pin(fetching)), ..self }
     }
 
     /// The next step. After one that is no token, or has a tear, there is none.
@@ -81,6 +92,12 @@ impl Steps {
             }
         }
         ready!(self.poll_resumed(cx));
+        if let Some(fetching) = &mut self.fetching {
+            if ready!(fetching.as_mut().poll(cx)).is_err() {
+                return Poll::Ready(Step::ErrorEvent);
+            }
+            self.fetching = None;
+        }
         let tear = self.tear();
         Poll::Ready(match ready!(self.outputs.poll_next(cx)) {
             Ok(Some(output)) => {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::watch;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::Faults;
+use super::{Faults, Target};
 
 /// An engine's faults, which can be changed while it runs.
 #[derive(Debug)]
@@ -87,14 +87,17 @@ impl Switches {
         }
     }
 
-    /// What becomes of a request that came now.
-    pub(crate) fn strike(&self) -> Strike {
+    /// What becomes of a request, or a part of one, that came now.
+    pub(crate) fn strike(&self, target: Target) -> Strike {
         let mut state = self.state();
+        if target != Target::Request && !state.faults.strikes(target) {
+            return Strike(None);
+        }
         let number = state.asked;
         state.asked += 1;
         let faults = &state.faults;
         let is_spared = faults.next.is_some_and(|next| state.struck >= next);
-        if is_spared || !faults.strikes() || !is_picked(number, faults) {
+        if is_spared || !faults.strikes(target) || !is_picked(number, faults) {
             return Strike(None);
         }
         let faults = Arc::clone(faults);

@@ -43,7 +43,7 @@ fn faults_that_cannot_be_say_what_can() {
 
 fn struck(faults: Faults, requests: usize) -> Vec<bool> {
     let switches = Switches::new(faults);
-    (0..requests).map(|_| switches.strike().faults().is_some()).collect()
+    (0..requests).map(|_| switches.strike(Target::Request).faults().is_some()).collect()
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn a_share_of_requests_is_struck_the_same_in_every_run() {
 #[test]
 fn only_the_next_requests_are_struck_and_setting_faults_counts_anew() {
     let switches = Switches::new(Faults { next: Some(2), end: Some(0), ..Faults::default() });
-    let two = || [(); 4].map(|()| switches.strike().faults().is_some());
+    let two = || [(); 4].map(|()| switches.strike(Target::Request).faults().is_some());
     assert_eq!((two(), switches.struck()), ([true, true, false, false], 2));
     switches.set(Faults { next: Some(1), end: Some(0), ..Faults::default() });
     assert_eq!((two(), switches.struck()), ([true, false, false, false], 1));

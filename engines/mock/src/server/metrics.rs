@@ -3,12 +3,13 @@
 use std::fmt::Write;
 
 use crate::{
+    handoff::Handoff,
     model::{Histogram, Snapshot},
     options::MockOptions,
 };
 
 /// The text of a scrape.
-pub(super) fn render(snapshot: &Snapshot, options: &MockOptions) -> String {
+pub(super) fn render(snapshot: &Snapshot, options: &MockOptions, handoff: &Handoff) -> String {
     let model = options.model.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
     let mut page = Page { text: String::with_capacity(8 << 10), labels: format!("engine=\"0\",model_name=\"{model}\"") };
     let stats = &snapshot.stats;
@@ -24,6 +25,7 @@ pub(super) fn render(snapshot: &Snapshot, options: &MockOptions) -> String {
     ] {
         page.counter(name, help, &[("", total)]);
     }
+    page.handoffs(snapshot, handoff);
     // As at a real vLLM, a client that leaves is not counted as an abort.
     let finished = [("stop", stats.finished_stop), ("length", stats.finished_length), ("abort", 0), ("error", 0)];
     let finished = finished.map(|(reason, count)| (format!("finished_reason=\"{reason}\","), count));
@@ -51,6 +53,33 @@ impl Page {
     fn gauge(&mut self, name: &str, help: &str, value: f64) {
         self.head(name, help, "gauge");
         self.sample(name, "", value);
+    }
+
+    /// What concerns KV that comes from other engines, or is for them. Blocks that are held are in no metric of vLLM's.
+    fn handoffs(&mut self, snapshot: &Snapshot, handoff: &Handoff) {
+        let (stats, fetching) = (&snapshot.stats, snapshot.fetching);
+        self.head("num_requests_waiting_by_reason", "Number of requests waiting, by reason.", "gauge");
+        for (reason, waiting) in [("capacity", snapshot.waiting - fetching), ("deferred", fetching)] {
+            self.sample("num_requests_waiting_by_reason", &format!("reason=\"{reason}\","), f64::from(waiting));
+        }
+        let (queried, fetched) = (stats.prompt_tokens - stats.prefix_hits_tokens, stats.prompt_tokens_fetched);
+        self.counter(
+            "prompt_tokens_by_source",
+            "Number of prompt tokens by source.",
+            &[
+                ("source=\"local_compute\",", stats.prompt_tokens_computed()),
+                ("source=\"local_cache_hit\",", stats.prefix_hits_tokens),
+                ("source=\"external_kv_transfer\",", fetched),
+            ],
+        );
+        let external = "External prefix cache";
+        self.counter("external_prefix_cache_queries", &format!("{external} queries, in tokens."), &[("", queried)]);
+        self.counter("external_prefix_cache_hits", &format!("{external} hits, in tokens."), &[("", fetched)]);
+        self.counter("nixl_num_failed_transfers", "Number of failed KV transfers.", &[("", handoff.failed())]);
+        self.counter("nixl_num_kv_expired_reqs", "Number of requests that had their KV expire.", &[("", handoff.expired())]);
+        self.histogram("nixl_xfer_time_seconds", "Histogram of transfer duration for KV transfers.", &stats.fetch_time);
+        self.gauge("mock_held_requests", "Requests whose KV is kept for other engines.", f64::from(snapshot.held));
+        self.gauge("mock_held_blocks", "KV blocks of those.", f64::from(snapshot.kv_blocks_held));
     }
 
     /// `totals`: extra labels, each with its comma, and the total.

@@ -57,6 +57,16 @@ impl ApiError {
         Self { status, kind, param: None, message: message.into() }
     }
 
+    /// It is not there any more.
+    pub(crate) fn gone(message: &str) -> Self {
+        Self { status: StatusCode::NOT_FOUND, kind: "NotFoundError", param: None, message: message.to_owned() }
+    }
+
+    /// It is something else than what was asked for.
+    pub(crate) fn conflict(message: &str) -> Self {
+        Self { status: StatusCode::CONFLICT, kind: "Conflict", param: None, message: message.to_owned() }
+    }
+
     /// The engine cannot do it now.
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self { status: StatusCode::SERVICE_UNAVAILABLE, kind: "Service Unavailable", param: None, message: message.into() }

@@ -13,6 +13,7 @@ use super::{
     prompt::{Ending, messages, prompts, text_prompt},
 };
 use crate::{
+    handoff::Transfer,
     model::{FinishReason, Sequence},
     options::MockOptions,
     tokens::{self, Script},
@@ -41,7 +42,9 @@ pub(crate) struct Order {
     /// How embeddings are written.
     pub(super) embedding: Embedding,
     pub(super) script: Script,
-    salt: u64,
+    pub(crate) salt: u64,
+    /// What becomes of its KV, or where that is.
+    pub(crate) transfer: Transfer,
 }
 
 /// One choice of the answer.
@@ -69,6 +72,8 @@ impl Order {
             output_tokens: choice.output_tokens,
             finish: choice.finish,
             salt: self.salt,
+            hold: self.transfer == Transfer::Keep && choice.finish == FinishReason::Length,
+            remote: matches!(self.transfer, Transfer::Fetch(_)),
         };
         self.choices.iter().map(sequence).collect()
     }
@@ -102,6 +107,9 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
         |name| stream && stream_options.as_ref().and_then(|options| options.get(name)?.as_bool()).unwrap_or_default();
     let return_token_ids = fields.boolean("return_token_ids");
     let salt = fields.string("cache_salt").map_or(0, |salt| xxh3_64(salt.as_bytes()));
+    let hands_over = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+    let params = fields.take("kv_transfer_params").filter(|_| hands_over);
+    let transfer = params.map_or(Transfer::None, |params| Transfer::read(&params));
     fields.finish()?;
 
     check_model(model, options)?;
@@ -118,7 +126,19 @@ pub(crate) fn decode(endpoint: Endpoint, body: &[u8], options: &MockOptions) -> 
     }
     let (include_usage, continuous_usage) = (stream_option("include_usage"), stream_option("continuous_usage_stats"));
     let script = options.script;
-    Ok(Order { endpoint, stream, include_usage, continuous_usage, return_token_ids, n, choices, embedding, script, salt })
+    Ok(Order {
+        endpoint,
+        stream,
+        include_usage,
+        continuous_usage,
+        return_token_ids,
+        n,
+        choices,
+        embedding,
+        script,
+        salt,
+        transfer,
+    })
 }
 
 /// Reads a body of `/tokenize`: the ids of its `prompt` or `messages`.

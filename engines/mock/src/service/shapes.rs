@@ -1,6 +1,7 @@
 //! Shapes: vLLM's reply bodies, member by member, in its order.
 
 use serde::Serialize;
+use serde_json::value::RawValue;
 
 /// A member that is left out, or there and possibly null.
 type Optional<T> = Option<Option<T>>;
@@ -89,7 +90,7 @@ pub(super) struct Chat<'a> {
     pub(super) prompt_logprobs: (),
     pub(super) prompt_token_ids: Option<&'a [u32]>,
     pub(super) prompt_text: (),
-    pub(super) kv_transfer_params: (),
+    pub(super) kv_transfer_params: Option<&'a RawValue>,
     pub(super) ec_transfer_params: (),
     pub(super) metrics: (),
 }
@@ -127,7 +128,7 @@ pub(super) struct Completion<'a> {
     pub(super) service_tier: (),
     pub(super) system_fingerprint: &'a str,
     pub(super) usage: Usage,
-    pub(super) kv_transfer_params: (),
+    pub(super) kv_transfer_params: Option<&'a RawValue>,
     pub(super) ec_transfer_params: (),
     pub(super) metrics: (),
 }

@@ -1,8 +1,10 @@
 //! Whole: an order's tokens collected into one body.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use dynamo_engine_api::Endpoint;
-use serde_json::{Value, json};
+use serde_json::{Value, json, value::RawValue};
 
 use super::{
     anthropic,
@@ -18,6 +20,8 @@ use crate::{driver::Output, model::FinishReason};
 pub(crate) struct Whole {
     rendering: Rendering,
     collected: Vec<Collected>,
+    /// What whoever goes on is to be told.
+    kept: Option<Box<RawValue>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -29,7 +33,7 @@ struct Collected {
 
 impl Whole {
     pub(crate) fn new(rendering: Rendering) -> Self {
-        Self { collected: vec![Collected::default(); rendering.order.choices.len()], rendering }
+        Self { collected: vec![Collected::default(); rendering.order.choices.len()], rendering, kept: None }
     }
 
     /// Takes a token.
@@ -40,6 +44,17 @@ impl Whole {
         collected.text.push_str(&self.rendering.text[..shown]);
         collected.token_ids.push(output.token);
         collected.finish = output.finish;
+    }
+
+    /// Its id, the prompt of its first choice with what keeps it apart, and how many of those tokens were cached.
+    pub(crate) fn prompt(&self) -> (&str, Arc<[u32]>, u64, u32) {
+        let Rendering { order, id, counted, .. } = &self.rendering;
+        (id, Arc::clone(&order.choices[0].prompt), order.salt, counted.cached)
+    }
+
+    /// Its KV is kept.
+    pub(crate) fn kept(&mut self, params: Box<RawValue>) {
+        self.kept = Some(params);
     }
 
     /// The body, after the last token.
@@ -70,7 +85,7 @@ impl Whole {
             prompt_logprobs: (),
             prompt_token_ids: order.choices.first().filter(|_| order.return_token_ids).map(|choice| &*choice.prompt),
             prompt_text: (),
-            kv_transfer_params: (),
+            kv_transfer_params: self.kept.as_deref(),
             ec_transfer_params: (),
             metrics: (),
         }
@@ -100,7 +115,7 @@ impl Whole {
             service_tier: (),
             system_fingerprint: FINGERPRINT,
             usage: self.usage(None),
-            kv_transfer_params: (),
+            kv_transfer_params: self.kept.as_deref(),
             ec_transfer_params: (),
             metrics: (),
         }

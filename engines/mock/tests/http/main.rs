@@ -2,6 +2,7 @@
 
 mod client;
 mod faults;
+mod handoff;
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -21,7 +22,11 @@ struct Server {
 
 impl Server {
     async fn start(parameters: &str) -> Self {
-        let engine = Arc::new(MockEngine::from_url(&format!("mock://test?model=m&speedup=100&{parameters}")).unwrap());
+        Self::serve(MockEngine::from_url(&format!("mock://test?model=m&speedup=100&{parameters}")).unwrap()).await
+    }
+
+    async fn serve(engine: MockEngine) -> Self {
+        let engine = Arc::new(engine);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (shutdown, stopped) = oneshot::channel();

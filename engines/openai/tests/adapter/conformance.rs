@@ -3,14 +3,17 @@
 use std::{env, fmt::Write as _, fs, path::Path, sync::Arc};
 
 use dynamo_engine_api::{
-    Endpoint, Engine,
+    Endpoint, Engine, Protocol,
     conformance::{Capabilities, Fixture, Report, Verdict, assert_conforms, closed_port, run},
 };
 use dynamo_engine_mock::{MockEngine, server};
 use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::doubles::{Double, Llamacpp, MODEL, Manners, Sglang, Transformers, Trtllm, Vllm};
+use crate::{
+    doubles::{Double, Llamacpp, MODEL, Manners, Sglang, Transformers, Trtllm, Vllm},
+    pairs::{self, Pair},
+};
 
 struct MockServer {
     mock: Arc<MockEngine>,
@@ -63,13 +66,19 @@ struct Kind {
     double: Double,
     engine: Arc<OpenAiEngine>,
     can: Capabilities,
+    pair: Option<Pair>,
 }
 
 impl Kind {
     async fn start(manners: impl Manners, can: Capabilities) -> Self {
         let double = Double::start(manners).await;
         let engine = Arc::new(double.server.engine());
-        Self { double, engine, can }
+        Self { double, engine, can, pair: None }
+    }
+
+    async fn with(mut self, pair: impl Future<Output = Pair>) -> Self {
+        self.pair = Some(pair.await);
+        self
     }
 }
 
@@ -90,6 +99,11 @@ impl Fixture for Kind {
         dead_engine()
     }
 
+    fn pair(&self) -> Option<(Arc<dyn Engine>, Arc<dyn Engine>)> {
+        let pair = self.pair.as_ref()?;
+        Some((pair.prefill.clone(), pair.decode.clone()))
+    }
+
     fn capabilities(&self) -> Capabilities {
         self.can
     }
@@ -99,7 +113,7 @@ const ANTHROPICS_AND_RESPONSES: &[Endpoint] = &[Endpoint::Messages, Endpoint::Co
 
 async fn vllm() -> Kind {
     let can = Capabilities { reports_load: true, offers: ANTHROPICS_AND_RESPONSES, ..Capabilities::default() };
-    Kind::start(Vllm::default(), can).await
+    Kind::start(Vllm::default(), can).await.with(pairs::vllm(Protocol::Nixl)).await
 }
 
 async fn sglang() -> Kind {
@@ -110,7 +124,7 @@ async fn sglang() -> Kind {
         offers: &[Endpoint::Messages, Endpoint::Responses],
         ..Capabilities::default()
     };
-    Kind::start(Sglang::default(), can).await
+    Kind::start(Sglang::default(), can).await.with(pairs::sglang()).await
 }
 
 async fn trtllm() -> Kind {
@@ -122,7 +136,7 @@ async fn trtllm() -> Kind {
         offers: &[Endpoint::Responses],
         ..Capabilities::default()
     };
-    Kind::start(Trtllm::default(), can).await
+    Kind::start(Trtllm::default(), can).await.with(pairs::trtllm()).await
 }
 
 async fn llamacpp() -> Kind {

@@ -6,7 +6,11 @@ mod connections;
 mod control;
 mod doubles;
 mod kinds;
+mod pairs;
 mod replies;
 mod scripted;
+#[path = "../../../../tests/e2e/doubles/mod.rs"]
+#[allow(dead_code, reason = "the end-to-end suite uses the rest")]
+mod split;
 mod streams;
 mod tls;

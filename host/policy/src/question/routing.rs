@@ -15,6 +15,7 @@ use crate::{
     fault::{FaultCause, PolicyFault},
     runtime::Now,
     synthetic::{self, SyntheticFleet},
+    version::PolicyVersion,
     world::{ROUTER, World},
 };
 
@@ -112,6 +113,18 @@ impl Question for RouteCall {
 
     fn scene(rows: u32) -> SyntheticFleet {
         synthetic::fleet(rows)
+    }
+
+    fn scenes(version: &PolicyVersion, rows: u32) -> Vec<SyntheticFleet> {
+        let scenes: &[fn(u32) -> SyntheticFleet] = match version.tells_roles_apart() {
+            true => &[synthetic::fleet, synthetic::split, synthetic::decoding],
+            false => &[synthetic::fleet],
+        };
+        scenes.iter().map(|scene| scene(rows)).collect()
+    }
+
+    fn measured(version: &PolicyVersion, rows: u32) -> SyntheticFleet {
+        if version.tells_roles_apart() { synthetic::split(rows) } else { synthetic::fleet(rows) }
     }
 
     fn plain(fleet: &SyntheticFleet, seed: u64, explain: bool) -> Self {

@@ -11,6 +11,7 @@ mod memory;
 mod on_error;
 mod quarantine;
 mod raw;
+mod roles;
 mod slots;
 mod witness;
 

@@ -18,6 +18,7 @@ fn profile() -> Profile {
         max_num_seqs: 16,
         max_num_batched_tokens: 1024,
         max_model_len: 64_000,
+        kv_bytes_per_token: 131_072,
         prefill_ms_per_token_squared: 0.0,
         prefill_ms_per_token: 1.0,
         prefill_ms_base: 100.0,

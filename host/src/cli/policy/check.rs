@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{SlotKind, admission, answer::Verdict};
+use dynamo_host_core::{Role, SlotKind, admission, answer::Verdict};
 use dynamo_host_policy::{AdmissionCall, Inspection, OutcomeRow, PolicyFault, PolicyVersion, Question, RouteCall};
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use serde_json::Value;
@@ -33,6 +33,9 @@ pub(super) struct Report {
     pub(super) settings: Value,
     pub(super) settings_schema: Value,
     pub(super) fuel_limit: u64,
+    /// Of routing policies: whether it decides between workers of different roles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tells_roles_apart: Option<bool>,
     pub(super) deterministic: bool,
     pub(super) memory: Memory,
     pub(super) decisions: Vec<Decided>,
@@ -103,6 +106,7 @@ pub(super) fn report(file: String, bytes: &[u8], version: &Arc<PolicyVersion>, f
         settings: serde_json::from_str(version.settings()).unwrap_or_default(),
         settings_schema: Value::Null,
         fuel_limit,
+        tells_roles_apart: (version.world().slot == SlotKind::Routing).then(|| version.tells_roles_apart()),
         deterministic: true,
         memory: Memory::None,
         decisions: Vec::new(),
@@ -136,15 +140,20 @@ impl Checked for RouteCall {
         match verdict {
             Verdict::Place(ranking) => {
                 let ranked = ranking.rows().len();
-                let is_first = !report.findings.iter().any(|finding| finding.code == "no-alternative");
-                if ranked == 1 && probe.rows >= CHOICE && is_first {
-                    let message =
-                        format!("it ranks 1 of {} candidates; rank some more, for when the first does not take it", probe.rows);
-                    report.find(Level::Warning, "no-alternative", message);
-                }
-                format!("place on {ranked} of {}", probe.rows)
+                report.look_for_choice(ranked, probe.rows);
+                let first = probe.call.candidates.worker(ranking.rows()[0]).spec.role;
+                // As it is where one has to choose between them.
+                let role = if probe.call.candidates.have_different_roles() {
+                    format!(", first {}", whole(first))
+                } else {
+                    String::new()
+                };
+                format!("place on {ranked} of {}{role}", probe.rows)
             }
-            Verdict::PlacePairs(pairs) => format!("place prefill and decode apart, on {} pairs of {}", pairs.len(), probe.rows),
+            Verdict::PlacePairs(pairs) => {
+                report.look_for_choice(pairs.len(), probe.rows);
+                format!("place {} pairs of {}", pairs.len(), probe.rows)
+            }
             Verdict::Hold { at_most_ms } => {
                 let message = format!("it holds a request although workers are there ({})", probe.name);
                 report.find(Level::Warning, "holds", message);
@@ -181,13 +190,31 @@ impl Checked for AdmissionCall {
     }
 }
 
+/// What comes of a whole request on a worker of a role.
+fn whole(role: Role) -> &'static str {
+    match role {
+        Role::Aggregated | Role::Both => "all in one",
+        Role::Prefill => "prefill",
+        Role::Decode => "decode with prefill",
+    }
+}
+
 impl Report {
+    /// Whether there is somebody else for when the first does not take it.
+    fn look_for_choice(&mut self, ranked: usize, rows: u32) {
+        let is_first = !self.findings.iter().any(|finding| finding.code == "no-alternative");
+        if ranked == 1 && rows >= CHOICE && is_first {
+            let message = format!("it ranks 1 of {rows} candidates; rank some more, for when the first does not take it");
+            self.find(Level::Warning, "no-alternative", message);
+        }
+    }
+
     fn find(&mut self, level: Level, code: &'static str, message: String) {
         self.findings.push(Finding { level, code, message });
     }
 
     fn probe<Q: Checked>(&mut self, version: &Arc<PolicyVersion>) {
-        let probes = Q::probes();
+        let probes = Q::probes(version);
         let verdicts: Vec<_> = probes.iter().map(|probe| self.decide(version, probe)).collect();
         self.look_for_memory(version, &probes, &verdicts);
     }

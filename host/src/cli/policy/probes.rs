@@ -1,14 +1,17 @@
 //! Probes: the made-up decisions that `policy check` asks for.
 //!
 //! Each stands for a situation that policies get wrong: one candidate, many, nothing known of anybody, some things of some,
-//! a session, a retry, a very long prompt, recorded reasons.
+//! a session, a retry, a very long prompt, recorded reasons, split pools.
 
 use std::sync::Arc;
 
 use dynamo_host_core::{
     Admitted, PoolState, RequestFacts, Slo, TokenCount, UNKNOWN, admission::Quantiles, id::WorkerId, load::Recent,
 };
-use dynamo_host_policy::{AdmissionCall, Question, RouteCall, synthetic};
+use dynamo_host_policy::{
+    AdmissionCall, PolicyVersion, Question, RouteCall,
+    synthetic::{self, SyntheticFleet},
+};
 
 /// Candidates of probes that are not about their number.
 const SOME: u32 = 64;
@@ -28,18 +31,18 @@ pub(super) struct Probe<Q: Question> {
 
 /// A question that there are probes for.
 pub(super) trait Probed: Question {
-    /// All probes, the cheapest first.
-    fn probes() -> Vec<Probe<Self>>;
+    /// All probes of a policy, the cheapest first.
+    fn probes(version: &PolicyVersion) -> Vec<Probe<Self>>;
 }
 
 impl Probed for RouteCall {
-    fn probes() -> Vec<Probe<Self>> {
-        of_routing()
+    fn probes(version: &PolicyVersion) -> Vec<Probe<Self>> {
+        of_routing(version.tells_roles_apart())
     }
 }
 
 impl Probed for AdmissionCall {
-    fn probes() -> Vec<Probe<Self>> {
+    fn probes(_: &PolicyVersion) -> Vec<Probe<Self>> {
         of_admission()
     }
 }
@@ -89,7 +92,7 @@ fn admission(
     Probe { name, rows, call, _scene: scene }
 }
 
-fn of_routing() -> Vec<Probe<RouteCall>> {
+fn of_routing(tells_roles_apart: bool) -> Vec<Probe<RouteCall>> {
     let plain = |_: &mut RequestFacts| {};
     let mut probes = vec![
         probe("one candidate", 1, 0, plain),
@@ -115,13 +118,33 @@ fn of_routing() -> Vec<Probe<RouteCall>> {
     probes.push(explained);
     probes.push(probe("many candidates", 1024, 1, plain));
     probes.push(probe("very many candidates", MANY, 1, plain));
+    // What it is shown of split pools follows from whether it tells roles apart.
+    let split: &[(&str, u32, fn(u32) -> SyntheticFleet)] = match tells_roles_apart {
+        true => &[
+            ("a prefill and a decode worker", 2, synthetic::split),
+            ("split pools", SOME, synthetic::split),
+            ("many in split pools", 1024, synthetic::split),
+        ],
+        false => &[("where to prefill", SOME, synthetic::prefilling)],
+    };
+    probes.extend(split.iter().map(|&(name, rows, fleet)| of_fleet(name, fleet(rows), 1, plain)));
+    probes.push(of_fleet("where to decode", synthetic::decoding(SOME), 1, plain));
     probes
 }
 
 /// A probe over a fleet of which every `observed`th worker has been observed, 0 for none.
 fn probe(name: &'static str, candidates: u32, observed: u32, change: impl FnOnce(&mut RequestFacts)) -> Probe<RouteCall> {
-    let fleet = synthetic::fleet(candidates);
-    for row in (0..candidates).filter(|row| observed > 0 && row % observed == 0) {
+    of_fleet(name, synthetic::fleet(candidates), observed, change)
+}
+
+fn of_fleet(
+    name: &'static str,
+    fleet: SyntheticFleet,
+    observed: u32,
+    change: impl FnOnce(&mut RequestFacts),
+) -> Probe<RouteCall> {
+    let rows = fleet.candidates.count();
+    for row in (0..rows).filter(|row| observed > 0 && row % observed == 0) {
         let load = &fleet.candidates.worker(row).load;
         load.observe(Recent::TtftMs, 20.0 + (row % 50) as f32 * 7.0);
         load.observe(Recent::ItlMs, 5.0 + (row % 10) as f32);
@@ -129,8 +152,6 @@ fn probe(name: &'static str, candidates: u32, observed: u32, change: impl FnOnce
         load.observed(0);
     }
     let mut call = synthetic::route_call(&fleet, 1);
-    let mut request = RequestFacts::clone(&call.request);
-    change(&mut request);
-    call.request = Arc::new(request);
-    Probe { name, rows: candidates, call, _scene: fleet }
+    change(Arc::make_mut(&mut call.request));
+    Probe { name, rows, call, _scene: fleet }
 }

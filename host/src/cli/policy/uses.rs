@@ -9,9 +9,10 @@ use wit_parser::WorldItem;
 pub(super) type Uses = BTreeMap<String, Vec<String>>;
 
 /// Interfaces of the contract with what the use of each means, in the order of a report.
-const MEANINGS: [(&str, &str); 10] = [
+const MEANINGS: [(&str, &str); 11] = [
     ("request", "reads of the request"),
     ("candidates", "reads of candidates"),
+    ("links", "reads of links"),
     ("admission-pools", "reads of pools"),
     ("outcomes", "learns from outcomes"),
     ("state", "keeps state"),

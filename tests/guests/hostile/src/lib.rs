@@ -54,6 +54,8 @@ pub enum Mode {
     Reject,
     /// A rejection that tells whose request it is.
     Gossip,
+    /// Pairs of workers, one that prefills and one that it reaches, as far as there are any: no misbehaviour.
+    Pairs,
     /// Never anything but hold.
     Hold,
     /// A flood of log lines and metrics.
@@ -130,6 +132,7 @@ impl Router for Hostile {
         match self.settings.mode {
             _ if !self.is_due(request) => self.good(candidates),
             Mode::Gossip => gossip(request),
+            Mode::Pairs => self.pairs(candidates),
             _ => deeds::in_route(self, candidates),
         }
     }
@@ -172,6 +175,13 @@ impl Hostile {
         }
         self.calls.set(self.calls.get() + 1);
         self.calls.get().is_multiple_of(every.max(1))
+    }
+
+    fn pairs(&self, candidates: &Candidates) -> Decision {
+        let rows = 0..candidates.role().len() as u32;
+        let reached_by = |from: u32| (0..).zip(candidates.links().reachable(from)).filter(|&(_, reaches)| reaches == 1);
+        let pairs: Vec<(u32, u32)> = rows.flat_map(|from| reached_by(from).map(move |(to, _)| (from, to))).take(16).collect();
+        if pairs.is_empty() { self.good(candidates) } else { Decision::PlaceDisaggregated(pairs) }
     }
 
     fn good(&self, candidates: &Candidates) -> Decision {

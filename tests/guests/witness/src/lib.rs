@@ -26,6 +26,7 @@ impl Router for Witness {
             explain("added", || added_columns(candidates));
             explain("f32", || f32_columns(candidates));
             explain("named", || named(candidates));
+            explain("links", || links(candidates));
             explain("services", services);
         }
         telemetry::gauge_set("prompt_tokens", f64::from(request.prompt_tokens()));
@@ -158,6 +159,19 @@ fn named(candidates: &Candidates) -> Vec<f32> {
         optional(candidates.signal("price"), |prices| prices.iter().sum()),
         optional(candidates.signal("absent"), |_| 1.0),
     ]
+}
+
+/// Who has prefilled, and sums over all that it and the first two rows can reach.
+fn links(candidates: &Candidates) -> Vec<f32> {
+    let links = candidates.links();
+    let mut seen = vec![optional(links.prefilled_by(), |_| 1.0)];
+    for from in [None, Some(0), Some(1), Some(99)] {
+        seen.push(links.reachable(from).iter().sum::<u32>() as f32);
+        for column in [links.tokens_per_second(from), links.handoff_ms(from), links.error_rate(from)] {
+            seen.push(column.iter().filter(|value| !value.is_nan()).sum());
+        }
+    }
+    seen
 }
 
 fn services() -> Vec<f32> {

@@ -1,0 +1,4 @@
+//! Prefill and decode on different workers: what clients see of it, and what becomes of them when it goes wrong.
+
+mod doubles;
+mod mocks;

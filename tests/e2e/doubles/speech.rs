@@ -1,0 +1,122 @@
+//! What the doubles say, and of which tokens: a prompt's words are its tokens, an answer's words follow from those.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher as _},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::MODEL;
+
+/// Answers of more tokens than this take their time.
+const QUICK_TOKENS: u64 = 64;
+const TOKEN_TIME: Duration = Duration::from_millis(1);
+
+/// One request for tokens.
+pub(super) struct Speech {
+    pub(super) chat: bool,
+    pub(super) stream: bool,
+    pub(super) max_tokens: u64,
+    with_usage: bool,
+    pub(super) ids: Vec<u32>,
+}
+
+impl Speech {
+    /// Reads a body of `/v1/chat/completions` or `/v1/completions`.
+    pub(super) fn read(chat: bool, body: &Value) -> Self {
+        let prompt = if chat { &body["messages"] } else { &body["prompt"] };
+        let limit = body["max_completion_tokens"].as_u64().filter(|_| chat);
+        Self {
+            chat,
+            stream: body["stream"] == true,
+            max_tokens: limit.or(body["max_tokens"].as_u64()).unwrap_or(16),
+            with_usage: body["stream_options"]["include_usage"] == true,
+            ids: ids_of(prompt),
+        }
+    }
+
+    /// The words from a place on.
+    pub(super) fn words(&self, tokens: u64) -> Vec<String> {
+        (0..tokens).map(|at| word(&self.ids, at)).collect()
+    }
+
+    pub(super) fn pace(&self) -> Duration {
+        if self.max_tokens > QUICK_TOKENS { TOKEN_TIME } else { Duration::ZERO }
+    }
+
+    /// The whole answer of so many tokens.
+    pub(super) fn whole(&self, tokens: u64, finish: &str) -> Value {
+        let text = self.words(tokens).concat();
+        let mut choice = json!({ "index": 0, "finish_reason": finish, "logprobs": null });
+        if self.chat {
+            choice["message"] = json!({ "role": "assistant", "content": text });
+        } else {
+            choice["text"] = text.into();
+        }
+        let object = if self.chat { "chat.completion" } else { "text_completion" };
+        json!({ "id": "d-1", "object": object, "created": 1_795_329_285, "model": MODEL, "choices": [choice], "usage": self.usage(tokens) })
+    }
+
+    /// The same as the data of events.
+    pub(super) fn events(&self, tokens: u64) -> Vec<String> {
+        let object = if self.chat { "chat.completion.chunk" } else { "text_completion" };
+        let event = |choices: Value| json!({ "id": "d-1", "object": object, "created": 1_795_329_285, "model": MODEL, "choices": choices });
+        let said = |text: &str, finish: Value| {
+            let mut choice = json!({ "index": 0, "finish_reason": finish, "logprobs": null });
+            match (self.chat, text) {
+                (true, "") => choice["delta"] = json!({}),
+                (true, text) => choice["delta"] = json!({ "content": text }),
+                (false, text) => choice["text"] = text.into(),
+            }
+            event(json!([choice]))
+        };
+        let role = json!([{ "index": 0, "delta": { "role": "assistant", "content": "" }, "finish_reason": null }]);
+        let mut events: Vec<Value> = self.chat.then(|| event(role)).into_iter().collect();
+        events.extend(self.words(tokens).iter().map(|word| said(word, Value::Null)));
+        events.push(said("", "length".into()));
+        if self.with_usage {
+            let mut counted = event(json!([]));
+            counted["usage"] = self.usage(tokens);
+            events.push(counted);
+        }
+        events.iter().map(Value::to_string).collect()
+    }
+
+    fn usage(&self, tokens: u64) -> Value {
+        let prompt = self.ids.len() as u64;
+        json!({ "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens })
+    }
+}
+
+/// What any double says to a prompt, text or messages, in so many tokens.
+pub(crate) fn text_of(prompt: &Value, tokens: u64) -> String {
+    let ids = ids_of(prompt);
+    (0..tokens).map(|at| word(&ids, at)).collect()
+}
+
+/// A prompt's tokens: one a word; ids are what they are.
+fn ids_of(prompt: &Value) -> Vec<u32> {
+    match prompt {
+        Value::Array(ids) if !ids.is_empty() && ids.iter().all(Value::is_u64) => {
+            ids.iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
+        }
+        Value::String(text) => text.split_whitespace().map(|word| hashed(word) as u32 % 50_000).collect(),
+        Value::Array(messages) => {
+            let rendered = |message: &Value| format!("<{}> {} ", message["role"], message["content"]);
+            let text: String = messages.iter().map(rendered).collect();
+            ids_of(&text.into())
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn word(ids: &[u32], at: u64) -> String {
+    format!(" w{:03}", hashed((ids, at)) % 1000)
+}
+
+fn hashed(what: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    hasher.finish()
+}
