@@ -113,17 +113,22 @@ impl Run<'_> {
             self.let_go(number, &kept, Fetching::Waits);
             *waiting = self.beginning(number, std::mem::take(&mut waiting.before));
         }
-        let among = match (waiting.facts.may_hand_over(), self.pinned.tells_roles_apart()) {
+        let may_divide = self.options.has_roles() && waiting.facts.may_hand_over() && self.has_pair();
+        let among = match (may_divide, self.pinned.tells_roles_apart()) {
             (false, _) => Among::Whole,
             (true, false) => Among::Beginning,
             (true, true) => Among::Everyone,
         };
         let candidates = self.fleet.candidates(MODEL, among)?;
-        let only_prefill = among == Among::Beginning
-            && candidates.iter().all(|worker| worker.spec.role == Role::Prefill)
-            && self.decoders(candidates.worker(0)).is_some();
+        let only_prefill = among == Among::Beginning && candidates.iter().all(|worker| worker.spec.role == Role::Prefill);
         waiting.facts.stage = if only_prefill { Stage::Prefill } else { Stage::Whole };
         Some(candidates)
+    }
+
+    /// Whether anybody's KV can go anywhere.
+    fn has_pair(&self) -> bool {
+        let prefills = |worker: &&Worker| worker.state.is_eligible() && worker.spec.role.prefills();
+        self.fleet.workers().iter().filter(prefills).any(|worker| self.decoders(worker).is_some())
     }
 
     /// Who can go on from what a worker computes.
