@@ -12,7 +12,7 @@
 //! The total is their sum, times the operator's preference, times the tries that the worker's recent errors make likely. Where
 //! prefill and decode can be apart, [`handoff`](crate::handoff) makes costs of both from the same terms.
 
-use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, stage};
+use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, role, stage};
 
 use crate::{
     Settings,
@@ -28,6 +28,9 @@ const PREFILL_COUNTS: f32 = 2.0;
 const INTERFERING_PASSES: f32 = 2.0;
 /// Share of errors that counts at most: a worker that always fails is still one.
 const MOST_ERRORS: f32 = 0.9;
+/// Where contexts are to be level: how much less it counts by how much others are slowed down. Where few run with long contexts, a
+/// request slows down few; but the longest contexts make the slowest tokens.
+const LEVEL: f32 = 0.7;
 /// Tokens of a prompt of which nobody knows how long it is.
 const PROMPT_TOKENS: f32 = 1000.0;
 
@@ -46,6 +49,8 @@ pub(crate) struct Costs<'a> {
     uncached: Vec<f32>,
     /// Whether it has to compute them: what another has prefilled it fetches.
     computes: bool,
+    /// Whether workers differ in what they do.
+    is_apart: bool,
     prefilling: &'a [u32],
     queued: &'a [u32],
     busy_ms: &'a [u32],
@@ -71,6 +76,8 @@ pub(crate) struct Terms {
     pub(crate) stall: f32,
     /// Requests that decode there.
     pub(crate) decoding: f32,
+    /// What comes to `decode` where the contexts of workers are to be level.
+    pub(crate) level: f32,
     /// Tokens of this prompt that the worker does not hold.
     pub(crate) uncached: f32,
     /// A full pass.
@@ -95,6 +102,7 @@ impl<'a> Costs<'a> {
             slo_itl_ms: request.slo_itl_ms(),
             uncached: uncached(settings, prompt, candidates),
             computes: stage != stage::DECODE,
+            is_apart: candidates.role().iter().any(|&of| of != role::AGGREGATED),
             prefilling: candidates.active_prefill_tokens(),
             queued: candidates.active_uncached_tokens(),
             busy_ms: candidates.prefill_busy_ms(),
@@ -176,7 +184,7 @@ impl<'a> Costs<'a> {
 
     #[inline(always)]
     fn terms(&self, row: Row, speed: &Speed) -> Terms {
-        let Self { settings, prompt, output, slo_itl_ms, computes, .. } = *self;
+        let Self { settings, prompt, output, slo_itl_ms, computes, is_apart, .. } = *self;
         let Row { uncached, prefilling, queued, busy_ms, context, requests, free, error_rate, preference } = row;
         let profile = &speed.profile;
         let (is_decoding, is_prefilling) = (context > 0.0, prefilling > 0.0);
@@ -203,7 +211,9 @@ impl<'a> Costs<'a> {
         let decode = settings.decode_weight * output * (decode_work + requests * slows) + late;
 
         // Memory is freed as requests end; all context, in about the time of one.
-        let missing = most(queued + uncached + output - free, 0.0);
+        // What is fetched from elsewhere waits for it too, and is computed by nobody.
+        let waits = if is_apart { prefilling } else { queued };
+        let missing = most(waits + uncached + output - free, 0.0);
         let memory = missing * output * step / most(context, 1.0);
 
         // An unknown error rate is none: no comparison with NaN is true.
@@ -217,6 +227,7 @@ impl<'a> Costs<'a> {
             memory,
             factor: preference / (1.0 - fails),
             stall,
+            level: settings.decode_weight * output * (decode_work - LEVEL * requests * slows),
             decoding: requests * context / most(context + prefilling, 1.0),
             uncached,
             pass: speed.full_pass_ms,

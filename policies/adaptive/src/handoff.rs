@@ -138,6 +138,7 @@ impl<'a> Handoff<'a> {
 
     fn whole(&self) -> Vec<f32> {
         let mut costs = self.begin(0.0, |terms| terms.decode);
+        self.level(&mut costs);
         self.keep_free(&mut costs);
         self.only(&mut costs, |of| of != role::PREFILL);
         costs
@@ -164,6 +165,7 @@ impl<'a> Handoff<'a> {
         let links = Links::of(self.settings, self.candidates, from);
         let cost = |terms: Terms| (terms.wait + terms.decode + terms.memory) * terms.factor;
         let mut costs = self.costs.each(self.profiles, cost);
+        self.level(&mut costs);
         self.keep_free(&mut costs);
         let expected = self.settings.handoff.expected_ms(self.costs.prompt());
         let lacking = self.costs.each(self.profiles, |terms| terms.uncached);
@@ -191,6 +193,20 @@ impl<'a> Handoff<'a> {
         let of_both = || starts.iter().filter(|start| self.roles[start.row as usize] == role::BOTH);
         let first = of_both().take(1).flat_map(|start| start.next.iter().map(|&next| (start.row, next)));
         first.chain(of_both().skip(1).map(|start| (start.row, start.next[0]))).collect()
+    }
+
+    /// Keeps the contexts of workers level that decode and do nothing else: the longest make the slowest tokens. On others
+    /// stalls do, and being few matters more.
+    fn level(&self, costs: &mut [f32]) {
+        if !self.roles.contains(&role::DECODE) {
+            return;
+        }
+        let levels = self.costs.each(self.profiles, |terms| terms.level * terms.factor);
+        for ((cost, level), &of) in costs.iter_mut().zip(levels).zip(self.roles) {
+            if of == role::DECODE {
+                *cost += level;
+            }
+        }
     }
 
     /// What decoding costs on workers that are to prefill.

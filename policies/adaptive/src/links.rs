@@ -13,8 +13,11 @@ use crate::{
 
 /// How many times as slow a way is before it is told from chance.
 const BY_FAR: f32 = 4.0;
-/// How much quicker or slower a way can be than its topology says.
-const SCALES: (f32, f32) = (0.1, 1000.0);
+/// How much quicker or slower than their topology says all ways from a worker can be: hand-offs that wait for the memory of busy
+/// workers look slow, too, and whoever decodes there waits for that, handed over or not.
+const ALL: (f32, f32) = (0.25, 10.0);
+/// How much slower one way can be.
+const ONE: f32 = 1000.0;
 /// Share of errors that counts at most.
 const MOST_ERRORS: f32 = 0.9;
 
@@ -46,8 +49,8 @@ impl Links {
             .map(|((&rate, &ms), &token_ms)| ms / (base_ms + rate * ms / 1000.0 * token_ms))
             .collect();
         let best = measured.iter().copied().fold(f32::INFINITY, least);
-        let best = if best < f32::INFINITY { clamp(best) } else { 1.0 };
-        let scale = measured.iter().map(|&scale| if scale > BY_FAR * best { clamp(scale) } else { best }).collect();
+        let all = if best < f32::INFINITY { least(most(best, ALL.0), ALL.1) } else { 1.0 };
+        let scale = measured.iter().map(|&scale| if scale > BY_FAR * best { least(scale, ONE) } else { all }).collect();
         Self { reachable: links.reachable(from), error_rate: links.error_rate(from), token_ms, scale, base_ms }
     }
 
@@ -65,10 +68,6 @@ impl Links {
         let errors = self.error_rate[row];
         if errors > 0.0 { 1.0 / (1.0 - least(errors, MOST_ERRORS)) } else { 1.0 }
     }
-}
-
-fn clamp(scale: f32) -> f32 {
-    least(most(scale, SCALES.0), SCALES.1)
 }
 
 /// Milliseconds per token by topology: the closest level that both are known to share.

@@ -110,11 +110,11 @@ impl Default for Settings {
 impl Default for HandoffSettings {
     fn default() -> Self {
         Self {
-            stall: 0.3,
+            stall: 0.4,
             stalls_from: 0.015,
             stalls_to: 0.05,
             keep_free: 9.0,
-            spare: 1.1,
+            spare: 1.0,
             late_ms: 1250.0,
             base_ms: 8.0,
             tokens_per_second: LinkSpeed::default(),

@@ -184,10 +184,34 @@ fn a_target_for_the_first_token_makes_waiting_dear() {
 
 #[test]
 fn a_target_between_tokens_keeps_requests_from_workers_that_would_miss_it() {
-    let fleet = || decoding([D, D], [30, 20]).with_active_requests([1, 60]).with_prefilled_by(9).with_reachable(None, [1, 1]);
+    let fleet = || {
+        let decoders = decoding([D, D], [30, 24]).with_active_requests([1, 1]).with_cached_device_tokens([99_968, 0]);
+        decoders.with_prefilled_by(9).with_reachable(None, [1, 1])
+    };
     let stage = |request: Request| first(&request.with_stage(stage::DECODE), &fleet());
-    assert_eq!(stage(request(10_000)), 0, "few are slowed down, but its steps take 20 ms");
-    assert_eq!(stage(request(10_000).with_slo_itl_ms(16.0)), 1);
+    assert_eq!(stage(request(100_000)), 0, "it has the KV, and steps of 24 ms");
+    assert_eq!(stage(request(100_000).with_slo_itl_ms(16.0)), 1);
+}
+
+#[test]
+fn workers_that_only_decode_are_kept_level() {
+    // One long context is slower than many short ones, though there a request slows down few.
+    let contexts = |roles: [u32; 2]| {
+        let fleet = decoding(roles, [8, 1]).with_active_decode_tokens([60_000, 100_000]);
+        first(&request(20_000).with_stage(stage::DECODE), &fleet.with_prefilled_by(9).with_reachable(None, [1, 1]))
+    };
+    assert_eq!(contexts([D, D]), 0);
+    assert_eq!(contexts([B, B]), 1);
+}
+
+#[test]
+fn memory_that_others_wait_for_is_not_free() {
+    let fleet = decoding([D, D], [20, 25])
+        .with_active_prefill_tokens([200_000, 0])
+        .with_kv_tokens_free([100_000, 100_000])
+        .with_prefilled_by(9)
+        .with_reachable(None, [1, 1]);
+    assert_eq!(first(&request(10_000).with_stage(stage::DECODE), &fleet), 1);
 }
 
 #[test]
