@@ -210,6 +210,8 @@ fn check_pairs(pairs: &[(u32, u32)], count: u32, role: impl Fn(u32) -> Role) -> 
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn of_stage(answer: Option<Answer>, stage: Stage, count: u32) -> Result<Verdict, AnswerFault> {
@@ -236,6 +238,43 @@ mod tests {
         assert_eq!(place(&[(0, 1), (0, 1)]), Err("answer-duplicate"));
         let decode = of_stage(Some(Answer::PlaceDisaggregated(vec![(0, 1)])), Stage::Decode, 4);
         assert_eq!(decode, Err(AnswerFault::NoPairs { stage: Stage::Decode }));
+    }
+
+    proptest! {
+        /// Whatever a policy says: what passes can be carried out, as it was said.
+        #[test]
+        fn what_passes_can_be_carried_out(
+            pairs in proptest::collection::vec((0..8u32, 0..8u32), 0..20),
+            rows in proptest::collection::vec(0..8u32, 0..20),
+            roles in proptest::collection::vec(0..4usize, 1..8),
+            stage in 0..3usize,
+        ) {
+            let count = roles.len() as u32;
+            let role = |row: u32| Role::ALL[roles[row as usize]];
+            let stage = Stage::ALL[stage];
+            match super::validate(Some(Answer::PlaceDisaggregated(pairs.clone())), stage, count, role) {
+                Ok(Verdict::PlacePairs(passed)) => {
+                    prop_assert_eq!(&passed, &pairs);
+                    prop_assert!(stage == Stage::Whole && (1..=MAX_RANKED).contains(&passed.len()));
+                    for (i, &(prefill, decode)) in passed.iter().enumerate() {
+                        prop_assert!(prefill < count && decode < count && prefill != decode);
+                        prop_assert!(role(prefill).prefills() && role(decode).decodes());
+                        prop_assert!(!passed[..i].contains(&(prefill, decode)));
+                    }
+                }
+                Ok(other) => prop_assert!(false, "pairs became {other:?}"),
+                Err(fault) => prop_assert!(fault.cause().starts_with("answer-")),
+            }
+            match super::validate(Some(Answer::Place(rows.clone())), stage, count, role) {
+                Ok(Verdict::Place(ranking)) => {
+                    prop_assert_eq!(ranking.rows(), &rows);
+                    prop_assert!((1..=MAX_RANKED).contains(&rows.len()) && rows.iter().all(|&row| row < count));
+                    prop_assert!(rows.iter().enumerate().all(|(i, row)| !rows[..i].contains(row)));
+                }
+                Ok(other) => prop_assert!(false, "a ranking became {other:?}"),
+                Err(fault) => prop_assert!(fault.cause().starts_with("answer-")),
+            }
+        }
     }
 
     #[track_caller]

@@ -10,7 +10,8 @@ use crate::{bindings::router::dynamo::policy::routing_answer as host, testing::s
 pub enum Decision {
     /// Place the request on the first of these rows that takes it: 1 to 16 rows, best first, each at most once.
     Place(Vec<u32>),
-    /// Place prefill and decode at once: pairs of rows (prefill, decode), best first, at most 16.
+    /// Place prefill and decode at once: pairs of rows (prefill, decode), best first, at most 16, each at most once. In the
+    /// stage [`WHOLE`](crate::stage::WHOLE) alone, for policies that read [`Links`](crate::Links).
     PlaceDisaggregated(Vec<(u32, u32)>),
     /// Ask again when the fleet changes, or after this time. A bounded number of times, never past the deadline; blocks
     /// nobody behind it.

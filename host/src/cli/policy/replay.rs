@@ -4,16 +4,19 @@
 //! which it was decided, by one instance. So a policy that decides by nothing else agrees with itself to the last decision.
 //! What it reads and the receipts do not hold is unknown to it, and said.
 
+mod compare;
+
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use dynamo_host_core::{Role, SlotName, Stage, answer::Verdict, native};
+use dynamo_host_core::{SlotName, answer::Verdict, native};
 use dynamo_host_policy::{Digest, PolicyFault, PolicyVersion, Reading, RouteCall, SlotState, Trial, native_route};
 use serde::Serialize;
 
+use self::compare::{Comparison, Shown, compare};
 use super::{file_and_settings, load_for, named, read, read_given, uses};
 use crate::{
     cli::{Output, OutputFlags, receipts::warn},
-    receipts::{Choice, DecisionLine, Hex, Line, Source},
+    receipts::{DecisionLine, Line, Source},
     text::plain,
 };
 
@@ -42,16 +45,6 @@ const FACTS_NOT_HELD: [&str; 2] = ["tenant", "attribute"];
 enum Candidate {
     Native,
     Policy { version: Arc<PolicyVersion>, uses: uses::Uses, trial: Option<Trial> },
-}
-
-/// What the candidate policy is shown of a receipt's decision.
-enum Shown {
-    /// What who decided then was shown.
-    AsThen,
-    /// Where the request begins: it does not tell roles apart, and who decided then did.
-    Beginning,
-    /// Less than it would be in a host: it tells roles apart, and who decided then did not.
-    Less,
 }
 
 /// Counted over the decisions of one policy version with one set of settings.
@@ -145,24 +138,10 @@ impl Candidate {
 
     /// How the decision of a receipt is put to it.
     fn shown(&self, line: &DecisionLine) -> Shown {
-        // The native fallback knows what to do with either.
-        let Self::Policy { version, .. } = self else { return Shown::AsThen };
-        let stage = line.facts.stage.as_deref();
-        let roles = line.roles();
-        let has = |is: fn(Role) -> bool| roles.iter().any(|&role| is(role));
-        let has_decode = has(|role| role == Role::Decode);
-        match version.tells_roles_apart() {
-            false if stage.is_none() && has_decode && has(|role| role != Role::Decode) => Shown::Beginning,
-            true if stage == Some(Stage::Prefill.label()) => Shown::Less,
-            // Who only prefills is a candidate where somebody else decodes.
-            true if stage.is_none()
-                && has(|role| role == Role::Prefill)
-                && has(|role| role != Role::Prefill)
-                && !has(Role::decodes) =>
-            {
-                Shown::Less
-            }
-            _ => Shown::AsThen,
+        match self {
+            // It knows what to do with either.
+            Self::Native => Shown::AsThen,
+            Self::Policy { version, .. } => Shown::of(line, version.tells_roles_apart()),
         }
     }
 
@@ -239,7 +218,7 @@ impl Report {
                 *self.not_held.entry(what).or_default() += 1;
             }
         }
-        let comparison = compare(line, &call, &decided, flags.top);
+        let comparison = compare(line, &call, decided.as_ref().map(|(verdict, ..)| verdict), flags.top);
         let key = [line.digest.as_deref(), line.settings.as_deref()];
         let is_own = key == [self.digest.as_deref(), self.settings.as_deref()];
         let short = |digest: Option<&str>| digest.map_or("-", |digest| digest.get(..8).unwrap_or(digest)).to_owned();
@@ -318,14 +297,6 @@ impl Report {
     }
 }
 
-/// How a decision compares with the recorded one.
-struct Comparison {
-    /// How they differ, if they do.
-    cause: Option<&'static str>,
-    in_top: bool,
-    choices: Vec<Choice>,
-}
-
 impl Tally {
     fn count(&mut self, comparison: &Comparison) {
         self.decisions += 1;
@@ -334,44 +305,6 @@ impl Tally {
             None => self.same_first += 1,
             Some(cause) => *self.differences.entry(cause).or_default() += 1,
         }
-    }
-}
-
-fn compare(
-    line: &DecisionLine,
-    call: &RouteCall,
-    decided: &Result<(Verdict, Vec<Reading>, u64), PolicyFault>,
-    top: u32,
-) -> Comparison {
-    let differs = |cause| Comparison { cause: Some(cause), in_top: false, choices: Vec::new() };
-    let id = |row: u32| Hex(call.candidates.worker(row).id.0);
-    let choices: Vec<Choice> = match decided {
-        Err(_) => return differs("the candidate failed"),
-        Ok((Verdict::Hold { .. }, ..)) => return differs("the candidate holds the request"),
-        Ok((Verdict::Reject(_), ..)) => return differs("the candidate rejects the request"),
-        Ok((Verdict::PlacePairs(pairs), ..)) => pairs.iter().map(|&(one, other)| Choice::Pair(id(one), id(other))).collect(),
-        Ok((Verdict::Place(ranking), ..)) => ranking.rows().iter().map(|&row| Choice::One(id(row))).collect(),
-    };
-    let recorded = line.choices();
-    let in_top = recorded.iter().take(top as usize).any(|choice| *choice == choices[0]);
-    let cause = (choices[0] != recorded[0]).then(|| difference(line, &recorded, choices[0]));
-    Comparison { cause, in_top, choices }
-}
-
-/// How a first choice differs from the recorded one.
-fn difference(line: &DecisionLine, recorded: &[Choice], now: Choice) -> &'static str {
-    let score = |worker| line.score_of(worker).map(|(_, score)| score.to_bits());
-    match (recorded[0], now) {
-        (Choice::One(_), Choice::Pair(..)) => "prefill and decode fixed at once, not one worker",
-        (Choice::Pair(..), Choice::One(_)) => "one worker, not prefill and decode fixed at once",
-        (Choice::Pair(then, _), Choice::Pair(prefill, _)) if then == prefill => "another worker to decode",
-        (Choice::Pair(_, then), Choice::Pair(_, decode)) if then == decode => "another worker to prefill",
-        (Choice::Pair(..), Choice::Pair(..)) => "other workers to prefill and to decode",
-        (Choice::One(then), Choice::One(now)) if score(now).is_some() && score(now) == score(then) => {
-            "a worker of the same score"
-        }
-        _ if recorded.contains(&now) => "another worker of the recorded ranking",
-        _ => "a worker that the recorded ranking has not",
     }
 }
 
