@@ -7,7 +7,6 @@
 mod meters;
 mod pool;
 mod queue;
-mod recent;
 mod room;
 mod verdict;
 
@@ -82,7 +81,7 @@ pub(crate) async fn enter(lane: &Lane, facts: &mut RequestFacts) -> Result<Permi
     let (admitted, heard) = match word {
         Ok(word) => word,
         Err(error) => {
-            pool.count(true, queue.now_ms());
+            pool.lately().came(true, queue.now_ms());
             // Who was not let in has no class but the configured one.
             queue.meters.of(facts.class.as_deref()).shed.increment(1);
             count_shed("policy");
@@ -109,7 +108,7 @@ pub(crate) async fn enter(lane: &Lane, facts: &mut RequestFacts) -> Result<Permi
         Came::Refused(refusal) => (Err(Why::Refused(refusal)), heard),
     };
     trace::stage("queue", came);
-    pool.count(entered.is_err(), queue.now_ms());
+    pool.lately().came(entered.is_err(), queue.now_ms());
     let waited = entered.as_ref().map_or_else(|_| came.elapsed(), |(_, waited)| *waited);
     meters.wait.record(waited);
     match entered {
@@ -249,10 +248,10 @@ impl Place {
         let now = Instant::now();
         let (took, now_ms) = (ms(now - last), self.queue.now_ms());
         if is_first {
-            self.pool.ttft.observe(took, now_ms);
+            self.pool.lately().first_token(took, now_ms);
         } else {
             // Each choice has its own tokens.
-            self.pool.itl.observe(took * self.choices as f32 / fresh as f32, now_ms);
+            self.pool.lately().tokens(took * self.choices as f32 / fresh as f32, now_ms);
         }
         self.observed = (now, self.output);
     }

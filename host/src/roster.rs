@@ -48,7 +48,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 pub(crate) use self::{
     connect::{check, engine},
     drained::DrainedError,
-    member::GivenUp,
+    member::{GivenUp, Kept},
     report::WorkerReport,
     snapshot::Snapshot,
     sources::check_all,
@@ -256,6 +256,11 @@ impl Roster {
         self.is_stale.store(true, Relaxed);
         self.publish();
         Ok(self.report_of(name).unwrap_or_default())
+    }
+
+    /// A worker keeps the KV of one more prompt, for whoever decodes it. `None`: it is gone.
+    pub(crate) fn keep(&self, worker: WorkerId) -> Option<Kept> {
+        self.snapshot.load().find(worker).map(|seat| seat.member.keep())
     }
 
     /// Whether an operator drained it.

@@ -4,7 +4,11 @@ use std::fs;
 
 use futures_util::future::join_all;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::watch,
+};
 
 use crate::harness::{
     client::Client,
@@ -44,52 +48,50 @@ async fn a_client_that_is_slow_to_say_what_it_wants_is_hung_up_on() {
     host.is_well().await;
 }
 
+/// A client in the middle of a stream of which there is more than all buffers on the way hold.
+struct Flooded {
+    host: Host,
+    socket: TcpStream,
+    /// Whether the engine has been left.
+    has_left: watch::Receiver<bool>,
+    _engine: Scripted,
+}
+
+impl Flooded {
+    async fn start(limits: &str) -> Self {
+        let (left, has_left) = watch::channel(false);
+        let engine = Scripted::start(move |mut connection| {
+            let left = left.clone();
+            async move {
+                let plenty = http_chunk(&token_event(0).repeat(1000));
+                connection.write(STREAM_HEAD).await;
+                while connection.is_open() {
+                    connection.write(&plenty).await;
+                }
+                left.send_replace(true);
+            }
+        })
+        .await;
+        let host = host_with(limits, &engine.worker()).await;
+        let body = streamed(chat(9)).to_string();
+        let mut socket = host.http.socket().await;
+        let request = format!("POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        socket.write_all(request.as_bytes()).await.unwrap();
+        Self { host, socket, has_left, _engine: engine }
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_stops_reading_its_stream_frees_the_engine() {
-    let (left, mut has_left) = tokio::sync::watch::channel(false);
-    let engine = Scripted::start(move |mut connection| {
-        let left = left.clone();
-        async move {
-            // More than all buffers on the way hold.
-            let plenty = http_chunk(&token_event(0).repeat(1000));
-            connection.write(STREAM_HEAD).await;
-            while connection.is_open() {
-                connection.write(&plenty).await;
-            }
-            left.send_replace(true);
-        }
-    })
-    .await;
-    let host = host_with("write_stall_s = 1", &engine.worker()).await;
-    let body = streamed(chat(9)).to_string();
-    let mut socket = host.http.socket().await;
-    let request = format!("POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-    socket.write_all(request.as_bytes()).await.unwrap();
+    let Flooded { host, has_left, .. } = &mut Flooded::start("write_stall_s = 1").await;
     soon("the host leaves the engine", has_left.wait_for(|left| *left)).await.unwrap();
     assert!(!host.process.panicked());
 }
 
 #[tokio::test]
 async fn a_client_that_reads_a_little_now_and_then_does_not_outlast_its_request() {
-    let (left, mut has_left) = tokio::sync::watch::channel(false);
-    let engine = Scripted::start(move |mut connection| {
-        let left = left.clone();
-        async move {
-            let plenty = http_chunk(&token_event(0).repeat(1000));
-            connection.write(STREAM_HEAD).await;
-            while connection.is_open() {
-                connection.write(&plenty).await;
-            }
-            left.send_replace(true);
-        }
-    })
-    .await;
     // By the stall alone it would have an hour.
-    let host = host_with("request_timeout_s = 2\nwrite_stall_s = 3600", &engine.worker()).await;
-    let body = streamed(chat(9)).to_string();
-    let mut socket = host.http.socket().await;
-    let request = format!("POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-    socket.write_all(request.as_bytes()).await.unwrap();
+    let Flooded { host, socket, has_left, .. } = &mut Flooded::start("request_timeout_s = 2\nwrite_stall_s = 3600").await;
     let sip = async {
         while socket.read(&mut [0; 1]).await.is_ok_and(|length| length > 0) {
             // Other work between two sips.

@@ -44,6 +44,7 @@ mod refusals;
 mod reload;
 mod requests;
 mod retries;
+mod roles;
 mod simulate;
 mod stop;
 mod swap;

@@ -1,9 +1,10 @@
 //! The adapter at a real vLLM, on the CPU. One server for all checks: it takes minutes to start.
 //!
-//! `cargo xtask real-engine --vllm` installs it and runs this alone.
+//! `cargo xtask real-engine --vllm` installs it and runs this alone, without `pair`, which `--disagg` runs.
 
 mod killed;
 mod kv;
+mod pair;
 
 use std::{
     env,
@@ -51,6 +52,11 @@ impl VllmServer {
 
     /// The same at an address, with flags of one's own.
     fn start_at(address: SocketAddr, flags: &[impl AsRef<OsStr>]) -> Self {
+        Self::start_with(address, flags, &[])
+    }
+
+    /// The same with variables of its environment.
+    fn start_with(address: SocketAddr, flags: &[impl AsRef<OsStr>], variables: &[(&str, &str)]) -> Self {
         let files = told("DYNAMO_HOST_TEST_VLLM_FILES");
         // Two may run at once.
         let log = files.join(format!("vllm-{}.log", address.port()));
@@ -73,6 +79,7 @@ impl VllmServer {
             ("VLLM_NO_USAGE_STATS", "1"),
             ("TOKENIZERS_PARALLELISM", "false"),
         ]);
+        command.envs(variables.iter().copied());
         // A group of its own, so that its own children can be ended with it.
         command.stdin(Stdio::null()).stdout(output.try_clone().unwrap()).stderr(output).process_group(0);
         let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));

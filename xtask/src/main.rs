@@ -99,6 +99,9 @@ enum Task {
         /// Instead, install a real vLLM for the CPU (5 GB, once) and drive the adapter at it.
         #[arg(long)]
         vllm: bool,
+        /// Instead, two real vLLMs, of which one prefills and the other decodes (NIXL; 5 GB, once), killed and started again.
+        #[arg(long, conflicts_with = "vllm")]
+        disagg: bool,
         /// Compare our tokens with vLLM's also over the tokenizer in this directory
         #[arg(long, value_name = "DIR", requires = "vllm")]
         tokenizer: Option<PathBuf>,
@@ -117,8 +120,9 @@ fn main() -> Result<()> {
         Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
         Task::Faults { minutes, seed } => faults::run(minutes, seed),
         Task::Overload { seconds, release, scenes } => overload(seconds, release, &scenes),
+        Task::RealEngine { disagg: true, .. } => real_engine::disaggregated(),
         Task::RealEngine { vllm: false, .. } => real_engine::llama_cpp(),
-        Task::RealEngine { vllm: true, tokenizer } => real_engine::vllm(tokenizer.as_deref()),
+        Task::RealEngine { vllm: true, tokenizer, .. } => real_engine::vllm(tokenizer.as_deref()),
     }
 }
 

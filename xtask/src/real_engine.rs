@@ -40,6 +40,20 @@ pub(crate) fn llama_cpp() -> Result<()> {
 /// Installs vLLM for the CPU if it is missing, then tests the adapter at it, its KV events through the host, and our tokens
 /// beside its own: with its model's tokenizer, with ours, and with another one where one is given.
 pub(crate) fn vllm(another: Option<&Path>) -> Result<()> {
+    let mut tests = over_vllm("the tests; vLLM takes one to three minutes to start")?;
+    // One server at a time: each has three processes that import all of torch.
+    tests.args(["vllm::", "--skip", "vllm::pair::", "--nocapture", "--test-threads=1"]);
+    run::check(tests.envs(another.map(|directory| ("DYNAMO_HOST_TEST_TOKENIZER", directory))))
+}
+
+/// The same for two of them, of which one prefills and the other decodes.
+pub(crate) fn disaggregated() -> Result<()> {
+    let mut tests = over_vllm("a prefill and a decode engine, killed and started again; five to ten minutes")?;
+    run::check(tests.args(["vllm::pair::", "--nocapture", "--test-threads=1"]))
+}
+
+/// Makes all that tests of vLLM need, and the command that runs them.
+fn over_vllm(what: &str) -> Result<Command> {
     let recipes = paths::root().join("tests/real-engine");
     let directory = cache()?.join("dynamo-host/vllm");
     println!("1/4 vLLM for the CPU, in {} (5 GB, one to five minutes the first time)", directory.display());
@@ -56,15 +70,10 @@ pub(crate) fn vllm(another: Option<&Path>) -> Result<()> {
     println!("3/4 the policies");
     policies::build()?;
 
-    println!("4/4 the tests; vLLM takes one to three minutes to start");
-    run::check(
-        tests()
-            // One server at a time: each has three processes that import all of torch.
-            .args(["vllm::", "--nocapture", "--test-threads=1"])
-            .envs(another.map(|directory| ("DYNAMO_HOST_TEST_TOKENIZER", directory)))
-            .env("DYNAMO_HOST_TEST_VLLM", directory.join("venv/bin/vllm"))
-            .env("DYNAMO_HOST_TEST_VLLM_FILES", directory),
-    )
+    println!("4/4 {what}");
+    let mut tests = tests();
+    tests.env("DYNAMO_HOST_TEST_VLLM", directory.join("venv/bin/vllm")).env("DYNAMO_HOST_TEST_VLLM_FILES", directory);
+    Ok(tests)
 }
 
 fn tests() -> Command {

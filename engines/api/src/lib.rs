@@ -203,6 +203,8 @@ pub struct RankLoad {
     pub block_size: Option<u32>,
     /// Output tokens per second, lately.
     pub tokens_per_second: Option<f32>,
+    /// Prompt tokens whose KV it has fetched from other engines, ever.
+    pub fetched_tokens: Option<u64>,
 }
 
 /// A request as it is sent to an engine.

@@ -303,6 +303,7 @@ impl Engine for MockEngine {
                 kv_tokens_free: tokens(now.kv_blocks_total - now.kv_blocks_used),
                 block_size: Some(profile.block_size),
                 tokens_per_second: None,
+                fetched_tokens: None,
             }])
         })
     }

@@ -7,6 +7,7 @@
 //! - [`tokens`] says what is generated, and turns prompts into token ids.
 //! - [`MockEngine`] runs the model in real time inside this process, as an adapter (`mock://NAME?model=…`).
 //! - its prefix cache is told as it changes, in this process or over ZeroMQ as vLLM publishes it.
+//! - it hands KV over to engines in other processes, and takes it over, as vLLM's NIXL connector does ([`HandoffOptions`]).
 //! - it does what [`Faults`] say wrong, from its start or while it runs.
 //! - [`server`] puts it behind vLLM's HTTP surface, for tests of whatever speaks to engines over the network.
 //!

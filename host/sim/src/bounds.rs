@@ -10,6 +10,7 @@ use dynamo_engine_mock::{
 use serde::Serialize;
 
 use crate::{
+    engine::EngineSpec,
     prompt,
     requests::ms,
     samples::{Quantiles, Samples},
@@ -40,8 +41,9 @@ pub struct Bounds {
 ///
 /// # Errors
 /// If the engine cannot be.
-pub fn bounds(trace: &Trace, workers: &[Profile]) -> Result<Bounds, SimulationError> {
-    let fastest = workers.iter().min_by(|one, other| full_pass(one).total_cmp(&full_pass(other)));
+pub fn bounds(trace: &Trace, workers: &[EngineSpec]) -> Result<Bounds, SimulationError> {
+    let workers: Vec<&Profile> = workers.iter().map(|worker| &worker.profile).collect();
+    let fastest = workers.iter().copied().min_by(|one, other| full_pass(one).total_cmp(&full_pass(other)));
     let engine = fastest.ok_or(SimulationError::NoWorker)?;
     let pooled = workers.iter().map(|profile| u64::from(profile.kv_blocks) * u64::from(profile.block_size)).sum::<u64>();
     let pooled = u32::try_from(pooled / u64::from(engine.block_size)).unwrap_or(u32::MAX);

@@ -1,32 +1,23 @@
-//! A pool as requests find it: what its latencies were lately, how much it refused, how long answers are.
+//! A model's pool as requests find it: what it was like lately, how long answers are, and which of its workers do what.
 
 use std::sync::{
     Mutex, MutexGuard, PoisonError,
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
-use dynamo_host_core::{
-    PoolState, RequestFacts, Role,
-    admission::{Quantiles, free},
-    id,
-};
-use dynamo_host_flow::PoolLoad;
-
-use super::recent::Recent;
+use dynamo_host_core::{PoolState, RequestFacts, Role, admission::Quantiles, id};
+use dynamo_host_flow::{Lately, PoolLoad};
+use serde::Serialize;
 
 /// Tokens of output that are expected of a model that nothing is known of.
 const EXPECTED_OUTPUT: f32 = 256.0;
 /// Weight of the newest answer in the average of their lengths: about the last fifty count.
 const ALPHA: f32 = 0.02;
-/// How long quantiles may be used that were computed once.
-const QUANTILES_MS: u64 = 250;
-/// How long a window is over which refusals are counted; what is read is of one to two of them.
-const SHED_WINDOW_MS: u64 = 10_000;
 
-/// The workers of one model and role.
+/// The workers of one model, whatever their roles: its requests wait in one line.
 #[derive(Debug)]
 pub(super) struct Pool {
-    /// Key of model and role, equal on every host.
+    /// Key of that line, equal on every host.
     pub(super) key: u64,
     pub(super) model: String,
     /// Requests that run.
@@ -39,21 +30,29 @@ pub(super) struct Pool {
     pub(super) is_strained: AtomicBool,
     /// Since when it has no worker that accepts requests; `u64::MAX`: it has one.
     pub(super) empty_since_ms: AtomicU64,
-    /// From a request's start to its first token.
-    pub(super) ttft: Recent,
-    pub(super) itl: Recent,
     /// Average length of a choice, as bits; NaN before the first.
     output: AtomicU32,
-    shed: Mutex<Shed>,
-    quantiles: Mutex<Option<(u64, Quantiles, Quantiles)>>,
+    /// Where there are roles: the workers of each, those first where requests begin.
+    parts: Mutex<Parts>,
+    lately: Mutex<Lately>,
 }
 
-/// Requests that were let in and refused, in the present window and the one before.
+/// The workers of each role, as they were last measured.
 #[derive(Debug, Default)]
-struct Shed {
-    at: u64,
-    present: [u32; 2],
-    before: [u32; 2],
+struct Parts {
+    rows: Vec<Part>,
+    measured_ms: u64,
+}
+
+/// A model's workers of one role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Part {
+    pub(super) role: Role,
+    #[serde(rename = "ready_workers")]
+    pub(super) ready: u32,
+    pub(super) running: u32,
+    /// Requests that they could be given at once.
+    pub(super) free: u32,
 }
 
 impl Pool {
@@ -66,11 +65,9 @@ impl Pool {
             ready: AtomicU32::new(0),
             is_strained: AtomicBool::new(false),
             empty_since_ms: AtomicU64::new(u64::MAX),
-            ttft: Recent::default(),
-            itl: Recent::default(),
             output: AtomicU32::new(f32::NAN.to_bits()),
-            shed: Mutex::default(),
-            quantiles: Mutex::default(),
+            parts: Mutex::default(),
+            lately: Mutex::default(),
         }
     }
 
@@ -89,50 +86,64 @@ impl Pool {
         self.output.store(new.to_bits(), Relaxed);
     }
 
-    /// A request was let in, or refused.
-    pub(super) fn count(&self, is_refused: bool, now_ms: u64) {
-        let mut shed = lock(&self.shed);
-        shed.turn(now_ms);
-        shed.present[usize::from(is_refused)] += 1;
+    /// What it was like lately.
+    pub(super) fn lately(&self) -> MutexGuard<'_, Lately> {
+        lock(&self.lately)
     }
 
-    fn shed_rate(&self, now_ms: u64) -> f32 {
-        let mut shed = lock(&self.shed);
-        shed.turn(now_ms);
-        let [admitted, refused] = [0, 1].map(|of| shed.present[of] + shed.before[of]);
-        if refused == 0 { 0.0 } else { refused as f32 / (admitted + refused) as f32 }
+    /// Its workers by role were measured.
+    pub(super) fn measured(&self, rows: Vec<Part>, now_ms: u64) {
+        *lock(&self.parts) = Parts { rows, measured_ms: now_ms };
     }
 
-    /// What an admission policy is told of it.
+    /// Its workers by role; none where all are aggregated.
+    pub(super) fn parts(&self) -> Vec<Part> {
+        lock(&self.parts).rows.clone()
+    }
+
+    /// Whether its workers by role were measured longer ago than this.
+    pub(super) fn is_older_than(&self, age_ms: u64, now_ms: u64) -> bool {
+        let parts = lock(&self.parts);
+        !parts.rows.is_empty() && now_ms > parts.measured_ms + age_ms
+    }
+
+    /// What people are told of it: all of its workers.
     pub(super) fn state(&self, load: PoolLoad, now_ms: u64) -> PoolState {
-        let (ttft, itl) = self.quantiles(now_ms);
-        PoolState {
-            key: self.key,
-            role: Role::Aggregated,
-            ready_workers: self.ready.load(Relaxed),
-            running_requests: load.running,
-            free_requests: free(load.free),
-            queued_requests: load.queued,
-            queued_tokens: free(Some(u32::try_from(load.queued_tokens).unwrap_or(u32::MAX))),
-            oldest_age_ms: load.oldest_age_ms,
-            predicted_wait_ms: load.predicted_wait_ms,
-            shed_rate: self.shed_rate(now_ms),
-            ttft,
-            itl,
-        }
+        self.lately().state((self.key, Role::Aggregated), self.ready.load(Relaxed), load, now_ms)
     }
 
-    fn quantiles(&self, now_ms: u64) -> (Quantiles, Quantiles) {
-        let mut known = lock(&self.quantiles);
-        match &*known {
-            Some((at, ttft, itl)) if now_ms < at + QUANTILES_MS => (ttft.clone(), itl.clone()),
-            _ => {
-                let (ttft, itl) = (self.ttft.quantiles(now_ms), self.itl.quantiles(now_ms));
-                *known = Some((now_ms, ttft.clone(), itl.clone()));
-                (ttft, itl)
-            }
+    /// What an admission policy is told of it: one pool for each role, and first the one that requests go to first. They wait
+    /// before that one, and what they wait for afterwards has no line of its own. Prompts are computed in the one, and tokens made
+    /// in the other: so it is with their latencies.
+    pub(super) fn states(&self, load: PoolLoad, now_ms: u64) -> Vec<PoolState> {
+        let whole = self.state(load, now_ms);
+        let parts = self.parts();
+        if parts.is_empty() {
+            return vec![whole];
         }
+        let of_role = |(row, part): (usize, &Part)| {
+            let is_first = row == 0;
+            let has_ttft = is_first || matches!(part.role, Role::Aggregated | Role::Both);
+            let has_itl = part.role != Role::Prefill || parts.len() == 1;
+            let line = if is_first { whole.clone() } else { PoolState { free_requests: part.free, ..without_line(&whole) } };
+            PoolState {
+                key: key(&self.model, part.role),
+                role: part.role,
+                ready_workers: part.ready,
+                running_requests: part.running,
+                ttft: if has_ttft { whole.ttft.clone() } else { Quantiles::default() },
+                itl: if has_itl { whole.itl.clone() } else { Quantiles::default() },
+                ..line
+            }
+        };
+        parts.iter().enumerate().map(of_role).collect()
     }
+}
+
+/// A pool in which nobody waits.
+fn without_line(pool: &PoolState) -> PoolState {
+    let (queued_requests, queued_tokens, oldest_age_ms) = (0, 0, 0);
+    PoolState { queued_requests, queued_tokens, oldest_age_ms, predicted_wait_ms: 0.0, shed_rate: 0.0, ..pool.clone() }
 }
 
 /// Key of a pool.
@@ -144,17 +155,6 @@ pub(super) fn key(model: &str, role: Role) -> u64 {
 pub(super) fn work(facts: &RequestFacts) -> u32 {
     let output = facts.expected_output_tokens.unwrap_or(0).saturating_mul(facts.choices);
     facts.prompt.tokens.saturating_add(output)
-}
-
-impl Shed {
-    fn turn(&mut self, now_ms: u64) {
-        let at = now_ms / SHED_WINDOW_MS;
-        if at > self.at {
-            let present = std::mem::take(&mut self.present);
-            self.before = if at == self.at + 1 { present } else { [0; 2] };
-            self.at = at;
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -175,15 +175,30 @@ mod tests {
         assert_eq!((pool.expected_output(None), pool.expected_output(Some(1000)), pool.expected_output(Some(3))), (40, 40, 3));
     }
 
+    fn part(role: Role, ready: u32) -> Part {
+        Part { role, ready, running: 1, free: 7 }
+    }
+
     #[test]
-    fn refusals_are_a_share_of_the_last_seconds() {
+    fn a_policy_is_told_of_each_role_and_first_of_where_requests_begin() {
         let pool = Pool::new("m");
-        assert_eq!(pool.shed_rate(0), 0.0);
-        for is_refused in [true, false, false, false] {
-            pool.count(is_refused, 1);
-        }
-        assert_eq!((pool.shed_rate(2), pool.shed_rate(SHED_WINDOW_MS)), (0.25, 0.25));
-        assert_eq!(pool.shed_rate(2 * SHED_WINDOW_MS), 0.0);
+        pool.lately().first_token(100.0, 0);
+        pool.lately().tokens(10.0, 0);
+        let load = PoolLoad { queued: 5, free: Some(3), predicted_wait_ms: 9.0, ..PoolLoad::default() };
+        let whole = pool.states(load, 0);
+        assert_eq!((whole.len(), whole[0].key, whole[0].role), (1, id::key(b"m\0aggregated"), Role::Aggregated));
+        pool.measured(vec![part(Role::Prefill, 2), part(Role::Decode, 3)], 0);
+        let [prefill, decode] = &pool.states(load, 300)[..] else { panic!("two roles") };
+        assert_eq!((prefill.key, decode.key), (id::key(b"m\0prefill"), id::key(b"m\0decode")));
+        assert_eq!((prefill.ready_workers, decode.ready_workers), (2, 3));
+        assert_eq!((prefill.queued_requests, decode.queued_requests), (5, 0));
+        assert_eq!((prefill.free_requests, decode.free_requests, decode.predicted_wait_ms), (3, 7, 0.0));
+        assert!(prefill.ttft.at(50.0) > 90.0 && prefill.itl.at(50.0).is_nan());
+        assert!(decode.itl.at(50.0) > 9.0 && decode.ttft.at(50.0).is_nan());
+        // Who can do all of it has both.
+        pool.measured(vec![part(Role::Both, 2), part(Role::Decode, 3)], 0);
+        let [both, _] = &pool.states(load, 600)[..] else { panic!("two roles") };
+        assert!(both.ttft.at(50.0) > 90.0 && both.itl.at(50.0) > 9.0);
     }
 
     #[test]

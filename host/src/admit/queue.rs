@@ -20,7 +20,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::{
     meters::{Meters, Waiting, Waits, class_label},
-    pool::{Pool, work},
+    pool::{Part, Pool, work},
     room::{Assumed, Limits, Lineup},
 };
 use crate::{
@@ -201,9 +201,14 @@ impl Queue {
 
     /// The same, with the wait of one of this standing.
     pub(super) fn load_for(&self, pool: &Pool, tenant: u64, admitted: &Admitted) -> PoolLoad {
-        let flow = &lock(&self.state).flow;
-        let predicted_wait_ms = flow.predicted_wait_ms(pool.key, tenant, admitted);
-        PoolLoad { predicted_wait_ms, ..flow.pool(pool.key, self.now_ms()) }
+        lock(&self.state).flow.pool_for(pool.key, tenant, admitted, self.now_ms())
+    }
+
+    /// What is known of each role's workers must not be old.
+    pub(super) fn refresh(&self, pool: &Pool) {
+        if pool.is_older_than(MEASURE_EVERY[0].as_millis() as u64, self.now_ms()) {
+            self.measure();
+        }
     }
 
     /// Room must be that of the workers that the request sees.
@@ -397,6 +402,7 @@ impl Queue {
                 ttft_p99_ms: known(it.ttft.at(99.0)),
                 itl_p50_ms: known(it.itl.at(50.0)),
                 itl_p99_ms: known(it.itl.at(99.0)),
+                roles: pool.parts(),
                 classes,
                 tenants,
             }
@@ -472,6 +478,8 @@ struct PoolReport {
     ttft_p99_ms: Option<f32>,
     itl_p50_ms: Option<f32>,
     itl_p99_ms: Option<f32>,
+    /// The workers of each role, those first where requests begin; none where all are aggregated.
+    roles: Vec<Part>,
     /// Requests that wait, by class.
     classes: BTreeMap<String, u32>,
     /// The same by the key of their tenant, as receipts have it.

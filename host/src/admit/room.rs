@@ -1,6 +1,9 @@
 //! Room: how much the workers can run at once, told to the flow, so that requests wait here, where they can still be put
 //! in another order, and not inside engines.
 //!
+//! A request that is handed from one worker to another spends its life where it is decoded, so that those workers are the room for
+//! requests; prompts have the room of those who compute them. Which worker takes it is seen to where that one is chosen.
+//!
 //! A worker runs as many requests at once as the operator says, else as many as its engine says, else a default. One whose
 //! engine has requests waiting, and more altogether than it has of us, is full until it has not: other clients fill it. Two
 //! readings of its load in a row must say so, since they come at another moment than ours is counted. It is given one request at
@@ -14,10 +17,10 @@ use std::{
     },
 };
 
-use dynamo_host_core::{Load, LoadSlot, load::Reported};
+use dynamo_host_core::{Among, Load, LoadSlot, Role, load::Reported};
 use dynamo_host_flow::Room;
 
-use super::pool::Pool;
+use super::pool::{Part, Pool};
 use crate::roster::Snapshot;
 
 /// How old what an engine says of its queue may be: older, it tells nothing of now.
@@ -57,6 +60,8 @@ pub(super) struct Lineup {
 struct OfPool {
     pool: Arc<Pool>,
     workers: Vec<Place>,
+    /// Where there are roles: the one of the workers where requests begin.
+    begins: Option<Role>,
     /// Share of its prompts that has to be computed.
     uncached: f32,
 }
@@ -64,6 +69,7 @@ struct OfPool {
 #[derive(Debug)]
 struct Place {
     load: Arc<LoadSlot>,
+    role: Role,
     is_ready: bool,
     /// As the operator says.
     max_running: Option<u32>,
@@ -99,10 +105,12 @@ impl Lineup {
             let of_pool = by_model.entry(&worker.spec.model).or_insert_with(|| {
                 let pool = pool(&worker.spec.model);
                 let known = self.pools.iter().find(|known| Arc::ptr_eq(&known.pool, &pool));
-                OfPool { uncached: known.map_or(1.0, |known| known.uncached), pool, workers: Vec::new() }
+                let uncached = known.map_or(1.0, |known| known.uncached);
+                OfPool { begins: begins(snapshot, &worker.spec.model), uncached, pool, workers: Vec::new() }
             });
             of_pool.workers.push(Place {
                 load: Arc::clone(&worker.load),
+                role: worker.spec.role,
                 is_ready: worker.state.is_eligible(),
                 max_running: snapshot.max_running(place),
             });
@@ -124,21 +132,30 @@ impl Lineup {
     pub(super) fn measure(&mut self, assumed: Assumed, limits: &Limits, now_ms: u64) -> Vec<(Arc<Pool>, Room)> {
         let Self { pools, queueing, .. } = self;
         let mut rooms = Vec::with_capacity(pools.len());
-        for OfPool { pool, workers, uncached } in pools {
+        for OfPool { pool, workers, begins, uncached } in pools {
+            // Those who only prefill are where requests live if there is nobody else.
+            let lives = |role: Role, has_others: bool| role != Role::Prefill || !has_others;
+            let has_others = workers.iter().any(|place| place.is_ready && place.role != Role::Prefill);
+            let computes =
+                |role: Role| if *begins == Some(Role::Prefill) { role != Role::Decode } else { lives(role, has_others) };
+            let mut parts: Vec<Part> = Vec::new();
             let (mut ready, mut requests, mut least) = (0, 0u32, u32::MAX);
             let mut tokens = (assumed.prefill_steps > 0).then_some(0u32);
             let (mut in_prefill, mut to_compute) = (0u64, 0u64);
             let mut is_strained = false;
-            for Place { load, is_ready, max_running } in workers {
+            for Place { load, role, is_ready, max_running } in workers {
                 let active = load.get(Load::ActiveRequests);
-                in_prefill += u64::from(load.get(Load::ActivePrefillTokens));
-                to_compute += u64::from(load.get(Load::ActiveUncachedTokens));
+                let (lives, computes) = (lives(*role, has_others), computes(*role));
+                if computes {
+                    in_prefill += u64::from(load.get(Load::ActivePrefillTokens));
+                    to_compute += u64::from(load.get(Load::ActiveUncachedTokens));
+                }
                 if !*is_ready {
-                    requests = requests.saturating_add(active);
+                    requests = requests.saturating_add(if lives { active } else { 0 });
                     is_strained |= active > 0;
                     continue;
                 }
-                ready += 1;
+                ready += u32::from(lives);
                 let max = max_running.or(load.get_reported(Reported::MaxRunningRequests).filter(|&max| max > 0));
                 let max = max.unwrap_or(assumed.max_running);
                 let is_full = is_full_of_others(queueing, load, now_ms);
@@ -146,8 +163,14 @@ impl Lineup {
                 limits.0[load.index() as usize].store(limit, Relaxed);
                 least = least.min(limit);
                 // What runs beyond it takes nothing from the others.
-                requests = requests.saturating_add(limit.max(active));
+                requests = requests.saturating_add(if lives { limit.max(active) } else { 0 });
                 is_strained |= active > limit;
+                if begins.is_some() {
+                    count(&mut parts, Part { role: *role, ready: 1, running: active, free: limit.saturating_sub(active) });
+                }
+                if !computes {
+                    continue;
+                }
                 let step = load.get_reported(Reported::MaxBatchedTokens);
                 tokens = tokens.zip(step).map(|(sum, step)| {
                     let more = if is_full { 0 } else { step.saturating_mul(assumed.prefill_steps) };
@@ -162,9 +185,35 @@ impl Lineup {
             pool.least.store(least, Relaxed);
             pool.ready.store(ready, Relaxed);
             pool.is_strained.store(is_strained, Relaxed);
+            // Those first where requests begin.
+            parts.sort_by_key(|part| (Some(part.role) != *begins, part.role.code()));
+            pool.measured(parts, now_ms);
             rooms.push((Arc::clone(pool), Room { workers: ready, requests: Some(requests), tokens }));
         }
         rooms
+    }
+}
+
+/// The role of a model's workers where its requests begin; `None`: all are aggregated.
+fn begins(snapshot: &Snapshot, model: &str) -> Option<Role> {
+    let beginning = snapshot.fleet().candidates(model, Among::Beginning)?;
+    let has_roles = |worker: &dynamo_host_core::Worker| worker.spec.role != Role::Aggregated;
+    if !beginning.iter().any(has_roles) && snapshot.fleet().candidates(model, Among::Decoders).is_none() {
+        return None;
+    }
+    let all = [Role::Aggregated, Role::Both, Role::Prefill, Role::Decode];
+    all.into_iter().find(|role| beginning.iter().any(|worker| worker.spec.role == *role))
+}
+
+/// Counts a worker to those of its role.
+fn count(parts: &mut Vec<Part>, of: Part) {
+    match parts.iter_mut().find(|part| part.role == of.role) {
+        None => parts.push(of),
+        Some(part) => {
+            part.ready += of.ready;
+            part.running = part.running.saturating_add(of.running);
+            part.free = part.free.saturating_add(of.free);
+        }
     }
 }
 
@@ -197,8 +246,9 @@ mod tests {
 
     /// A pool of workers, as (operator's bound, engine's report).
     fn lineup(load: &[Arc<LoadSlot>], max_running: Option<u32>) -> Lineup {
-        let place = |load: &Arc<LoadSlot>| Place { load: Arc::clone(load), is_ready: true, max_running };
-        let of = OfPool { pool: Arc::new(Pool::new("m")), workers: load.iter().map(place).collect(), uncached: 1.0 };
+        let place = |load: &Arc<LoadSlot>| Place { load: Arc::clone(load), role: Role::Aggregated, is_ready: true, max_running };
+        let workers = load.iter().map(place).collect();
+        let of = OfPool { pool: Arc::new(Pool::new("m")), workers, begins: None, uncached: 1.0 };
         Lineup { generation: None, pools: vec![of], queueing: HashMap::new() }
     }
 
@@ -280,5 +330,41 @@ mod tests {
         drop(left);
         assert_eq!(measured(&mut lineup, 0).0.requests, Some(4));
         assert!(!pool.is_strained.load(Relaxed));
+    }
+    /// A pool of two that prefill and two that decode, each for four requests.
+    fn split(loads: &[Arc<LoadSlot>]) -> Lineup {
+        let mut lineup = lineup(loads, Some(4));
+        let of = &mut lineup.pools[0];
+        of.begins = Some(Role::Prefill);
+        for (place, role) in of.workers.iter_mut().zip([Role::Prefill, Role::Prefill, Role::Decode, Role::Decode]) {
+            place.role = role;
+        }
+        lineup
+    }
+
+    #[test]
+    fn requests_have_the_room_of_those_who_decode_and_prompts_of_those_who_compute_them() {
+        let board = LoadBoard::new(8);
+        let loads: Vec<_> = (0..4).map(|_| board.claim().unwrap()).collect();
+        loads.iter().for_each(|load| report(load, [0, 0], 0));
+        let mut lineup = split(&loads);
+        let pool = Arc::clone(&lineup.pools[0].pool);
+        assert_eq!(measured(&mut lineup, 0).0, Room { workers: 2, requests: Some(8), tokens: Some(8000) });
+        let row = |role, running, free| Part { role, ready: 2, running, free };
+        assert_eq!(pool.parts(), [row(Role::Prefill, 0, 8), row(Role::Decode, 0, 8)]);
+        let _ours = InFlight::dispatch(Arc::clone(&loads[0]), 1, 1, 0);
+        let (room, limits) = measured(&mut lineup, 0);
+        assert_eq!((room.requests, pool.parts()[0]), (Some(8), row(Role::Prefill, 1, 7)));
+        assert!(limits.has_room(loads[0].index(), 3) && !limits.has_room(loads[0].index(), 4), "each has a bound of its own");
+        // Those who prefill serve, where there is nobody else.
+        lineup.pools[0].workers[2..].iter_mut().for_each(|place| place.is_ready = false);
+        lineup.pools[0].begins = Some(Role::Prefill);
+        assert_eq!(measured(&mut lineup, 0).0, Room { workers: 2, requests: Some(8), tokens: Some(8000) });
+        // And nobody prefills for others: prompts are computed where they are decoded.
+        lineup.pools[0].workers[2..].iter_mut().for_each(|place| place.is_ready = true);
+        lineup.pools[0].workers[..2].iter_mut().for_each(|place| place.is_ready = false);
+        lineup.pools[0].begins = Some(Role::Decode);
+        assert_eq!(measured(&mut lineup, 0).0.tokens, Some(8000));
+        assert_eq!(pool.parts(), [row(Role::Decode, 0, 8)]);
     }
 }

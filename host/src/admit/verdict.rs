@@ -44,9 +44,10 @@ pub(super) fn ask(lane: &Lane, facts: &RequestFacts, pool: &Pool, native: Admitt
     let decision_id = lane.decisions.fetch_add(1, Relaxed);
     let now_ms = lane.clock.now_ms();
     let load = lane.queue.load_for(pool, facts.tenant_key().unwrap_or(0), &native);
+    lane.queue.refresh(pool);
     let call = AdmissionCall {
         request: Arc::new(RequestFacts { decision_id, ..facts.clone() }),
-        pools: [pool.state(load, now_ms)].into(),
+        pools: pool.states(load, now_ms).into(),
         native,
         now_ms,
         unix_ms: unix_ms(),

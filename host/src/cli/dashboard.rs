@@ -14,6 +14,7 @@ const PANEL: (usize, usize) = (8, 7);
 /// Sections, by what the names of their metrics contain; the last takes the rest.
 const SECTIONS: &[(&str, &[&str])] = &[
     ("Policies", &["_policy_"]),
+    ("Prefill and decode", &["_handoff", "_prefill_where", "_disaggregation", "_links_"]),
     ("Workers and the host itself", &["_worker", "_stage_", "_connections", "_task_"]),
     ("Requests", &[""]),
 ];

@@ -35,12 +35,17 @@ pub(super) async fn drain(
     let mut answer = change(name, &what, admin).await?;
     let begun = Instant::now();
     while let Some(seconds) = wait {
-        let active: u64 = list_of(&answer["workers"]).iter().filter_map(|worker| worker["active_requests"].as_u64()).sum();
-        if active == 0 {
+        let workers = list_of(&answer["workers"]);
+        let active: u64 = workers.iter().filter_map(|worker| worker["active_requests"].as_u64()).sum();
+        // What it has prefilled for others is not theirs yet.
+        let staged = workers.iter().filter_map(|worker| worker["staged_handoffs"].as_u64()).max().unwrap_or(0);
+        if active + staged == 0 {
             break;
         }
         if begun.elapsed() >= Duration::from_secs(seconds) {
-            return Err(format!("worker {name:?} is drained, but has {active} requests after {seconds} s; wait on, or stop it"));
+            return Err(format!(
+                "worker {name:?} is drained, but has {active} requests, and {staged} prompts that others are to fetch, after {seconds} s; wait on, or stop it"
+            ));
         }
         tokio::time::sleep(LOOK_EVERY).await;
         // Drained already: the answer is how it stands now. One that is gone has finished, too.

@@ -249,8 +249,8 @@ fn handoff(written: &WrittenWorker) -> Result<Option<Protocol>, String> {
                 .to_owned(),
         );
     }
-    if url.starts_with("mock://") && (protocol.is_some_and(|protocol| protocol != Protocol::Nixl) || has_bootstrap) {
-        return Err("a mock engine hands KV over by nixl; remove handoff, bootstrap_host and bootstrap_port".to_owned());
+    if url.starts_with("mock://") && (protocol.is_some() || has_bootstrap) {
+        return Err("a mock engine in this process hands no KV over; start dynamo-host mock-engine and name its URL".to_owned());
     }
     let is_host = |host: &String| !host.is_empty() && host.chars().all(|c| c.is_ascii_graphic() && !"/?#@,".contains(c));
     if let Some(host) = bootstrap_host.as_ref().filter(|host| !is_host(host)) {
@@ -381,7 +381,6 @@ mod tests {
         assert_eq!((found.role, found.handoff, found.bootstrap_port), (Role::Both, None, None));
         assert!(!split.is_same_engine(&WorkerConfig { bootstrap_port: None, ..split.clone() }));
         assert!(split.is_same_engine(&WorkerConfig { role: Role::Both, ..split.clone() }), "what runs goes on");
-        assert_eq!(worker("mock://h,role=decode,handoff=nixl").unwrap().handoff, Some(Protocol::Nixl));
     }
 
     #[test]
@@ -398,7 +397,7 @@ mod tests {
             ("http://h,role=prefill,bootstrap_port=0", "bootstrap_port is 0; use 1 to 65535"),
             ("http://h,role=prefill,bootstrap_host=h:1/x", "use a name or an address"),
             ("http://h,role=prefill,bootstrap_port=99999", "use 1 to 65535"),
-            ("mock://h,role=prefill,handoff=context", "a mock engine hands KV over by nixl"),
+            ("mock://h,role=prefill,handoff=context", "start dynamo-host mock-engine"),
             ("http://h,label.=x", "is not known"),
             ("http://h,kind=ollama", "use one of vllm, sglang"),
             ("mock://h,kind=vllm", "remove it from a mock engine"),

@@ -40,7 +40,10 @@ impl Handoff<'_, '_> {
                     lane.handoffs.prefilled_alone(post.worker.spec.role);
                     return Ok(Prefill::Given(self.finish(account, reply)));
                 }
-                Err(error) => (error, "not_handed_over"),
+                Err(error) => {
+                    lane.roster.report_no_handoff(post.worker.id, post.engine(), &error);
+                    (error, "not_handed_over")
+                }
             },
             Ok(Ok(Opened::Whole(reply))) if is_refusal(&reply) || !self.dispatch.has_alternative(self.facts) => {
                 return Ok(Prefill::Given(self.pass(account, reply)));

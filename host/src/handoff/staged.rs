@@ -12,10 +12,12 @@ use dynamo_engine_api::{GenerateRequest, Leg, Ticket, handoff::LEASE};
 use dynamo_host_core::{RequestFacts, WorkerId};
 use tokio::{runtime::Handle, time::timeout};
 
-use crate::{request::Lane, tasks};
+use crate::{request::Lane, roster::Kept, tasks};
 
-/// How long before its end a lease is taken for over: the ticket must arrive and be used.
-const MARGIN: Duration = Duration::from_secs(2);
+/// How long before its end a lease is taken for over: the ticket must arrive, and be taken up by an engine that may be busy, and
+/// the engine that prefilled answers a second after its lease began (docs/disaggregation.md). A vLLM that fetches too late says
+/// nothing of it, and goes on from whatever is in those blocks by then: rather prefill once more than trust that.
+const MARGIN: Duration = Duration::from_secs(10);
 /// How long giving it up may take.
 const RELEASE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -31,6 +33,8 @@ pub(super) struct Staged {
     ask: GenerateRequest,
     facts: RequestFacts,
     by: WorkerId,
+    /// The worker that keeps it is not idle until it is fetched or given up.
+    _kept: Option<Kept>,
 }
 
 impl Staged {
@@ -38,7 +42,8 @@ impl Staged {
         // Whoever failed the request may still say that nobody comes for it.
         let facts = RequestFacts { failed_workers: Vec::new(), ..facts.clone() };
         let (lane, bytes) = (Arc::clone(lane), ticket.bytes);
-        Self { lane, ticket: Some(ticket), since: Instant::now(), bytes, ask, facts, by }
+        let kept = lane.roster.keep(by);
+        Self { lane, ticket: Some(ticket), since: Instant::now(), bytes, ask, facts, by, _kept: kept }
     }
 
     /// Until when it may be given to somebody.

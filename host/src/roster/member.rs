@@ -6,7 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -53,9 +56,27 @@ pub(super) struct Member {
     pub(super) relisten: Notify,
     /// Changes when requests that it has are to be given to others; see [`GivenUp`].
     pub(super) given_up: Arc<watch::Sender<GivenUp>>,
+    /// Prompts whose KV it keeps for whoever decodes.
+    kept: Arc<AtomicU32>,
     /// What looks after it; ended when it goes.
     pub(super) task: OnceLock<AbortHandle>,
     standing: Mutex<Standing>,
+}
+
+/// What a member has in common with the one before it.
+#[derive(Default)]
+struct Shared {
+    given_up: Arc<watch::Sender<GivenUp>>,
+    kept: Arc<AtomicU32>,
+}
+
+/// One prompt whose KV a worker keeps for whoever decodes. Dropped, it has been fetched, or nobody comes for it.
+pub(crate) struct Kept(Arc<AtomicU32>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
 }
 
 /// Why requests that a worker has are to be given to others, without waiting for what it may still say.
@@ -164,7 +185,7 @@ impl Member {
             is_other_lineup: false,
             throughputs: Vec::new(),
         };
-        Self::with(config, origin, connection, None, Arc::default(), standing, home)
+        Self::with(config, origin, connection, None, Shared::default(), standing, home)
     }
 
     /// The same engine under another configuration, or through another connection: what runs on it goes on.
@@ -191,7 +212,8 @@ impl Member {
         };
         let is_rotated = !Arc::ptr_eq(&self.engine, &connection.engine);
         let previous = if is_rotated { Some(Arc::clone(&self.engine)) } else { self.previous.clone() };
-        Self::with(config, origin, connection, previous, Arc::clone(&self.given_up), standing, home)
+        let shared = Shared { given_up: Arc::clone(&self.given_up), kept: Arc::clone(&self.kept) };
+        Self::with(config, origin, connection, previous, shared, standing, home)
     }
 
     fn with(
@@ -199,14 +221,15 @@ impl Member {
         origin: Origin,
         connection: Connection,
         previous: Option<Arc<dyn Engine>>,
-        given_up: Arc<watch::Sender<GivenUp>>,
+        shared: Shared,
         standing: Standing,
         home: &Home<'_>,
     ) -> Self {
         let Connection { engine, credentials } = connection;
+        let Shared { given_up, kept } = shared;
         let (probe_now, relisten, task) = (Notify::new(), Notify::new(), OnceLock::new());
         let standing = Mutex::new(standing);
-        let member = Self { config, origin, engine, credentials, previous, probe_now, relisten, given_up, task, standing };
+        let member = Self { config, origin, engine, credentials, previous, probe_now, relisten, given_up, kept, task, standing };
         member.standing().make_workers(&member.config, home);
         member
     }
@@ -357,6 +380,17 @@ impl Member {
         let standing = self.standing();
         let grace_ms = standing.grace_ms.unwrap_or(grace_ms);
         standing.draining_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= grace_ms)
+    }
+
+    /// It keeps the KV of one more prompt.
+    pub(super) fn keep(&self) -> Kept {
+        self.kept.fetch_add(1, Relaxed);
+        Kept(Arc::clone(&self.kept))
+    }
+
+    /// Prompts whose KV it keeps.
+    pub(super) fn kept(&self) -> u32 {
+        self.kept.load(Relaxed)
     }
 
     /// Requests on all its workers.

@@ -33,6 +33,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it may take to say the tokens of a text.
 const TOKENIZE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long after its answer an engine may take to say that it has fetched KV, and how often it is asked.
+const FETCH_PATIENCE: Duration = Duration::from_secs(2);
+const FETCH_LOOK_EVERY: Duration = Duration::from_millis(100);
 /// The pause after a failure, at first and at most.
 const PAUSE_MS: [u64; 2] = [500, 60_000];
 /// Words of a prompt by which it is longer than a block; without a known block, it is so many blocks of the usual size.
@@ -161,7 +164,7 @@ impl Roster {
             return self.publish_soon();
         }
         let begun = Instant::now();
-        let checked = tokio::time::timeout(PATIENCE, hand_over(prefill, decode)).await;
+        let checked = tokio::time::timeout(PATIENCE, hand_over_seen(prefill, decode)).await;
         let checked =
             checked.unwrap_or_else(|_| Err(Fault::Untold(format!("nothing came of it within {} s", PATIENCE.as_secs()))));
         let result = match &checked {
@@ -302,6 +305,12 @@ impl End {
         }
     }
 
+    /// Prompt tokens whose KV it has ever fetched, if it says.
+    async fn fetched_tokens(&self) -> Option<u64> {
+        let loads = tokio::time::timeout(TOKENIZE_PATIENCE, self.engine().load()).await.ok()?.ok()?;
+        loads.iter().filter_map(|load| load.fetched_tokens).reduce(|all, of_rank| all + of_rank)
+    }
+
     /// A request whose prompt nobody has had before, and that is longer than a block.
     fn ask(&self, prompt: &str) -> GenerateRequest {
         let model = &self.worker.spec.model;
@@ -317,6 +326,24 @@ fn prompt(prefill: &End) -> String {
     let words = (block.unwrap_or(USUAL_BLOCK) + WORDS_BEYOND).min(MAX_WORDS);
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0u8);
     (0..words).map(|word| (nonce % 1000 + u64::from(word) * (nonce % 7 + 1)).to_string()).collect::<Vec<_>>().join(" ")
+}
+
+/// Hands a tiny request over, and looks whether its KV was fetched, where the engine that decodes tells.
+async fn hand_over_seen(prefill: &End, decode: &End) -> Result<(), Fault> {
+    let before = decode.fetched_tokens().await;
+    hand_over(prefill, decode).await?;
+    let Some(before) = before else { return Ok(()) };
+    let until = Instant::now() + FETCH_PATIENCE;
+    // Its metrics may come after its answer.
+    while decode.fetched_tokens().await.is_some_and(|now| now <= before) {
+        if Instant::now() >= until {
+            let reason = "it answered, and computed the prompt itself; start it with its KV connector, such as vLLM's \
+                          --kv-transfer-config";
+            return Err(Fault::Decode(reason.to_owned()));
+        }
+        tokio::time::sleep(FETCH_LOOK_EVERY).await;
+    }
+    Ok(())
 }
 
 /// Hands a tiny request over.

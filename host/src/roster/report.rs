@@ -30,6 +30,8 @@ pub(crate) struct WorkerReport {
     pub(crate) handoff: Option<HandoffReport>,
     pub(crate) state: WorkerState,
     pub(crate) active_requests: u32,
+    /// Prompts whose KV its engine keeps for whoever decodes.
+    pub(crate) staged_handoffs: u32,
     /// Of those: prompt tokens before the first token, those of them to be computed, and context that decodes.
     pub(crate) active_prefill_tokens: u32,
     pub(crate) active_uncached_tokens: u32,
@@ -130,6 +132,7 @@ fn bare(member: &Member, standing: &Standing) -> WorkerReport {
         handoff: None,
         state: standing.state(),
         active_requests: 0,
+        staged_handoffs: member.kept(),
         active_prefill_tokens: 0,
         active_uncached_tokens: 0,
         active_decode_tokens: 0,

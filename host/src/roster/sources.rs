@@ -235,7 +235,7 @@ impl Roster {
         let roster = Arc::clone(self);
         tasks::spawn("let go", async move {
             while !member.ends_await() {
-                if member.active_requests() == 0 && roster.remove(&member) {
+                if member.active_requests() == 0 && member.kept() == 0 && roster.remove(&member) {
                     return;
                 }
                 // One whose place another engine has is on no snapshot any more.

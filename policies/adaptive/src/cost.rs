@@ -9,9 +9,10 @@
 //! | `cache` | what is pushed out of the worker's cache, as a share of `prefill` |
 //! | `memory` | until enough is freed, where KV memory does not suffice |
 //!
-//! The total is their sum, times the operator's preference, times the tries that the worker's recent errors make likely.
+//! The total is their sum, times the operator's preference, times the tries that the worker's recent errors make likely. Where
+//! prefill and decode can be apart, [`handoff`](crate::handoff) makes costs of both from the same terms.
 
-use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, stage};
+use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, role, stage};
 
 use crate::{
     Settings,
@@ -27,6 +28,9 @@ const PREFILL_COUNTS: f32 = 2.0;
 const INTERFERING_PASSES: f32 = 2.0;
 /// Share of errors that counts at most: a worker that always fails is still one.
 const MOST_ERRORS: f32 = 0.9;
+/// Where contexts are to be level: how much less it counts by how much others are slowed down. Where few run with long contexts, a
+/// request slows down few; but the longest contexts make the slowest tokens.
+const LEVEL: f32 = 0.7;
 /// Tokens of a prompt of which nobody knows how long it is.
 const PROMPT_TOKENS: f32 = 1000.0;
 
@@ -40,8 +44,13 @@ pub(crate) struct Costs<'a> {
     settings: &'a Settings,
     prompt: f32,
     output: f32,
-    /// Tokens of this prompt that a worker has to compute.
+    slo_itl_ms: f32,
+    /// Tokens of this prompt that a worker does not hold.
     uncached: Vec<f32>,
+    /// Whether it has to compute them: what another has prefilled it fetches.
+    computes: bool,
+    /// Whether workers differ in what they do.
+    is_apart: bool,
     prefilling: &'a [u32],
     queued: &'a [u32],
     busy_ms: &'a [u32],
@@ -63,6 +72,16 @@ pub(crate) struct Terms {
     pub(crate) memory: f32,
     /// By how much the sum is multiplied.
     pub(crate) factor: f32,
+    /// Of `prefill`, what counts for those that it stalls.
+    pub(crate) stall: f32,
+    /// Requests that decode there.
+    pub(crate) decoding: f32,
+    /// What comes to `decode` where the contexts of workers are to be level.
+    pub(crate) level: f32,
+    /// Tokens of this prompt that the worker does not hold.
+    pub(crate) uncached: f32,
+    /// A full pass.
+    pub(crate) pass: f32,
 }
 
 impl Terms {
@@ -76,15 +95,14 @@ impl<'a> Costs<'a> {
     pub(crate) fn of(settings: &'a Settings, request: &Request, candidates: &'a Candidates) -> Self {
         let stage = request.stage();
         let prompt = if request.prompt_tokens() == UNKNOWN { PROMPT_TOKENS } else { request.prompt_tokens() as f32 };
-        let uncached = match stage {
-            stage::DECODE => vec![0.0; candidates.count() as usize],
-            _ => uncached(settings, prompt, candidates),
-        };
         Self {
             settings,
             prompt,
             output: if stage == stage::PREFILL { 0.0 } else { output(settings, request) },
-            uncached,
+            slo_itl_ms: request.slo_itl_ms(),
+            uncached: uncached(settings, prompt, candidates),
+            computes: stage != stage::DECODE,
+            is_apart: candidates.role().iter().any(|&of| of != role::AGGREGATED),
             prefilling: candidates.active_prefill_tokens(),
             queued: candidates.active_uncached_tokens(),
             busy_ms: candidates.prefill_busy_ms(),
@@ -99,6 +117,16 @@ impl<'a> Costs<'a> {
     /// Tokens to be computed where most is cached.
     pub(crate) fn fewest_uncached(&self) -> f32 {
         self.uncached.iter().copied().fold(f32::INFINITY, least)
+    }
+
+    /// Tokens of the prompt.
+    pub(crate) fn prompt(&self) -> f32 {
+        self.prompt
+    }
+
+    /// Tokens of output that are expected.
+    pub(crate) fn output(&self) -> f32 {
+        self.output
     }
 
     /// Of every worker.
@@ -126,7 +154,7 @@ impl<'a> Costs<'a> {
     }
 
     /// Two loops, since that over one profile needs no lookup in the middle and becomes SIMD.
-    fn each(&self, profiles: &Profiles, value: impl Fn(Terms) -> f32) -> Vec<f32> {
+    pub(crate) fn each(&self, profiles: &Profiles, value: impl Fn(Terms) -> f32) -> Vec<f32> {
         match profiles {
             Profiles::One(speed) => self.rows().map(|row| value(self.terms(row, speed))).collect(),
             Profiles::Each(speeds) => self.rows().zip(speeds).map(|(row, speed)| value(self.terms(row, speed))).collect(),
@@ -141,7 +169,7 @@ impl<'a> Costs<'a> {
             |(((&uncached, ((&prefilling, &queued), &busy_ms)), ((&context, &requests), &free)), (&error_rate, &preference))| {
                 Row {
                     uncached,
-                    is_prefilling: prefilling > 0,
+                    prefilling: prefilling as f32,
                     queued: queued as f32,
                     busy_ms: busy_ms as f32,
                     context: context as f32,
@@ -156,10 +184,10 @@ impl<'a> Costs<'a> {
 
     #[inline(always)]
     fn terms(&self, row: Row, speed: &Speed) -> Terms {
-        let Self { settings, prompt, output, .. } = *self;
-        let Row { uncached, is_prefilling, queued, busy_ms, context, requests, free, error_rate, preference } = row;
+        let Self { settings, prompt, output, slo_itl_ms, computes, is_apart, .. } = *self;
+        let Row { uncached, prefilling, queued, busy_ms, context, requests, free, error_rate, preference } = row;
         let profile = &speed.profile;
-        let is_decoding = context > 0.0;
+        let (is_decoding, is_prefilling) = (context > 0.0, prefilling > 0.0);
 
         // A pass that computes prompts reads the context of those that decode, too.
         let decode_work = profile.decode_ms_per_sequence * requests + profile.decode_ms_per_context_token * context;
@@ -170,17 +198,22 @@ impl<'a> Costs<'a> {
         let left = waiting + passes * decode_work + 0.5 * step - busy_ms;
         let wait = if is_prefilling { most(left, LEAST_LEFT * waiting) } else { 0.5 * step };
 
-        let computed = speed.prefill_ms(uncached);
-        let prefill = computed + if uncached > 0.0 { decode_work } else { 0.0 };
+        let computed = if computes { speed.prefill_ms(uncached) } else { 0.0 };
+        let prefill = computed + if computes { decode_work } else { 0.0 };
         let stalled = requests + if is_prefilling { PREFILL_COUNTS } else { 0.0 };
         let stall = least(prefill, INTERFERING_PASSES * speed.full_pass_ms);
 
         // This request slows each of those that run, and they slow it.
         let slows = profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * prompt;
-        let decode = settings.decode_weight * output * (decode_work + requests * slows);
+        // What its tokens take beyond their target counts in full. An unknown target is none: no comparison with NaN is true.
+        let late = profile.decode_ms_base + decode_work + slows - slo_itl_ms;
+        let late = if late > 0.0 { output * late } else { 0.0 };
+        let decode = settings.decode_weight * output * (decode_work + requests * slows) + late;
 
         // Memory is freed as requests end; all context, in about the time of one.
-        let missing = most(queued + uncached + output - free, 0.0);
+        // What is fetched from elsewhere waits for it too, and is computed by nobody.
+        let waits = if is_apart { prefilling } else { queued };
+        let missing = most(waits + uncached + output - free, 0.0);
         let memory = missing * output * step / most(context, 1.0);
 
         // An unknown error rate is none: no comparison with NaN is true.
@@ -193,6 +226,11 @@ impl<'a> Costs<'a> {
             cache: settings.cache_price * computed,
             memory,
             factor: preference / (1.0 - fails),
+            stall,
+            level: settings.decode_weight * output * (decode_work - LEVEL * requests * slows),
+            decoding: requests * context / most(context + prefilling, 1.0),
+            uncached,
+            pass: speed.full_pass_ms,
         }
     }
 }
@@ -201,7 +239,7 @@ impl<'a> Costs<'a> {
 #[derive(Clone, Copy)]
 struct Row {
     uncached: f32,
-    is_prefilling: bool,
+    prefilling: f32,
     queued: f32,
     busy_ms: f32,
     context: f32,
@@ -213,13 +251,13 @@ struct Row {
 
 /// The lesser of two numbers. Unlike `f32::min` it need not care for NaN, and is one instruction.
 #[inline(always)]
-fn least(a: f32, b: f32) -> f32 {
+pub(crate) fn least(a: f32, b: f32) -> f32 {
     if b < a { b } else { a }
 }
 
 /// The greater of two numbers.
 #[inline(always)]
-fn most(a: f32, b: f32) -> f32 {
+pub(crate) fn most(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
 }
 

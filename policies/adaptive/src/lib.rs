@@ -2,7 +2,8 @@
 //!
 //! Costs are milliseconds, predicted by the engine's profile from what the host knows at once: prompts that wait to be
 //! computed, for how long the worker has been at it, what it holds of this prompt, what it decodes. The terms are in
-//! [`cost`]; the manual is `docs/adaptive.md`.
+//! [`cost`]; the manual is `docs/adaptive.md`. Where prefill and decode can be apart it chooses per request, by predicted time
+//! too, whether they are: [`handoff`].
 //!
 //! A request may give way: a prompt of some length waits for a hundredth of the time that it takes to compute, so that
 //! shorter ones that came at the same moment go first, and it then sees where they went.
@@ -11,17 +12,19 @@
 //! unknown has a default, so that there always is an answer.
 
 mod cost;
+mod handoff;
+mod links;
 mod profile;
 mod settings;
 
 use std::time::Duration;
 
-use dynamo_policy_sdk::{Candidates, Decision, Request, Router, rank};
+use dynamo_policy_sdk::{Candidates, Decision, Request, Router, rank, stage};
 
-use self::{cost::Costs, profile::Profiles};
+use self::{cost::Costs, handoff::Handoff, profile::Profiles};
 pub use self::{
     profile::Profile,
-    settings::{Settings, TierCredit},
+    settings::{HandoffSettings, LinkSpeed, Settings, TierCredit},
 };
 
 /// The policy.
@@ -44,7 +47,11 @@ impl Router for Adaptive {
             return Decision::Hold(pause);
         }
         costs.explain(&profiles);
-        rank::lowest(costs.total(&profiles))
+        match Handoff::of(&self.settings, request, candidates, &profiles, &costs) {
+            Some(handoff) if request.stage() == stage::DECODE => handoff.decode(),
+            Some(handoff) => handoff.place(),
+            None => rank::lowest(costs.total(&profiles)),
+        }
     }
 }
 
@@ -52,7 +59,8 @@ impl Adaptive {
     /// For how long the request waits so that shorter ones go first. Once, and only where there is a choice.
     fn gives_way(&self, request: &Request, candidates: &Candidates, costs: &Costs, profiles: &Profiles) -> Option<Duration> {
         let Settings { give_way, give_way_passes, .. } = self.settings;
-        if give_way == 0.0 || request.holds() > 0 || request.attempt() > 0 || candidates.count() < 2 {
+        let has_begun = request.holds() > 0 || request.attempt() > 0 || request.stage() == stage::DECODE;
+        if give_way == 0.0 || has_begun || candidates.count() < 2 {
             return None;
         }
         let (fewest, speed) = (costs.fewest_uncached(), profiles.first());

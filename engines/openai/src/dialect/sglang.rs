@@ -145,6 +145,7 @@ impl Load {
             kv_tokens_free: capacity.zip(self.num_used_tokens).map(|(total, used)| total.saturating_sub(used)),
             block_size: settings.page_size.filter(|&size| size > 0),
             tokens_per_second: self.gen_throughput,
+            fetched_tokens: None,
         }
     }
 }

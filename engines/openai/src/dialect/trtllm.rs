@@ -152,6 +152,7 @@ impl Iteration {
             kv_tokens_free: free.and_then(tokens),
             block_size,
             tokens_per_second: None,
+            fetched_tokens: None,
         }
     }
 }

@@ -129,6 +129,9 @@ fn read(text: &[u8], rates: &mut Rates, now: Instant) -> Result<Vec<RankLoad>, M
             "num_requests_waiting" => rank.load.queued = sample.count(),
             "kv_cache_usage_perc" => rank.usage = Some(sample.value),
             "generation_tokens_total" => rank.generated = Some(sample.value),
+            "prompt_tokens_by_source_total" if sample.label("source").is_some_and(|source| source == "external_kv_transfer") => {
+                rank.load.fetched_tokens = Some(sample.value as u64);
+            }
             "cache_config_info" => capacity(&sample, rank),
             _ => {}
         }
@@ -178,6 +181,7 @@ mod tests {
             kv_tokens_total: Some(131_072),
             kv_tokens_free: Some(131_072),
             block_size: Some(32),
+            fetched_tokens: Some(0),
             ..RankLoad::default()
         };
         assert_eq!(loads, [expected]);

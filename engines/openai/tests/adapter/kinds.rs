@@ -160,6 +160,7 @@ async fn vllms_load_is_read_from_its_metrics() {
         kv_tokens_total: Some(131_072),
         kv_tokens_free: Some(131_072),
         block_size: Some(32),
+        fetched_tokens: Some(0),
         ..RankLoad::default()
     };
     assert_eq!(before, [expected]);
@@ -183,6 +184,7 @@ async fn sglangs_load_is_told_rank_by_rank() {
         kv_tokens_free: Some(524_288),
         block_size: Some(64),
         tokens_per_second: Some(20.0),
+        ..RankLoad::default()
     };
     for _ in 0..2 {
         assert_eq!(soon(engine.load()).await.unwrap(), [expected(0), expected(1)]);

@@ -30,6 +30,9 @@ struct Splits {
     is_up: AtomicBool,
     prefills: AtomicBool,
     decodes: AtomicBool,
+    /// Whether it has a connector, if it tells what it fetches.
+    fetches: Option<bool>,
+    fetched: AtomicU32,
     /// The legs that it was asked for, and their prompts.
     asked: Mutex<Vec<(&'static str, String)>>,
 }
@@ -43,6 +46,8 @@ impl Default for Splits {
             is_up: AtomicBool::new(true),
             prefills: AtomicBool::new(true),
             decodes: AtomicBool::new(true),
+            fetches: None,
+            fetched: AtomicU32::new(0),
             asked: Mutex::default(),
         }
     }
@@ -80,7 +85,8 @@ impl Engine for Splits {
 
     fn load(&self) -> BoxFuture<'_, Result<Vec<RankLoad>, EngineError>> {
         let block_size = Some(self.block_size.load(SeqCst));
-        Box::pin(async move { Ok(vec![RankLoad { block_size, ..RankLoad::default() }]) })
+        let fetched_tokens = self.fetches.map(|_| self.fetched.load(SeqCst).into());
+        Box::pin(async move { Ok(vec![RankLoad { block_size, fetched_tokens, ..RankLoad::default() }]) })
     }
 
     fn handoff(&self) -> Option<Protocol> {
@@ -103,7 +109,10 @@ impl Engine for Splits {
         let (leg, is_well) = match ask.leg {
             Leg::Whole => ("whole", true),
             Leg::Prefill(_) => ("prefill", true),
-            Leg::Decode(_) => ("decode", self.decodes.load(SeqCst)),
+            Leg::Decode(_) => {
+                self.fetched.fetch_add(if self.fetches == Some(true) { 17 } else { 0 }, SeqCst);
+                ("decode", self.decodes.load(SeqCst))
+            }
         };
         let body: serde_json::Value = serde_json::from_slice(&ask.body).unwrap();
         self.asked.lock().unwrap().push((leg, body["prompt"].as_str().unwrap_or_default().to_owned()));
@@ -205,6 +214,16 @@ async fn of_two_who_fail_the_one_is_at_fault_that_is_not_proven() {
     let snapshot = roster.snapshot();
     let group = |name: &str| snapshot.fleet().workers().iter().find(|worker| worker.spec.name == name).unwrap().handoff.group;
     assert!(group("p").is_some() && group("p") == group("d") && group("e").is_none());
+}
+
+#[tokio::test]
+async fn a_decode_engine_that_computes_the_prompt_itself_is_refused() {
+    let (roster, ..) = pair(Splits::default(), Splits { fetches: Some(false), ..Splits::default() }).await;
+    let (found, reason) = state(&roster, "d");
+    assert!(found == HandoffState::Refused && reason.contains("computed the prompt itself"), "{reason}");
+    let fetching = Splits { fetches: Some(true), ..Splits::default() };
+    let (roster, ..) = pair(Splits::default(), fetching).await;
+    assert_eq!((state(&roster, "d").0, together(&roster)), (HandoffState::Ready, Together::Split));
 }
 
 #[tokio::test]

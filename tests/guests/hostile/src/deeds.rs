@@ -95,6 +95,7 @@ pub(crate) fn in_route(hostile: &Hostile, candidates: &Candidates) -> Decision {
             }
         }
         Mode::NotFinite => not_finite(candidates),
+        Mode::Pairs => return hostile.pairs(candidates),
         Mode::Remember => return Decision::Place(vec![hostile.calls.get() % candidates.count()]),
     }
     hostile.good(candidates)

@@ -132,7 +132,6 @@ impl Router for Hostile {
         match self.settings.mode {
             _ if !self.is_due(request) => self.good(candidates),
             Mode::Gossip => gossip(request),
-            Mode::Pairs => self.pairs(candidates),
             _ => deeds::in_route(self, candidates),
         }
     }
