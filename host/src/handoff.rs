@@ -21,8 +21,6 @@ mod decode;
 mod finished;
 mod prefill;
 mod staged;
-#[cfg(test)]
-mod tests;
 mod together;
 
 use std::{
