@@ -5,7 +5,8 @@
 //! wins, unless the field is to stand *instead* of that: then every field of that name, however it is spelled, is cut out
 //! with its comma, and the rest stays. What is no JSON object is sent as it is, for the engine to refuse.
 //!
-//! A body from which something is cut is read once, without looking into its values: 0.4 ms for a prompt of 100,000 token ids.
+//! A body from which something is cut is read once, without looking into its values: 0.9 ms for a prompt of 100,000 token ids, 0.06 ms for 400 kB of
+//! text (unoptimized build of ours, one of two busy cores).
 
 use std::{
     borrow::Cow,
