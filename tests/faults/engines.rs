@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use tokio::net::TcpStream;
 
 use crate::harness::{
     client::Client,
@@ -74,6 +75,11 @@ impl Engines {
 
     pub(crate) fn is_alive(&self, at: usize) -> bool {
         self.engines[at].is_some()
+    }
+
+    /// Whether nobody listens where it was.
+    pub(crate) async fn is_gone(&self, at: usize) -> bool {
+        TcpStream::connect(&self.addresses[at]).await.is_err()
     }
 
     /// As the system kills: at once.

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use tokio::time::sleep_until;
 
 use crate::{
@@ -118,5 +119,45 @@ async fn no_token_is_lost_while_engines_of_either_role_are_killed() {
     }
     for asks in [&[Ask::ChatStream, Ask::CompletionStream][..], &Ask::ALL] {
         nothing_is_lost(asks).await;
+    }
+}
+
+#[tokio::test]
+async fn what_goes_wrong_in_a_hand_off_is_not_the_clients() {
+    let mut engines = Engines::of_roles(&["prefill", "prefill", "decode", "decode"], &PACE).await;
+    let host = engines.host("").await;
+    let expected = Expected::of(engines.http(0), 10).await;
+    for (at, fault) in [
+        (0, json!({ "prefill_refuse": "busy" })),
+        (0, json!({ "prefill_refuse": "dead_core" })),
+        (0, json!({ "prefill_silent": true })),
+        (0, json!({ "prefill_delay_ms": 500 })),
+        (0, json!({ "fetch_cut": true })),
+        (2, json!({ "error_event": 0 })),
+        (0, json!({ "fetch_die": "within" })),
+        (2, json!({ "fetch_die": "before" })),
+    ] {
+        all_can_hand_over(&host).await;
+        let mut once = fault.clone();
+        once["next"] = 1.into();
+        engines.faults(at, once).await;
+        let mut struck = 0;
+        // Until it was: who is asked is a matter of load.
+        for _ in 0..20 {
+            load::run(&host.http, &[Ask::ChatStream, Ask::CompletionWhole], 4, &expected, Instant::now())
+                .await
+                .is_good(&fault.to_string());
+            struck = if engines.is_gone(at).await { 1 } else { engines.struck(at).await };
+            if struck > 0 {
+                break;
+            }
+        }
+        assert_eq!(struck, 1, "{fault}");
+        if engines.is_gone(at).await {
+            engines.kill(at);
+            engines.restart(at).await;
+        } else {
+            engines.faults(at, json!({})).await;
+        }
     }
 }
