@@ -27,7 +27,6 @@ fn profile() -> Profile {
         decode_ms_per_sequence: 0.0,
         decode_ms_per_context_token: 0.0,
         speedup: 1.0,
-        ..Profile::default()
     }
 }
 
