@@ -19,8 +19,9 @@ use crate::{
     clock::{Clock, unix_ms},
     meters::RequestMeters,
     observe::Observer,
+    place::Placing,
     receipts::{Hex, OutcomeLine, Recorder},
-    request::{Lane, Placing},
+    request::Lane,
     roster::{Attempt, Outcome, failure},
     stop::{Phase, Stopping},
 };
@@ -86,6 +87,20 @@ pub(crate) struct Account {
     is_part: bool,
     /// What it made, the client has.
     is_answer: bool,
+    /// Which part of the request its worker has.
+    part: Part,
+    /// Whether it is one of the requests that are being served: the second worker that works on one at the same time is not.
+    is_served: bool,
+}
+
+/// Which part of a request a worker has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Whole,
+    /// Its prompt, for another.
+    Prefill,
+    /// Its output, of a prompt that another computes or has computed.
+    Decode,
 }
 
 /// What is counted of a request whose answer several workers made; dropped at its end.
@@ -156,6 +171,13 @@ impl Account {
         Booking { in_flight: InFlight::dispatch(Arc::clone(load), tokens, uncached, lane.clock.now_ms()), cached_tokens }
     }
 
+    /// Books a request on a worker that gets the prompt's KV from another: it computes nothing of it.
+    pub(crate) fn book_decode(lane: &Lane, facts: &RequestFacts, worker: &Worker, placing: &Placing) -> Booking {
+        let (load, tokens) = (&worker.load, facts.prompt.tokens);
+        let cached_tokens = placing.overlap.of(load.index()).map_or(0, Held::total);
+        Booking { in_flight: InFlight::dispatch(Arc::clone(load), tokens, 0, lane.clock.now_ms()), cached_tokens }
+    }
+
     /// A worker of this placing is given the request that was booked on it. `heard`: the admission policy that wants to hear of
     /// it.
     pub(crate) fn open(
@@ -185,7 +207,7 @@ impl Account {
             blamed: None,
             worker: worker.id,
             spec: Arc::clone(&worker.spec),
-            decision_id: facts.decision_id,
+            decision_id: placing.decision_id,
             endpoint: facts.endpoint,
             prompt_tokens: tokens,
             cached_tokens,
@@ -200,7 +222,57 @@ impl Account {
             end: End::Cancelled,
             is_part: false,
             is_answer: true,
+            part: Part::Whole,
+            is_served: true,
         }
+    }
+
+    /// Its worker computes the prompt, for another.
+    pub(crate) fn be_prefill(&mut self) {
+        self.part = Part::Prefill;
+    }
+
+    /// Its worker was to compute the prompt for another, and had nothing to hand over: its answer is all of it.
+    pub(crate) fn be_whole(&mut self) {
+        self.part = Part::Whole;
+    }
+
+    /// Its worker gets the prompt's KV from another.
+    pub(crate) fn be_decode(&mut self) {
+        self.part = Part::Decode;
+    }
+
+    /// It works beside another one, in which the client's request is counted.
+    pub(crate) fn be_beside(&mut self) {
+        self.be_part(false);
+        if std::mem::take(&mut self.is_served) {
+            self.meters.in_flight.decrement(1.0);
+        }
+    }
+
+    /// The prompt is computed, and who decodes goes on: the first token and the client's request are counted there.
+    pub(crate) fn prefilled(mut self, usage: Option<Usage>) {
+        self.be_part(false);
+        if let Some(usage) = usage {
+            self.correct(Usage { completion_tokens: 0, ..usage });
+        }
+        self.first_token = Some(Instant::now());
+        self.attempt.progress();
+        // It has moved.
+        self.in_flight.tokens(1, self.clock.now_ms());
+        self.end = End::Done;
+    }
+
+    /// Another took its part away, or never did its own: this worker is at no fault.
+    pub(crate) fn set_aside(mut self) {
+        self.be_part(false);
+    }
+
+    /// It failed it before its first token, which may be the fault of what it was to be given: the policy is told, its breaker is
+    /// not.
+    pub(crate) fn abandon_unblamed(mut self) {
+        self.blamed = None;
+        self.abandon();
     }
 
     /// The worker failed it, and what the client gets comes from elsewhere: only the worker's part is settled.
@@ -255,6 +327,14 @@ impl Account {
         &self.spec.name
     }
 
+    /// Its first token is there, for a client that wants a stream.
+    pub(crate) fn first_token(&mut self) {
+        let now = Instant::now();
+        self.first_token = Some(now);
+        self.attempt.progress();
+        self.meters.ttft.record(now - self.accepted);
+    }
+
     /// All that a whole answer says of its tokens.
     pub(crate) fn usage(&mut self, usage: Usage) {
         self.tokens(usage.completion_tokens);
@@ -265,7 +345,9 @@ impl Account {
     fn correct(&mut self, usage: Usage) {
         // Some leave the prompt out until the end; none has an empty one.
         if usage.prompt_tokens > 0 {
-            self.in_flight.correct(usage.prompt_tokens, cached(&usage));
+            // What engines say is cached is their own: KV that came from elsewhere is not.
+            let cached = if self.part == Part::Decode { Some(usage.prompt_tokens) } else { cached(&usage) };
+            self.in_flight.correct(usage.prompt_tokens, cached);
         }
         self.usage = Some(usage);
     }
@@ -310,7 +392,9 @@ impl Drop for Account {
         if matches!(self.blamed, Some(EngineError::InStream { refused: true, .. })) {
             self.end = End::Rejected;
         }
-        self.meters.in_flight.decrement(1.0);
+        if self.is_served {
+            self.meters.in_flight.decrement(1.0);
+        }
         let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
         // From here on it is the worker's time: what the request waited for before says nothing of it.
         let ttft_ms = self.first_token.map_or(f32::NAN, |first| ms(first - self.dispatched));
@@ -323,7 +407,10 @@ impl Drop for Account {
             End::Failed => 1.0,
             End::Cancelled => f32::NAN,
         };
-        let uncached_tokens = self.prompt_tokens.saturating_sub(self.cached_tokens);
+        let uncached_tokens = match self.part {
+            Part::Decode => 0,
+            Part::Whole | Part::Prefill => self.prompt_tokens.saturating_sub(self.cached_tokens),
+        };
         let failure = self.blamed.as_ref().map(|error| failure(error, self.first_token.is_some()));
         let failure = failure.or_else(|| self.status.is_server_error().then_some(Failure::Unhealthy));
         let ended = match (self.end, failure) {
@@ -355,7 +442,9 @@ impl Drop for Account {
             self.meters.seconds.record(self.accepted.elapsed());
             count_request(self.endpoint.label(), &self.spec.model, self.status);
         }
-        if let Some(reported) = reported {
+        if let Some(reported) = reported
+            && self.part != Part::Decode
+        {
             self.meters.prefix_predicted.increment(u64::from(self.cached_tokens));
             self.meters.prefix_reported.increment(u64::from(reported));
         }

@@ -134,6 +134,7 @@ async fn status(State(admin): State<Admin>) -> Response {
         "config": admin.config.report(),
         "workers": admin.roster.report(),
         "problems": admin.roster.problems(),
+        "disaggregation": admin.roster.report_disaggregation(),
         "queue": admin.queue.report(),
         "slots": admin.policies.reports(),
     }))

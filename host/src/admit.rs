@@ -268,6 +268,13 @@ impl Permit {
         }
     }
 
+    /// The prompt is computed, and no token of output has come yet.
+    pub(crate) fn prefilled(&self) {
+        if let Some(place) = &self.0 {
+            place.queue.prefilled(place.ticket);
+        }
+    }
+
     /// The admission policy that wants to hear of each of its request's attempts.
     pub(crate) fn heard(&self) -> Option<Arc<Heard>> {
         self.0.as_ref()?.heard.clone()

@@ -233,6 +233,9 @@ struct NewKeyFlags {
 enum WorkerCommand {
     /// Workers of a running host, where they come from, what they do and what is wrong with them
     List {
+        /// The ways that KV has gone between them as well, how fast, and which are left alone
+        #[arg(long)]
+        links: bool,
         #[command(flatten)]
         admin: AdminFlags,
         #[command(flatten)]
@@ -344,7 +347,7 @@ pub fn main() -> ExitCode {
         Command::Audit { last, admin, output } => exit(1, run(false, audit::list(last, &admin, output.output))),
         Command::Status { admin, output } => exit(1, run(false, admin::status(&admin, output.output))),
         Command::Worker(command) => match command {
-            WorkerCommand::List { admin, output } => exit(1, run(false, worker::list(&admin, output.output))),
+            WorkerCommand::List { links, admin, output } => exit(1, run(false, worker::list(links, &admin, output.output))),
             WorkerCommand::Drain { name, wait, grace, admin, output } => {
                 exit(1, run(false, worker::drain(&name, wait, grace, &admin, output.output)))
             }

@@ -575,7 +575,7 @@ mod tests {
         assert!(refused(ServeFlags { routing_settings: Some("{}".to_owned()), ..one() }).contains("--routing"));
         let settings = Some("{".to_owned());
         assert!(refused(ServeFlags { routing: Some("x".to_owned()), routing_settings: settings, ..one() }).contains("not JSON"));
-        let error = refused(flags(&["mock://a,role=prefill"]));
+        let error = refused(flags(&["mock://a,role=chef"]));
         assert!(error.contains("aggregated") && error.contains("write URL"), "{error}");
         let discovered = |text: &str| refused(ServeFlags { discovery: vec![text.to_owned(); 2], ..ServeFlags::default() });
         assert!(discovered("dns:x").contains("file:DIRECTORY") && discovered("file:/w").contains("twice"));

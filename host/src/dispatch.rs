@@ -11,7 +11,7 @@ use std::{
 };
 
 use axum::response::Response;
-use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Reply, WholeReply};
+use dynamo_engine_api::{Chunk, ChunkStream, Engine, EngineError, GenerateRequest, Leg, Reply, WholeReply};
 use dynamo_host_core::{RequestFacts, Worker, WorkerId};
 use dynamo_host_index::Prompt;
 use dynamo_host_policy::Pinned;
@@ -19,14 +19,16 @@ use futures_util::StreamExt;
 use http::StatusCode;
 
 use crate::{
-    account::Account,
+    account::{Account, Booking},
     admit::{Heard, Permit},
     config::Migration,
     error::RequestError,
+    handoff::{self, Beside},
     migrate::{Course, LOOK_EVERY, Lost, Vigil},
+    place::{Inquiry, Part, Placing, Way},
     receipts::Recorder,
     relay::{self, Begun, Head, Patience},
-    request::{Lane, Placing},
+    request::{Lane, Notes},
     text::plain,
 };
 
@@ -45,14 +47,17 @@ pub(crate) struct Asked {
 
 /// One request on its way to a worker.
 pub(crate) struct Dispatch<'a> {
-    lane: &'a Arc<Lane>,
+    pub(crate) lane: &'a Arc<Lane>,
     asked: Asked,
     migration: Arc<Migration>,
     /// Until the answer has it.
     permit: Option<Permit>,
     accepted: Instant,
-    patience: Patience,
+    pub(crate) patience: Patience,
+    /// Workers, or pairs of them, that it may still be given to.
     attempts_left: u32,
+    /// Whether it may begin on one worker and end on another: engines that refused a part may take it whole.
+    may_be_split: bool,
     /// What the last worker failed it with.
     failure: Option<EngineError>,
     /// Whether one of them had begun with it, as far as anybody knows.
@@ -61,10 +66,60 @@ pub(crate) struct Dispatch<'a> {
     outlasts_until: Option<Instant>,
 }
 
+/// A worker that is given a request or a part of it, as it was placed.
+#[derive(Clone, Copy)]
+pub(crate) struct Post<'a> {
+    pub(crate) placing: &'a Placing,
+    pub(crate) worker: &'a Worker,
+}
+
+/// What came of one way to serve a request.
+pub(crate) enum Given {
+    /// The client has its answer, or the beginning of it.
+    Answered(Response),
+    /// It failed, and the next one may be tried.
+    Failed,
+    /// It failed in a way that makes the others worth less than placing it anew.
+    Anew,
+}
+
+/// A streamed answer that has begun, and what goes with it.
+pub(crate) struct Answer {
+    pub(crate) account: Account,
+    pub(crate) head: Head,
+    pub(crate) first: Chunk,
+    pub(crate) chunks: ChunkStream,
+    pub(crate) vigil: Vigil,
+    /// What works beside it, for as long as the client is there.
+    pub(crate) beside: Option<Beside>,
+}
+
 /// The beginning of an engine's answer.
 pub(crate) enum Opened {
     Whole(WholeReply),
     Stream(Chunk, ChunkStream),
+}
+
+impl Asked {
+    /// What the policy is asked of a part of it.
+    pub(crate) fn inquiry<'a>(&'a self, part: Part, patience: &'a Patience, until: Option<Instant>) -> Inquiry<'a> {
+        let Self { pinned, prompt, recorder, .. } = self;
+        Inquiry { part, pinned, prompt, recorder: recorder.as_ref(), patience, until }
+    }
+}
+
+impl<'a> Post<'a> {
+    pub(crate) fn new(placing: &'a Placing, row: u32) -> Self {
+        Self { placing, worker: placing.candidates.worker(row) }
+    }
+
+    pub(crate) fn engine(&self) -> &'a Arc<dyn Engine> {
+        self.placing.snapshot.engine(self.worker.id)
+    }
+
+    pub(crate) fn name(&self) -> &'a str {
+        &self.worker.spec.name
+    }
 }
 
 impl<'a> Dispatch<'a> {
@@ -87,6 +142,7 @@ impl<'a> Dispatch<'a> {
             accepted,
             patience,
             attempts_left,
+            may_be_split: true,
             failure: None,
             is_lost_work: false,
             outlasts_until: None,
@@ -95,6 +151,11 @@ impl<'a> Dispatch<'a> {
 
     pub(crate) fn asked(&self) -> &Asked {
         &self.asked
+    }
+
+    /// Which part of it is to be placed.
+    pub(crate) fn part(&self) -> Part {
+        if self.may_be_split { Part::Beginning } else { Part::Whole }
     }
 
     /// What the last worker failed it with, if one did.
@@ -134,8 +195,7 @@ impl<'a> Dispatch<'a> {
         }
     }
 
-    /// Gives the request to the first worker of the ranking that takes it. `None`: all of them failed it, and it may be
-    /// placed anew.
+    /// Goes the first way that leads to an answer. `None`: none did, and the request may be placed anew.
     ///
     /// # Errors
     /// What it failed with for good.
@@ -143,73 +203,159 @@ impl<'a> Dispatch<'a> {
         &mut self,
         placing: &Placing,
         facts: &mut RequestFacts,
+        notes: &mut Notes,
     ) -> Result<Option<Response>, RequestError> {
         let book = |worker: &Worker| Account::book(self.lane, facts, worker, placing);
-        let mut rows = placing.rows.clone();
-        let mut booked = self.lane.queue.book(&mut rows, &placing.candidates, facts, book);
-        for (nth, row) in rows.into_iter().enumerate() {
+        let mut ways = placing.ways.clone();
+        let mut booked = self.lane.queue.book(&mut ways, &placing.candidates, facts, book);
+        for (nth, way) in ways.into_iter().enumerate() {
             // What has come, gone or been drained since may concern the rest of the ranking.
             if nth > 0 && !Arc::ptr_eq(&placing.snapshot, &self.lane.roster.snapshot()) {
                 return Ok(None);
             }
-            if let Some(error) = &self.failure {
-                metrics::counter!("dynamo_host_retries_total", "cause" => error.label()).increment(1);
-            }
-            self.attempts_left -= 1;
-            let worker = placing.candidates.worker(row);
-            let engine = placing.snapshot.engine(worker.id);
-            let booking = booked.take().unwrap_or_else(|| Account::book(self.lane, facts, worker, placing));
-            let heard = self.permit.as_ref().and_then(Permit::heard);
-            let mut account = Account::open(self.lane, facts, placing, worker, booking, heard.clone(), self.accepted);
-            let patience = self.patience;
-            let head = self.head(placing, worker);
-            tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
-            let ask = GenerateRequest { rank: placing.snapshot.rank(worker), ..self.asked.ask.clone() };
-            let signs = placing.snapshot.signs(worker.id);
-            let mut vigil = Vigil::new(&worker.load, signs, patience.idle, self.migration.enabled);
-            vigil.may_make(facts.max_output_tokens);
-            facts.failed_workers.push(worker.id);
-            let may_leave = || self.has_alternative(facts);
-            let opening = open(&**engine, ask, worker, &patience, &mut vigil, &may_leave);
-            let opened = tokio::time::timeout_at(patience.deadline.into(), opening).await;
-            let error = match opened {
-                Ok(Ok(Opened::Whole(reply))) if is_busy(&reply) && self.has_alternative(facts) => {
-                    EngineError::Unhealthy { engine: worker.spec.name.clone(), reason: format!("it answered {}", reply.status) }
-                }
-                Ok(Ok(Opened::Whole(reply))) => {
-                    if reply.status.is_success() {
-                        self.taken_up(placing, worker, facts);
-                    }
-                    return Ok(Some(relay::whole(account, self.permit.take(), head, reply)));
-                }
-                Ok(Ok(Opened::Stream(first, chunks))) => {
-                    self.taken_up(placing, worker, facts);
-                    let begun = Begun { account, permit: self.permit.take(), first, chunks, vigil, patience };
-                    let course = self.migration.enabled.then(|| self.course(facts, patience, heard));
-                    return Ok(Some(relay::stream(begun, head, course, Arc::clone(engine), self.lane.audience())));
-                }
-                Ok(Err(error)) => error,
-                Err(_) => {
-                    account.abandon();
-                    return Err(patience.exceeded());
-                }
+            self.try_again();
+            let post = Post::new(placing, way.first());
+            let booking = booked.take().unwrap_or_else(|| Account::book(self.lane, facts, post.worker, placing));
+            let given = match way {
+                Way::Alone(_) => self.give(post, booking, facts).await?,
+                Way::Prefill(_) => handoff::carry_out(self, post, None, booking, facts, notes).await?,
+                Way::Pair(_, decode) => handoff::carry_out(self, post, Some(decode), booking, facts, notes).await?,
             };
-            account.blame(&error);
-            account.abandon();
-            let reason = plain(&error.to_string());
-            tracing::warn!(worker = worker.spec.name, "worker failed before its first token: {reason}");
-            self.lane.roster.report_failed(worker.id, engine, &error);
-            if self.attempts_left == 0 || !is_worth_another(&error) || !self.lane.roster.take_retry() {
-                return Err(error.into());
+            match given {
+                Given::Answered(response) => return Ok(Some(response)),
+                Given::Failed => {}
+                Given::Anew => return Ok(None),
             }
-            self.is_lost_work |= !matches!(error, EngineError::Connect { .. });
-            self.failure = Some(error);
         }
         Ok(None)
     }
 
+    /// Gives it to a worker, all of it.
+    pub(crate) async fn give(
+        &mut self,
+        post: Post<'_>,
+        booking: Booking,
+        facts: &mut RequestFacts,
+    ) -> Result<Given, RequestError> {
+        let Post { placing, worker } = post;
+        let mut account = Account::open(self.lane, facts, placing, worker, booking, self.heard(), self.accepted);
+        let head = self.head(post, None);
+        tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
+        let mut vigil = self.vigil(post);
+        vigil.may_make(facts.max_output_tokens);
+        facts.failed_workers.push(worker.id);
+        let error = match self.open(post, Leg::Whole, &mut vigil, facts).await {
+            Ok(Ok(Opened::Whole(reply))) if is_busy(&reply) && self.has_alternative(facts) => answered(post, &reply),
+            Ok(Ok(Opened::Whole(reply))) => {
+                if reply.status.is_success() {
+                    self.taken_up(post, facts);
+                    self.lane.handoffs.prefilled_alone(worker.spec.role);
+                }
+                return Ok(Given::Answered(relay::whole(account, self.permit.take(), head, reply)));
+            }
+            Ok(Ok(Opened::Stream(first, chunks))) => {
+                self.taken_up(post, facts);
+                self.lane.handoffs.prefilled_alone(worker.spec.role);
+                return Ok(Given::Answered(self.relay(
+                    post,
+                    Answer { account, head, first, chunks, vigil, beside: None },
+                    facts,
+                )));
+            }
+            Ok(Err(error)) => error,
+            Err(late) => {
+                account.abandon();
+                return Err(late);
+            }
+        };
+        account.blame(&error);
+        account.abandon();
+        let is_worth_another = is_worth_another(&error);
+        self.failed(post, error, is_worth_another)?;
+        Ok(Given::Failed)
+    }
+
+    /// Asks a worker for its part, and waits for the beginning of its answer.
+    ///
+    /// # Errors
+    /// If the request's time is over.
+    pub(crate) async fn open(
+        &self,
+        post: Post<'_>,
+        leg: Leg,
+        vigil: &mut Vigil,
+        facts: &RequestFacts,
+    ) -> Result<Result<Opened, EngineError>, RequestError> {
+        let may_leave = || self.has_alternative(facts);
+        let opening = open(&**post.engine(), self.ask(post, leg), post.worker, &self.patience, vigil, &may_leave);
+        tokio::time::timeout_at(self.patience.deadline.into(), opening).await.map_err(|_| self.patience.exceeded())
+    }
+
+    /// What a worker is asked.
+    pub(crate) fn ask(&self, post: Post<'_>, leg: Leg) -> GenerateRequest {
+        GenerateRequest { rank: post.placing.snapshot.rank(post.worker), leg, ..self.asked.ask.clone() }
+    }
+
+    pub(crate) fn vigil(&self, post: Post<'_>) -> Vigil {
+        let signs = post.placing.snapshot.signs(post.worker.id);
+        Vigil::new(&post.worker.load, signs, self.patience.idle, self.migration.enabled)
+    }
+
+    /// Relays a stream that has begun.
+    pub(crate) fn relay(&mut self, post: Post<'_>, answer: Answer, facts: &RequestFacts) -> Response {
+        let Answer { account, head, first, chunks, vigil, beside } = answer;
+        let course = self.migration.enabled.then(|| self.course(facts));
+        let begun = Begun { account, permit: self.permit.take(), first, chunks, vigil, patience: self.patience, beside };
+        relay::stream(begun, head, course, Arc::clone(post.engine()), self.lane.audience())
+    }
+
+    /// One more worker, or pair of them, is tried.
+    pub(crate) fn try_again(&mut self) {
+        if let Some(error) = &self.failure {
+            metrics::counter!("dynamo_host_retries_total", "cause" => error.label()).increment(1);
+        }
+        self.attempts_left = self.attempts_left.saturating_sub(1);
+    }
+
+    /// A worker failed it before its first token.
+    ///
+    /// # Errors
+    /// What it failed with, if nobody else is to have it.
+    pub(crate) fn failed(&mut self, post: Post<'_>, error: EngineError, is_worth_another: bool) -> Result<(), RequestError> {
+        let reason = plain(&error.to_string());
+        tracing::warn!(worker = post.worker.spec.name, "worker failed before its first token: {reason}");
+        self.lane.roster.report_failed(post.worker.id, post.engine(), &error);
+        if self.attempts_left == 0 || !is_worth_another || !self.lane.roster.take_retry() {
+            return Err(error.into());
+        }
+        self.is_lost_work |= !matches!(error, EngineError::Connect { .. });
+        self.failure = Some(error);
+        Ok(())
+    }
+
+    /// From here on it is given to nobody in parts.
+    pub(crate) fn keep_whole(&mut self) {
+        self.may_be_split = false;
+    }
+
+    pub(crate) fn has_attempts(&self) -> bool {
+        self.attempts_left > 0
+    }
+
+    pub(crate) fn heard(&self) -> Option<Arc<Heard>> {
+        self.permit.as_ref().and_then(Permit::heard)
+    }
+
+    pub(crate) fn permit(&mut self) -> &mut Option<Permit> {
+        &mut self.permit
+    }
+
+    pub(crate) fn accepted(&self) -> Instant {
+        self.accepted
+    }
+
     /// What it takes to go on elsewhere, should the worker be lost that has it now.
-    fn course(&self, facts: &RequestFacts, patience: Patience, heard: Option<Arc<Heard>>) -> Box<Course> {
+    fn course(&self, facts: &RequestFacts) -> Box<Course> {
         let Asked { ask, pinned, prompt, recorder, returns_ids, .. } = &self.asked;
         Box::new(Course {
             lane: Arc::clone(self.lane),
@@ -220,31 +366,39 @@ impl<'a> Dispatch<'a> {
             prompt: Arc::clone(prompt),
             ask: ask.clone(),
             recorder: recorder.clone(),
-            patience,
+            patience: self.patience,
             accepted: self.accepted,
-            heard,
+            heard: self.heard(),
             returns_ids: *returns_ids,
         })
     }
 
-    /// The worker has computed the prompt.
-    fn taken_up(&self, placing: &Placing, worker: &Worker, facts: &RequestFacts) {
-        let feed = placing.snapshot.feed(worker.id);
-        self.lane.prefixes.taken_up(facts.endpoint, feed, &self.asked.prompt, worker.spec.block_size);
+    /// The worker has the prompt's KV.
+    pub(crate) fn taken_up(&self, post: Post<'_>, facts: &RequestFacts) {
+        let feed = post.placing.snapshot.feed(post.worker.id);
+        self.lane.prefixes.taken_up(facts.endpoint, feed, &self.asked.prompt, post.worker.spec.block_size);
     }
 
-    fn head(&self, placing: &Placing, worker: &Worker) -> Head {
+    /// What the host says of an answer of this worker, and of who computed its prompt if that is another.
+    pub(crate) fn head(&self, post: Post<'_>, prefill: Option<Post<'_>>) -> Head {
+        let name = |post: Post<'_>| self.lane.expose_worker.then(|| post.worker.spec.name.clone());
         Head {
-            policy: placing.policy.clone(),
-            worker: self.lane.expose_worker.then(|| worker.spec.name.clone()),
+            policy: post.placing.policy.clone(),
+            worker: name(post),
+            prefill_worker: prefill.and_then(name),
             request_id: Arc::clone(&self.asked.ask.request_id),
         }
     }
 
     /// Whether the request can still go to a worker that has not failed it.
-    fn has_alternative(&self, facts: &RequestFacts) -> bool {
-        self.attempts_left > 0 && self.lane.roster.snapshot().candidates(facts).is_ok()
+    pub(crate) fn has_alternative(&self, facts: &RequestFacts) -> bool {
+        self.attempts_left > 0 && self.lane.roster.snapshot().has_way(facts, self.lane.roster.links())
     }
+}
+
+/// That an engine answered with a status that is its failure.
+pub(crate) fn answered(post: Post<'_>, reply: &WholeReply) -> EngineError {
+    EngineError::Unhealthy { engine: post.worker.spec.name.clone(), reason: format!("it answered {}", reply.status) }
 }
 
 /// Asks an engine and waits for the beginning of its answer; for that of a stream until its first chunk. A whole answer tells
@@ -258,7 +412,8 @@ pub(crate) async fn open(
     vigil: &mut Vigil,
     may_leave: &(dyn Fn() -> bool + Sync),
 ) -> Result<Opened, EngineError> {
-    let is_stream = ask.stream;
+    // Of a prompt's KV, too, nothing comes but the sign that it is there.
+    let has_first = ask.stream || matches!(ask.leg, Leg::Prefill(_));
     let asked = Instant::now();
     let opening = async {
         let mut chunks = match engine.generate(ask).await? {
@@ -275,7 +430,7 @@ pub(crate) async fn open(
         if let Ok(opened) = tokio::time::timeout(LOOK_EVERY, &mut opening).await {
             return opened;
         }
-        let lost = if is_stream { vigil.before_first(asked, Instant::now()) } else { vigil.whole(asked, Instant::now()) };
+        let lost = if has_first { vigil.before_first(asked, Instant::now()) } else { vigil.whole(asked, Instant::now()) };
         if let Some(lost) = lost
             && (!matches!(lost, Lost::Stalled { .. }) || may_leave())
         {
@@ -299,7 +454,7 @@ fn is_worth_another(error: &EngineError) -> bool {
 
 /// Whether an engine says that another one would be a better choice. A vLLM that is stopping, or whose core is dead, says so
 /// with a plain 500.
-fn is_busy(reply: &WholeReply) -> bool {
+pub(crate) fn is_busy(reply: &WholeReply) -> bool {
     const DYING: [&[u8]; 3] = [b"cannot schedule new futures", b"EngineCore", b"EngineDead"];
     match reply.status {
         StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY => true,

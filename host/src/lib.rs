@@ -21,12 +21,14 @@ mod error;
 mod exchange;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod handoff;
 mod kv;
 mod listener;
 mod meters;
 mod migrate;
 mod models;
 mod observe;
+mod place;
 mod policies;
 mod prefixes;
 mod profile;

@@ -82,6 +82,28 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         Kind::Counter,
         "Streams that grew past migration.max_kept_bytes, so that no other worker could go on with them",
     ),
+    (
+        "dynamo_host_prefill_where_total",
+        Kind::Counter,
+        "Prompts by where they were computed: remote (by another worker than the one that decodes), local (by a worker of a decode pool), aggregated",
+    ),
+    (
+        "dynamo_host_handoffs_total",
+        Kind::Counter,
+        "Requests that were given to two workers, by protocol and by result: answered, fell_back (another way was taken), failed",
+    ),
+    (
+        "dynamo_host_handoff_seconds",
+        Kind::Histogram(ENGINE_SECONDS),
+        "From the end of prefill to the first token of decode, by protocol; where both are asked together, from asking",
+    ),
+    (
+        "dynamo_host_handoff_fallbacks_total",
+        Kind::Counter,
+        "Requests that were to be handed from one worker to another and went another way, by cause: prefill_failed, not_handed_over (no parameters came), refused (in parts; it was asked for as a whole), decode_failed, lease_lost, no_prefill_pool, no_decode_pool",
+    ),
+    ("dynamo_host_handoff_leases_lost_total", Kind::Counter, "Prompts that were computed, and whose KV nobody fetched in time"),
+    ("dynamo_host_handoff_bytes_total", Kind::Counter, "KV that was handed over, of engines that say how much, by protocol"),
     ("dynamo_host_connections", Kind::Gauge, "Connections by listener"),
     ("dynamo_host_connections_refused_total", Kind::Counter, "Connections that were one client's too many"),
     (
@@ -97,6 +119,18 @@ pub(crate) const METRICS: &[(&str, Kind, &str)] = &[
         "Spans of traces that were not exported: queue full, or export failed",
     ),
     ("dynamo_host_workers", Kind::Gauge, "Workers by state"),
+    (
+        "dynamo_host_disaggregation",
+        Kind::Gauge,
+        "Whether prefill and decode are apart, by model and state: split, or served whole since there is no_prefill, no_decode or no_pair",
+    ),
+    (
+        "dynamo_host_handoff_checks_total",
+        Kind::Counter,
+        "Hand-offs that were tried to see whether workers can, by result: ok, or where it failed: prefill, decode, untold",
+    ),
+    ("dynamo_host_links_avoided", Kind::Gauge, "Pairs of workers that are left alone since hand-offs between them keep failing"),
+    ("dynamo_host_links_avoided_total", Kind::Counter, "Times that a pair of workers came to be left alone"),
     ("dynamo_host_worker_breaker", Kind::Gauge, "Breakers of workers that ever opened: 0 closed, 1 half-open, 2 open"),
     ("dynamo_host_breaker_opens_total", Kind::Counter, "Times that a worker's breaker opened, by the last failure's kind"),
     (

@@ -26,6 +26,7 @@ use crate::{
     admit::Permit,
     config::Limits,
     error::{Audience, RequestError},
+    handoff::Beside,
     migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, is_movable, without_ids},
     retry_after,
     text::plain,
@@ -38,10 +39,14 @@ pub(crate) const POLICY: HeaderName = HeaderName::from_static("x-dynamo-policy")
 /// The header that names the worker, where workers are exposed.
 pub(crate) const WORKER: HeaderName = HeaderName::from_static("x-dynamo-worker");
 
+/// The header that names the worker that computed the prompt, if that is another.
+pub(crate) const PREFILL_WORKER: HeaderName = HeaderName::from_static("x-dynamo-prefill-worker");
+
 /// What the host says about an answer.
 pub(crate) struct Head {
     pub(crate) policy: String,
     pub(crate) worker: Option<String>,
+    pub(crate) prefill_worker: Option<String>,
     pub(crate) request_id: Arc<str>,
 }
 
@@ -56,8 +61,10 @@ impl Head {
         };
         set(REQUEST_ID, &self.request_id);
         set(POLICY, &self.policy);
-        if let Some(worker) = &self.worker {
-            set(WORKER, worker);
+        for (name, worker) in [(WORKER, &self.worker), (PREFILL_WORKER, &self.prefill_worker)] {
+            if let Some(worker) = worker {
+                set(name, worker);
+            }
         }
     }
 }
@@ -124,6 +131,8 @@ pub(crate) struct Begun {
     pub(crate) chunks: ChunkStream,
     pub(crate) vigil: Vigil,
     pub(crate) patience: Patience,
+    /// Ends with the stream, or when the client leaves.
+    pub(crate) beside: Option<Beside>,
 }
 
 /// A streamed answer that has begun. `course`: how it goes on if its worker is lost.
@@ -134,7 +143,7 @@ pub(crate) fn stream(
     engine: Arc<dyn Engine>,
     audience: Audience,
 ) -> Response {
-    let Begun { mut account, permit, first, chunks, vigil, patience } = begun;
+    let Begun { mut account, permit, first, chunks, vigil, patience, beside } = begun;
     account.answer(StatusCode::OK, None);
     let last = Instant::now();
     let alarm = tokio::time::sleep_until((last + LOOK_EVERY).min(patience.deadline).into());
@@ -157,8 +166,34 @@ pub(crate) fn stream(
         vigil,
         last,
         alarm: Box::pin(alarm),
+        _beside: beside,
     };
-    let mut response = Response::new(Body::from_stream(relay));
+    event_stream(Body::from_stream(relay), head)
+}
+
+/// A stream of events that is there as a whole: what an engine gave as a whole answer, to a client that wants a stream.
+pub(crate) fn finished(
+    mut account: Account,
+    mut permit: Option<Permit>,
+    head: Head,
+    events: Bytes,
+    usage: Option<Usage>,
+) -> Response {
+    account.answer(StatusCode::OK, Some(End::Done));
+    account.first_token();
+    if let Some(usage) = usage {
+        if let Some(permit) = &mut permit {
+            permit.output(usage.completion_tokens);
+        }
+        account.usage(usage);
+    }
+    drop(account);
+    drop(permit);
+    event_stream(Body::from(events), head)
+}
+
+fn event_stream(body: Body, head: Head) -> Response {
+    let mut response = Response::new(body);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     head.apply(&mut response);
@@ -178,6 +213,7 @@ struct Relay {
     last: Instant,
     /// Looks whether the worker is lost or the request late; set again only when it fires, not at every chunk.
     alarm: Pin<Box<Sleep>>,
+    _beside: Option<Beside>,
 }
 
 /// Where the frames come from.

@@ -17,28 +17,26 @@ use arc_swap::ArcSwap;
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, GenerateRequest};
-use dynamo_host_core::{
-    Candidates, Overlap, RequestFacts,
-    answer::{MAX_HOLD, MAX_HOLDS, Verdict},
-};
-use dynamo_host_index::Prompt;
-use dynamo_host_policy::{AdmissionSlot, DecidedBy, Decision, Pinned, PolicyVersion, RouteCall, RoutingSlot};
+use dynamo_host_core::RequestFacts;
+use dynamo_host_policy::{AdmissionSlot, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
     admit::{self, Permit, Queue},
     auth::Caller,
     body,
-    clock::{Clock, unix_ms},
+    clock::Clock,
     config::{Limits, Migration},
     decode::{Bounds, Decoded, decode, rename},
     dispatch::{Asked, Dispatch},
     error::{Audience, RequestError},
+    handoff::Handoffs,
     meters::RequestMeters,
     models::Resolved,
     observe::Observer,
+    place::place,
     prefixes::Prefixes,
-    receipts::{Receipts, Recorder},
+    receipts::Receipts,
     relay::Patience,
     roster::{Roster, Snapshot},
     stop::Stopping,
@@ -63,6 +61,7 @@ pub(crate) struct Lane {
     pub(crate) meters: RequestMeters,
     pub(crate) observer: Observer,
     pub(crate) receipts: Receipts,
+    pub(crate) handoffs: Handoffs,
     pub(crate) expose_worker: bool,
     /// Whether the host goes on.
     pub(crate) stopping: Stopping,
@@ -137,7 +136,9 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
         let renamed = resolve(&snapshot, &mut facts, &mut body)?;
         notes.model = snapshot.fleet().models().get(&facts.model).cloned();
         // For nobody, nothing is computed.
-        snapshot.candidates(&facts)?;
+        if !snapshot.has_way(&facts, lane.roster.links()) {
+            return Err(snapshot.no_worker(&facts));
+        }
         let begun = Instant::now();
         let prompt = lane.prefixes.read(&mut facts, &body, &snapshot).await;
         lane.meters.tokenize.record(begun.elapsed());
@@ -158,9 +159,8 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     let asked = Asked { ask, pinned, prompt, recorder, returns_ids };
     let mut dispatch = Dispatch::new(lane, asked, permit, at, patience, migration);
     loop {
-        facts.decision_id = lane.next_decision();
-        let Asked { pinned, prompt, recorder, .. } = dispatch.asked();
-        let placing = match place(lane, pinned, &mut facts, prompt, &patience, recorder.as_ref(), notes).await {
+        let inquiry = dispatch.asked().inquiry(dispatch.part(), &patience, None);
+        let placing = match place(lane, &inquiry, &mut facts, notes).await {
             Ok(placing) => placing,
             // Every worker has failed it: what the last one failed with says more.
             Err(RequestError::NoWorker { .. }) if dispatch.outlasts(&mut facts).await => continue,
@@ -171,7 +171,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
             lane.meters.dispatch.record(begun.elapsed().saturating_sub(queued + placing.held));
         }
         let dispatched = Instant::now();
-        let answered = dispatch.carry_out(&placing, &mut facts).await;
+        let answered = dispatch.carry_out(&placing, &mut facts, notes).await;
         trace::stage("dispatch", dispatched);
         if let Some(mut response) = answered? {
             // A name that cannot be a header value came from the operator's own or an engine's: leave it out.
@@ -195,97 +195,4 @@ fn resolve(snapshot: &Snapshot, facts: &mut RequestFacts, body: &mut Bytes) -> R
     }
     *body = rename(body, &name);
     Ok(Some(name))
-}
-
-/// Rows to try, best first, and who ranked them.
-pub(crate) struct Placing {
-    pub(crate) snapshot: Arc<Snapshot>,
-    pub(crate) candidates: Arc<Candidates>,
-    /// What the workers held of the prompt when it was ranked.
-    pub(crate) overlap: Arc<Overlap>,
-    pub(crate) rows: Vec<u32>,
-    /// `x-dynamo-policy`.
-    pub(crate) policy: String,
-    by: DecidedBy,
-    /// Where it is recorded, if it is.
-    pub(crate) recorder: Option<Recorder>,
-    /// For how long the policy held the request.
-    held: Duration,
-}
-
-impl Placing {
-    /// The version that learns what becomes of the request.
-    pub(crate) fn observed_version(&self) -> Option<Arc<PolicyVersion>> {
-        self.by.version().filter(|version| version.observes()).map(Arc::clone)
-    }
-}
-
-/// Asks the policy where the request shall go, again and again while it holds it.
-pub(crate) async fn place(
-    lane: &Lane,
-    pinned: &Pinned,
-    facts: &mut RequestFacts,
-    prompt: &Prompt,
-    patience: &Patience,
-    recorder: Option<&Recorder>,
-    notes: &mut Notes,
-) -> Result<Placing, RequestError> {
-    let mut changes = lane.roster.changes();
-    let mut held = Duration::ZERO;
-    for holds in 0..=MAX_HOLDS {
-        let begun = Instant::now();
-        let snapshot = lane.roster.snapshot();
-        let candidates = lane.queue.with_room(snapshot.candidates(facts)?, facts);
-        facts.holds = holds;
-        let overlap = lane.prefixes.overlap(facts, prompt);
-        let call = RouteCall {
-            request: Arc::new(facts.clone()),
-            candidates: Arc::clone(&candidates),
-            overlap: Some(Arc::clone(&overlap)),
-            links: None,
-            now_ms: lane.clock.now_ms(),
-            unix_ms: unix_ms(),
-            // Asked again, a policy that decides by chance must not repeat itself.
-            seed: facts.decision_id ^ u64::from(holds) << 60,
-            explain: recorder.is_some(),
-        };
-        let draft = recorder.map(|recorder| recorder.draft(&call));
-        let mut decision = lane.routing.decide(pinned, call);
-        if let Some(draft) = draft {
-            draft.close(&mut decision);
-        }
-        lane.meters.route.record(begun.elapsed());
-        trace::stage("route", begun);
-        let Decision { verdict, by, .. } = decision;
-        let policy = by.to_string();
-        notes.policy = Some(policy.clone());
-        match verdict {
-            Verdict::Place(ranking) => {
-                let rows = ranking.rows().to_vec();
-                let recorder = recorder.cloned();
-                return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
-            }
-            Verdict::PlacePairs(pairs) => {
-                let mut rows: Vec<u32> = pairs.into_iter().map(|(_, decode)| decode).collect();
-                rows.dedup();
-                let recorder = recorder.cloned();
-                return Ok(Placing { snapshot, candidates, overlap, rows, policy, by, recorder, held });
-            }
-            Verdict::Reject(rejection) if matches!(by, DecidedBy::Nobody(_)) => {
-                return Err(RequestError::PolicyFailed(rejection));
-            }
-            Verdict::Reject(rejection) => return Err(RequestError::Rejected(rejection)),
-            Verdict::Hold { at_most_ms } => {
-                let begun = Instant::now();
-                let pause = Duration::from_millis(u64::from(at_most_ms)).min(MAX_HOLD);
-                let until = (begun + pause).min(patience.deadline);
-                let _ = tokio::time::timeout_at(until.into(), changes.changed()).await;
-                held += begun.elapsed();
-                if Instant::now() >= patience.deadline {
-                    return Err(patience.exceeded());
-                }
-            }
-        }
-    }
-    unreachable!("a policy that had its turns is not asked, and nobody who decides instead holds")
 }

@@ -12,14 +12,19 @@
 mod canary;
 mod connect;
 mod drained;
+mod handoff;
 mod hold;
 mod judge;
+mod links;
 mod listen;
 mod member;
+mod pairs;
+mod prove;
 mod pulse;
 mod report;
 mod snapshot;
 mod sources;
+mod split;
 mod tend;
 mod vitals;
 
@@ -30,12 +35,12 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 use dynamo_engine_api::{Engine, EngineError};
-use dynamo_host_core::{Fleet, LoadBoard, Worker, WorkerId, WorkerState};
+use dynamo_host_core::{Fleet, LinkBoard, LoadBoard, Worker, WorkerId, WorkerState};
 use dynamo_host_flow::RetryBudget;
 use dynamo_host_index::PrefixIndexes;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -51,6 +56,7 @@ pub(crate) use self::{
 };
 use self::{
     drained::Drained,
+    handoff::Disaggregation,
     member::{Home, Member},
     snapshot::Seat,
     sources::Said,
@@ -71,6 +77,7 @@ pub(crate) struct Roster {
     namespace: String,
     clock: Clock,
     board: Arc<LoadBoard>,
+    links: Arc<LinkBoard>,
     indexes: Arc<PrefixIndexes>,
     max_workers: u32,
     /// What each source last said. Who holds it decides who is a member.
@@ -96,6 +103,14 @@ pub(crate) struct Roster {
     canaries: Semaphore,
     health: ArcSwap<HealthConfig>,
     retries: Mutex<RetryBudget>,
+    /// Wakes whoever proves hand-offs.
+    prove_soon: Notify,
+    /// Whether some worker is there for a part of requests only.
+    has_roles: AtomicBool,
+    /// How each model with such workers is served, as was last said.
+    disaggregation: Mutex<Vec<Disaggregation>>,
+    /// Links that are avoided, as was last said.
+    avoided: Mutex<HashSet<(u32, u32)>>,
 }
 
 /// Engines that cannot be a roster.
@@ -135,6 +150,7 @@ impl Roster {
             has_unknown_models: true,
             awaits_models: true,
             has_starting: false,
+            coming: HashSet::new(),
             trials: Vec::new(),
             rules: HealthConfig::default().breaker_rules(),
             clock,
@@ -143,6 +159,7 @@ impl Roster {
             namespace: "default".to_owned(),
             clock,
             board: LoadBoard::new(max_workers),
+            links: Arc::default(),
             indexes,
             max_workers,
             said: Mutex::default(),
@@ -163,6 +180,10 @@ impl Roster {
             canaries: Semaphore::new(canary::CANARIES),
             health: ArcSwap::default(),
             retries: Mutex::default(),
+            prove_soon: Notify::new(),
+            has_roles: AtomicBool::new(false),
+            disaggregation: Mutex::default(),
+            avoided: Mutex::default(),
         })
     }
 
@@ -170,6 +191,7 @@ impl Roster {
     pub(crate) async fn start(self: &Arc<Self>, patience: Duration) {
         tasks::spawn("publish", tend::keep_publishing(Arc::clone(self)));
         tasks::spawn("judge", judge::keep_judging(Arc::clone(self)));
+        tasks::spawn("prove", prove::keep_proving(Arc::clone(self)));
         tasks::spawn("apply", sources::keep_applying(Arc::clone(self)));
         let mut probed = self.probed.subscribe();
         let count = {
@@ -178,9 +200,12 @@ impl Roster {
             members.values().for_each(|member| self.look_after(member));
             members.len()
         };
+        let begun = Instant::now();
         let _ = tokio::time::timeout(patience, probed.wait_for(|probed| *probed >= count)).await;
         // What was found must be known before the first request.
         self.publish();
+        // And who can hand over to whom.
+        self.until(patience.saturating_sub(begun.elapsed()), |snapshot| snapshot.coming.is_empty()).await;
     }
 
     /// Starts the task of a member.
@@ -301,6 +326,7 @@ impl Roster {
         }
         let has_starting = seated.iter().any(|(worker, _)| worker.state == WorkerState::Starting);
         let trials = judge::try_all_where_nobody_is_healthy(&mut seated);
+        let coming = self.pair(&mut seated);
         seated.sort_unstable_by_key(|(worker, _)| worker.id);
         let (workers, seats): (Vec<Worker>, Vec<Seat>) = seated.into_iter().unzip();
         let generation = self.snapshot.load().fleet.generation() + 1;
@@ -315,6 +341,7 @@ impl Roster {
             has_unknown_models,
             awaits_models,
             has_starting,
+            coming,
             trials,
             rules,
             clock,
@@ -333,6 +360,11 @@ impl Roster {
         self.snapshot()
     }
 
+    /// What is known of the ways by which KV goes from one worker to another.
+    pub(crate) fn links(&self) -> &Arc<LinkBoard> {
+        &self.links
+    }
+
     /// Workers that tell of their KV and are not heard now.
     pub(crate) fn stale_workers(&self) -> usize {
         self.snapshot().seats.iter().filter(|seat| seat.feed.is_stale()).count()
@@ -344,7 +376,13 @@ impl Roster {
     }
 
     fn home(&self) -> Home<'_> {
-        Home { namespace: &self.namespace, board: &self.board, indexes: &self.indexes, now_ms: self.clock.now_ms() }
+        Home {
+            namespace: &self.namespace,
+            board: &self.board,
+            links: &self.links,
+            indexes: &self.indexes,
+            now_ms: self.clock.now_ms(),
+        }
     }
 
     fn members(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Member>>> {

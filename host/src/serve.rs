@@ -24,6 +24,7 @@ use crate::{
     config::{Config, DoorConfig},
     cores::Cores,
     door::{self, Door},
+    handoff::Handoffs,
     kv,
     listener::{self, Server},
     meters::{self, RequestMeters},
@@ -143,6 +144,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         meters: RequestMeters::new(),
         observer: Observer::start(),
         receipts: receipts.clone(),
+        handoffs: Handoffs::new(),
         expose_worker: config.expose_worker,
         // Another run decides with other seeds.
         decisions: AtomicU64::new(unix_ms() << 20),

@@ -46,6 +46,50 @@ async fn policies_stand_side_by_side_and_the_same_seed_writes_the_same_files() {
 }
 
 #[tokio::test]
+async fn prefill_and_decode_pools_hand_kv_over_and_the_report_says_how_much() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let trace = at("trace.jsonl");
+    fs::write(&trace, TRACE).unwrap();
+    let conditional = format!("routing={}", components::policy("disagg-conditional"));
+    for nth in ["1", "2"] {
+        let (json, html) = (at(&format!("{nth}.json")), at(&format!("{nth}.html")));
+        let fleet = ["--workers", "1,role=prefill", "--workers", "1,role=decode", "--audit-every", "1"];
+        let links = ["--link-bandwidth", "1", "--link-latency-ms", "20"];
+        let policies = ["--policy", "routing=native", "--policy", &conditional];
+        let more = ["--json", &json, "--html", &html];
+        let finished = run(&[&["simulate", "--trace", &trace], &fleet[..], &links, &policies, &more].concat()).await;
+        for part in ["2 workers (1 prefill, 1 decode)", "hand-offs", "GB moved", "pools", "disagg-conditional"] {
+            assert!(finished.succeeded().contains(part), "{part}: {}", finished.stdout);
+        }
+        assert!(fs::read_to_string(&html).unwrap().contains("<th>hand-off mean</th>"));
+    }
+    for kind in ["json", "html"] {
+        assert_eq!(fs::read(at(&format!("1.{kind}"))).unwrap(), fs::read(at(&format!("2.{kind}"))).unwrap(), "{kind}");
+    }
+    let report: Value = serde_json::from_slice(&fs::read(at("1.json")).unwrap()).unwrap();
+    let row = &report["policies"][0];
+    let handoffs = &row["handoffs"];
+    // The second prompt has 1,024 of its tokens in both caches: 476 are fetched, in 8 blocks of 64.
+    assert_eq!((&row["served"], row["reuse"].as_f64()), (&Value::from(2), Some(1024.0 / 2524.0)));
+    assert_eq!((&handoffs["transfers"], &handoffs["fetched_tokens"]), (&Value::from(2), &Value::from(1500)));
+    assert_eq!(handoffs["bytes"], (1024 + 512) * 131_072);
+    assert_eq!(handoffs["remote_share"], 1.0);
+    // A gigabyte a second, and 20 ms each time.
+    let transfer_ms = handoffs["transfer"]["mean"].as_f64().unwrap();
+    assert!((transfer_ms - (768.0 * 0.131_072 + 20.0)).abs() < 0.01, "{transfer_ms}");
+    // The first token comes after them.
+    let mean = |of: &Value| of["mean"].as_f64().unwrap();
+    let handed_over = mean(&report["bounds"]["pooled"]["ttft"]) + mean(&handoffs["handoff"]);
+    assert!((mean(&row["ttft"]) - handed_over).abs() < 0.01, "{row}");
+    let roles: Vec<_> = row["pools"].as_array().unwrap().iter().map(|pool| (&pool["role"], &pool["legs"])).collect();
+    assert_eq!(roles, [(&Value::from("prefill"), &Value::from(2)), (&Value::from("decode"), &Value::from(2))]);
+    let of = &report["policies"][1]["handoffs"];
+    let shares = ["remote_share", "local_share", "aggregated_share"].map(|share| of[share].as_f64().unwrap());
+    assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{of}");
+}
+
+#[tokio::test]
 async fn what_cannot_be_simulated_is_refused_with_what_to_change() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken.jsonl");
@@ -64,6 +108,13 @@ async fn what_cannot_be_simulated_is_refused_with_what_to_change() {
     refuses(&["--trace", small, "--policy", &settings], &["least-loaded", "colour"]).await;
     refuses(&["--trace", small, "--workers", "none"], &["begin with a number"]).await;
     refuses(&["--trace", small, "--workers", "2,colour=1"], &["\"colour\" is not known"]).await;
+    refuses(&["--trace", small, "--workers", "2,role=cook"], &["role \"cook\" is not known; use aggregated, prefill"]).await;
+    refuses(&["--trace", small, "--workers", "2,role=prefill"], &["2 workers have the role prefill", "--workers 2,role=decode"])
+        .await;
+    let pair = ["--workers", "1,role=prefill", "--workers", "1,role=decode,block_size=32,kv_blocks=32768"];
+    refuses(&[&["--trace", small], &pair[..]].concat(), &["block_size=64", "give both the same"]).await;
+    refuses(&["--trace", small, "--link-bandwidth", "0"], &["--link-bandwidth 0: use GB a second"]).await;
+    refuses(&["--trace", small, "--link-latency-ms", "-1"], &["--link-latency-ms"]).await;
     refuses(&["--trace", small, "--kv-blocks", "10"], &["raise kv_blocks or lower max_model_len"]).await;
     refuses(&["--trace", small, "--speed", "0"], &["use a number above 0"]).await;
     refuses(&["--trace", small, "--queue", "depth=1"], &["--queue depth=1", "\"depth\" is not known; use max_requests"]).await;

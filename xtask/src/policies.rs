@@ -11,6 +11,7 @@ use crate::{paths, wasm::Toolchain};
 pub(crate) const POLICIES: &[&str] = &[
     "adaptive",
     "composed",
+    "disagg-conditional",
     "fair-share",
     "kv-aware",
     "least-loaded",

@@ -44,6 +44,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("dynamo-policy-sdk", &[]),
     ("adaptive", &["dynamo-policy-sdk"]),
     ("composed", &["dynamo-policy-sdk"]),
+    ("disagg-conditional", &["dynamo-policy-sdk"]),
     ("fair-share", &["dynamo-policy-sdk"]),
     ("kv-aware", &["dynamo-policy-sdk"]),
     ("least-loaded", &["dynamo-policy-sdk"]),

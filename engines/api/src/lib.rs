@@ -51,8 +51,9 @@ pub trait Engine: Send + Sync + 'static {
         None
     }
 
-    /// Makes the ticket of a hand-off whose prefill this engine is to compute. Of concurrent protocols only.
-    fn ticket(&self) -> BoxFuture<'_, Result<Ticket, EngineError>> {
+    /// Makes the ticket of a hand-off whose prefill this engine is to compute, on one of its data-parallel ranks where it has
+    /// several. Of concurrent protocols only.
+    fn ticket(&self, _rank: Option<u32>) -> BoxFuture<'_, Result<Ticket, EngineError>> {
         Box::pin(async { Err(EngineError::no_handoff(self.kind())) })
     }
 

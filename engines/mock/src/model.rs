@@ -5,28 +5,34 @@
 //! blocks of all its known tokens are free; when a decode finds no block, the latest sequence is preempted, and
 //! computed again later. Only what a step costs is a formula ([`Profile`]); blocks, hits and evictions are real.
 //!
+//! One engine may compute a prompt, and another go on from its KV (`handoff`, `transfer`).
+//!
 //! Contract: no clock, no I/O, no randomness. Time is a [`Duration`] since a start of the caller's choice. A step is
 //! [`begin_step`](EngineModel::begin_step), then at the time that it returned [`end_step`](EngineModel::end_step);
 //! between the two, sequences may be submitted and cancelled. The same calls give the same results.
 //!
-//! Invariants: every sequence ends exactly once, by its last token or by [`cancel`](EngineModel::cancel); ids
-//! ascend through the running, then through the waiting, since preemption takes the last of the one to the
-//! front of the other. The oldest running sequence is never preempted for another, and a profile's KV
-//! holds any sequence on its own, so there is always progress.
+//! Invariants: every sequence ends exactly once, by its last token or by [`cancel`](EngineModel::cancel). Those that run are in the
+//! order in which they were given their places, so that at most the last has prompt left to compute; ids ascend through the waiting.
+//! The first that runs is never preempted for another that runs, and a profile's KV holds any sequence on its own, so there is
+//! always progress, as long as KV that is held or fetched is so for a while only.
 
 mod cache;
+mod handoff;
 mod profile;
 mod sequence;
 mod stats;
+mod transfer;
 
 use std::{collections::VecDeque, time::Duration};
 
-use self::{cache::BlockCache, sequence::Live};
+use self::{cache::BlockCache, handoff::Handoffs, sequence::Live};
 pub use self::{
     cache::{BlockHash, CacheEvent, block_hash},
+    handoff::Fetch,
     profile::{Pass, Profile, ProfileError},
     sequence::{Event, FinishReason, Sequence, SequenceId, SubmitError},
     stats::{Histogram, Snapshot, Stats},
+    transfer::{Ended, KvLinks, Port, TransferId},
 };
 
 /// An engine.
@@ -34,10 +40,12 @@ pub use self::{
 pub struct EngineModel {
     profile: Profile,
     cache: BlockCache,
+    /// In the order of their admission, which is that of ids but for those that came late, by a fetch.
     running: Vec<Live>,
     waiting: VecDeque<Waiting>,
     /// Entries of `waiting` that are not cancelled.
     waiting_count: usize,
+    handoffs: Handoffs,
     next_id: u64,
     step_end: Option<Duration>,
     /// How many times as long steps take.
@@ -67,6 +75,7 @@ impl EngineModel {
             running: Vec::new(),
             waiting: VecDeque::new(),
             waiting_count: 0,
+            handoffs: Handoffs::default(),
             next_id: 0,
             step_end: None,
             slow: 1.0,
@@ -103,10 +112,12 @@ impl EngineModel {
         Ok(id)
     }
 
-    /// Ends a sequence at once and frees its blocks. Returns whether there was such a one.
+    /// Ends a sequence at once and frees its blocks. Returns whether there was such a one; one that has finished is none.
     pub fn cancel(&mut self, id: SequenceId) -> bool {
-        if let Ok(at) = self.running.binary_search_by_key(&id, |live| live.id) {
+        if let Some(at) = self.running.iter().position(|live| live.id == id) {
             let mut live = self.running.remove(at);
+            live.give_up_blocks(&mut self.cache);
+        } else if let Some(mut live) = self.handoffs.cancel(id) {
             live.give_up_blocks(&mut self.cache);
         } else {
             let place = self.waiting.binary_search_by_key(&id, |waiting| waiting.id).ok();
@@ -119,7 +130,8 @@ impl EngineModel {
         true
     }
 
-    /// Begins a step, if there is anything to do, and returns when it ends.
+    /// Begins a step, if there is anything to compute, and returns when it ends. Afterwards there may be
+    /// [fetches](Self::take_fetches). If there is nothing, it may be otherwise after any of the other calls.
     ///
     /// # Panics
     /// If the last step has not ended.
@@ -127,7 +139,10 @@ impl EngineModel {
         assert!(self.step_end.is_none(), "a step begins after the last one ended");
         let mut pass = Pass::default();
         let mut budget = self.profile.max_num_batched_tokens;
-        if self.schedule_running(&mut pass, &mut budget) {
+        let roomy = self.schedule_running(&mut pass, &mut budget);
+        self.resume_arrived(now, &mut pass, &mut budget);
+        // Where all were preempted for KV that is held or awaited, nobody would be there to make room.
+        if roomy || self.running.is_empty() {
             self.admit_waiting(now, &mut pass, &mut budget);
         }
         if pass == Pass::default() {
@@ -141,7 +156,7 @@ impl EngineModel {
     /// Ends the step and appends the tokens that it generated, at most one for each sequence. Does nothing when there is no step.
     pub fn end_step(&mut self, events: &mut Vec<Event>) {
         let Some(end) = self.step_end.take() else { return };
-        let Self { running, cache, stats, .. } = self;
+        let Self { running, cache, stats, handoffs, .. } = self;
         stats.steps += 1;
         running.retain_mut(|live| {
             live.computed += std::mem::take(&mut live.scheduled);
@@ -150,7 +165,9 @@ impl EngineModel {
             }
             let event = generate(live, end, stats);
             events.push(event);
-            if event.finish.is_some() {
+            if event.finish.is_some() && live.sequence.hold {
+                handoffs.hold(live);
+            } else if event.finish.is_some() {
                 live.give_up_blocks(cache);
             }
             event.finish.is_none()
@@ -173,16 +190,16 @@ impl EngineModel {
         self.cache.take_events()
     }
 
-    /// Whether nothing runs or waits.
+    /// Whether nothing runs or waits, not even for KV.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting_count == 0
+        self.running.is_empty() && self.waiting() == 0
     }
 
-    /// Sequences that wait.
+    /// Sequences that wait: for room, for KV, or for a place among those that run.
     #[must_use]
     pub fn waiting(&self) -> u32 {
-        self.waiting_count as u32
+        (self.waiting_count + self.handoffs.waiting()) as u32
     }
 
     /// KV blocks that are free or hold only reusable cache.
@@ -202,7 +219,10 @@ impl EngineModel {
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             running: self.running.len() as u32,
-            waiting: self.waiting_count as u32,
+            waiting: self.waiting(),
+            fetching: self.handoffs.fetching() as u32,
+            held: self.handoffs.held() as u32,
+            kv_blocks_held: self.held_blocks(),
             kv_blocks_used: self.cache.used() as u32,
             kv_blocks_total: self.cache.capacity() as u32,
             stats: self.stats.clone(),
@@ -244,27 +264,38 @@ impl EngineModel {
                 self.head_blocked_at = Some(free);
                 return;
             }
-            if live.cached_tokens.is_none() {
-                live.cached_tokens = Some(live.computed);
-                self.stats.prompt_tokens += u64::from(live.known());
-                self.stats.prefix_queries_tokens += u64::from(live.known());
-                self.stats.prefix_hits_tokens += u64::from(live.computed);
-                self.stats.queue_time.observe(now.saturating_sub(live.submitted));
-            }
-            live.schedule((live.known() - live.computed).min(*budget), &mut self.cache, &self.profile);
-            count(live, pass, budget);
-            let admitted = self.waiting.pop_front().and_then(|head| head.live);
-            self.running.extend(admitted);
+            live.cached_tokens.get_or_insert(live.computed);
+            let Some(admitted) = self.waiting.pop_front().and_then(|head| head.live) else { return };
             self.waiting_count -= 1;
             self.head_blocked_at = None;
             self.drop_empty_places();
+            if admitted.awaits_kv {
+                self.handoffs.fetch(admitted, now);
+            } else {
+                self.run(admitted, now, pass, budget);
+            }
         }
+    }
+
+    /// Gives a sequence that has its blocks a place among those that run, and tokens of this step.
+    fn run(&mut self, mut live: Live, now: Duration, pass: &mut Pass, budget: &mut u32) {
+        if std::mem::take(&mut live.is_new) {
+            self.stats.prompt_tokens += u64::from(live.known());
+            self.stats.prefix_queries_tokens += u64::from(live.known());
+            self.stats.prefix_hits_tokens += u64::from(live.cached_tokens.unwrap_or_default());
+            self.stats.prompt_tokens_fetched += u64::from(live.fetched_tokens);
+            self.stats.queue_time.observe(now.saturating_sub(live.submitted));
+        }
+        live.schedule((live.known() - live.computed).min(*budget), &mut self.cache, &self.profile);
+        count(&live, pass, budget);
+        self.running.push(live);
     }
 
     fn preempt_latest(&mut self) {
         let Some(mut live) = self.running.pop() else { return };
         live.give_up_blocks(&mut self.cache);
-        self.waiting.push_front(Waiting { id: live.id, live: Some(live) });
+        let at = self.waiting.partition_point(|waiting| waiting.id < live.id);
+        self.waiting.insert(at, Waiting { id: live.id, live: Some(live) });
         self.waiting_count += 1;
         self.head_blocked_at = None;
         self.stats.preemptions += 1;

@@ -146,8 +146,12 @@ impl Dialects {
 
     /// How the server goes on with an answer that another one began.
     pub(crate) fn continues(&self) -> Continues {
-        let is_mock = self.is_mock.load(Ordering::Relaxed);
-        if is_mock { self.vllm.continues() } else { self.spoken().continues() }
+        if self.is_mock() { self.vllm.continues() } else { self.spoken().continues() }
+    }
+
+    /// Whether the server is our mock engine, as far as is known.
+    pub(crate) fn is_mock(&self) -> bool {
+        self.is_mock.load(Ordering::Relaxed)
     }
 
     /// Whether the server is our mock engine.

@@ -1,9 +1,12 @@
 //! The engine itself: which request goes where, and what its answer is.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use dynamo_engine_api::{Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, ModelCard, RankLoad, Reply};
+use dynamo_engine_api::{
+    Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, Leg, ModelCard, Prefilled, Protocol, RankLoad, Reply,
+    Ticket, WholeReply,
+};
 use futures_core::future::BoxFuture;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request,
@@ -15,6 +18,7 @@ use crate::{
     client::Client,
     control::Control,
     dialect::{Dialects, Wish, recognise},
+    handoff::Handoff,
     kind::Kind,
     kv, models,
     options::{Bearer, OpenAiOptions},
@@ -27,6 +31,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
 const MODELS: &str = "/v1/models";
+/// Longest time that giving up KV may take; after it, hanging up is all that is done.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the mock engine calls itself.
 const MOCK: &str = "dynamo-mock";
 
@@ -61,6 +67,7 @@ pub struct OpenAiEngine {
     control: Arc<Control>,
     dialects: Arc<Dialects>,
     aborts: Aborts,
+    handoff: Handoff,
     authorization: Option<HeaderValue>,
     options: OpenAiOptions,
 }
@@ -84,6 +91,7 @@ impl OpenAiEngine {
             client: Client::new(name.clone(), &url.at("/"), &options, tls),
             dialects: Arc::new(Dialects::new(options.kind)),
             aborts: Aborts::new(control.clone()),
+            handoff: Handoff::new(name.clone(), &url, &options)?,
             authorization: options.bearer.as_ref().map(Bearer::authorization),
             control,
             name,
@@ -120,8 +128,10 @@ impl OpenAiEngine {
     async fn ask(&self, asked: GenerateRequest) -> Result<Reply, EngineError> {
         let make_id = || self.aborts.request_id();
         let mut additions = self.dialects.spoken().additions(&Wish::of(&asked, self.options.forward_priority, &make_id));
+        let may_stream = self.handoff.leg(self.handoff(), &asked.leg, asked.endpoint, &mut additions.fields)?;
+        let stream = asked.stream && may_stream;
         let has_ids = matches!(asked.endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
-        if asked.wants_token_ids && asked.stream && has_ids && self.dialects.continues().gives_ids {
+        if asked.wants_token_ids && stream && has_ids && self.dialects.continues().gives_ids {
             additions.fields.flag("return_token_ids", true);
         }
         let mut request = Request::new(additions.fields.into_body(asked.body));
@@ -130,7 +140,7 @@ impl OpenAiEngine {
         *request.headers_mut() = asked.headers;
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, JSON);
-        headers.insert(ACCEPT, if asked.stream { EVENT_STREAM } else { JSON });
+        headers.insert(ACCEPT, if stream { EVENT_STREAM } else { JSON });
         // An id that no header can carry stays here: it is for the engine's log only.
         headers.extend(HeaderValue::from_str(&asked.request_id).ok().map(|id| (REQUEST_ID, id)));
         headers.extend(self.authorization.clone().map(|value| (AUTHORIZATION, value)));
@@ -140,6 +150,9 @@ impl OpenAiEngine {
         let reply = async {
             let response = self.client.send(&request).await?;
             if response.status().is_success() && is_event_stream(response.headers()) {
+                if !may_stream {
+                    return Err(self.handoff.refused("it answered with a stream to a prefill, which asks for none"));
+                }
                 return Ok(Reply::Stream(stream::chunks(self.name.clone(), asked.endpoint, response.into_body())));
             }
             if response.status().is_success() && !is_json(response.headers()) {
@@ -158,6 +171,16 @@ impl OpenAiEngine {
             }
             (reply, None) => reply,
         }
+    }
+
+    /// Decodes one token of what is given up, which frees it on both sides: whoever only asked and left would be forgotten
+    /// before the other engine is told.
+    async fn give_up(&self, mut request: GenerateRequest) {
+        let (Leg::Decode(_), Some(fields)) = (&request.leg, Handoff::release(self.handoff(), request.endpoint)) else { return };
+        request.body = fields.into_body(request.body);
+        request.stream = false;
+        // What it answers makes no difference: the lease does what is left to do.
+        drop(self.client.within(RELEASE_TIMEOUT, self.ask(request)).await);
     }
 
     /// Something else is there, such as a proxy that has lost its engine.
@@ -205,6 +228,23 @@ impl Engine for OpenAiEngine {
 
     fn continues(&self) -> Continues {
         self.dialects.continues()
+    }
+
+    /// As it was told, or as servers of its kind do once that is known.
+    fn handoff(&self) -> Option<Protocol> {
+        self.handoff.protocol(self.dialects.kind(), self.dialects.is_mock())
+    }
+
+    fn ticket(&self, rank: Option<u32>) -> BoxFuture<'_, Result<Ticket, EngineError>> {
+        Box::pin(self.handoff.ticket(self.handoff(), rank))
+    }
+
+    fn prefilled(&self, reply: &WholeReply) -> Result<Prefilled, EngineError> {
+        self.handoff.prefilled(self.handoff(), reply)
+    }
+
+    fn release(&self, request: GenerateRequest) -> BoxFuture<'_, ()> {
+        Box::pin(self.give_up(request))
     }
 
     fn tokenize(&self, endpoint: Endpoint, body: Bytes) -> BoxFuture<'_, Result<Option<Vec<u32>>, EngineError>> {

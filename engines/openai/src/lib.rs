@@ -18,6 +18,7 @@ mod dialect;
 mod engine;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod handoff;
 mod http1;
 mod kind;
 mod kv;

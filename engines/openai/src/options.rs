@@ -2,6 +2,7 @@
 
 use std::{fmt, path::PathBuf, time::Duration};
 
+use dynamo_engine_api::Protocol;
 use dynamo_engine_kv_events::Endpoint as KvEndpoint;
 use http::HeaderValue;
 
@@ -28,6 +29,15 @@ pub struct OpenAiOptions {
     pub kv_topic: String,
     /// Its data-parallel ranks, each with a publisher, if `kv_events` is an endpoint. Default: 1.
     pub ranks: u32,
+    /// How it hands KV over. Default: as its kind does, NIXL for vLLM and our mock engine, its own way for SGLang and
+    /// TensorRT-LLM, not at all for the others.
+    pub handoff: Option<Protocol>,
+    /// Where others find it for a hand-off by `bootstrap` or `mooncake`, if that is not the host of its URL: a name or an
+    /// address, IPv6 in brackets. Default: the host of its URL.
+    pub bootstrap_host: Option<String>,
+    /// The port of its bootstrap server: SGLang's `--disaggregation-bootstrap-port`, vLLM's
+    /// `VLLM_MOONCAKE_BOOTSTRAP_PORT`. Default: 8998, as theirs.
+    pub bootstrap_port: u16,
     /// Longest wait for a connection to be made, its TLS handshake included, name resolution apart. Default: 2 s.
     pub connect_timeout: Duration,
     /// Longest wait for the head of a stream, or for all of a whole answer. Generous, since a whole answer's
@@ -72,6 +82,9 @@ impl Default for OpenAiOptions {
             kv_replay: None,
             kv_topic: String::new(),
             ranks: 1,
+            handoff: None,
+            bootstrap_host: None,
+            bootstrap_port: 8998,
             connect_timeout: Duration::from_secs(2),
             head_timeout: Duration::from_secs(600),
             probe_timeout: Duration::from_secs(2),

@@ -58,6 +58,12 @@ impl Link {
     pub fn is_avoided(&self, now_ms: u64) -> bool {
         now_ms < self.avoided_until_ms
     }
+
+    /// For how long it is left alone yet, in milliseconds; `None` if it is not.
+    #[must_use]
+    pub fn avoided_ms(&self, now_ms: u64) -> Option<u64> {
+        self.is_avoided(now_ms).then(|| self.avoided_until_ms - now_ms)
+    }
 }
 
 /// All links.
@@ -98,6 +104,15 @@ impl LinkBoard {
         (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
     }
 
+    /// A hand-off went well, and nobody knows how long it took.
+    pub fn worked(&self, from: u32, to: u32) {
+        // Of one that nothing is known of, nothing has to be forgotten.
+        if let Some(link) = self.lock().get_mut(&from).and_then(|links| links.get_mut(&to)) {
+            link.error_rate -= ALPHA * link.error_rate;
+            (link.failures, link.avoided_until_ms, link.avoided_for_ms) = (0, 0, 0);
+        }
+    }
+
     /// A hand-off failed that is the link's doing, as far as one can tell.
     pub fn failed(&self, from: u32, to: u32, now_ms: u64) {
         let mut links = self.lock();
@@ -132,6 +147,21 @@ impl LinkBoard {
         self.get(from, to).is_some_and(|link| link.is_avoided(now_ms))
     }
 
+    /// All that were used, as (prefill, decode) slots.
+    #[must_use]
+    pub fn all(&self) -> Vec<(u32, u32, Link)> {
+        let links = self.lock();
+        links.iter().flat_map(|(&from, links)| links.iter().map(move |(&to, &link)| (from, to, link))).collect()
+    }
+
+    /// Those that are left alone for now.
+    #[must_use]
+    pub fn avoided(&self, now_ms: u64) -> Vec<(u32, u32)> {
+        let links = self.lock();
+        let avoided = links.iter().flat_map(|(&from, links)| links.iter().map(move |(&to, link)| (from, to, link)));
+        avoided.filter(|(.., link)| link.is_avoided(now_ms)).map(|(from, to, _)| (from, to)).collect()
+    }
+
     /// Forgets all links of a worker that is gone.
     pub fn forget(&self, slot: u32) {
         let mut links = self.lock();
@@ -159,6 +189,8 @@ mod tests {
             links.failed(0, 1, 100);
         }
         assert!(links.is_avoided(0, 1, 100) && !links.is_avoided(0, 2, 100) && !links.is_avoided(1, 0, 100));
+        assert_eq!((links.avoided(100), links.avoided(100 + AVOIDED_MS)), (vec![(0, 1)], Vec::new()));
+        assert_eq!(links.all()[0].2.avoided_ms(200), Some(AVOIDED_MS - 100));
         assert!(!links.is_avoided(0, 1, 100 + AVOIDED_MS), "it is tried again");
         links.failed(0, 1, 10_000);
         assert!(links.is_avoided(0, 1, 10_000 + AVOIDED_MS) && !links.is_avoided(0, 1, 10_000 + 2 * AVOIDED_MS));

@@ -6,10 +6,12 @@
 
 mod breaker;
 mod budget;
+mod lately;
 mod outlier;
 mod queue;
 
 pub use breaker::{Attempt, Breaker, BreakerRules, Ended, Failure, Stand};
 pub use budget::{BUDGET_SECONDS, BudgetRules, RetryBudget};
+pub use lately::Lately;
 pub use outlier::{Ejection, Latencies, Measure, OutlierRules, Place, Row, Slow, outliers};
 pub use queue::{Action, Arrival, Bounds, Demand, Flow, PoolLoad, Refusal, Room, Ticket};

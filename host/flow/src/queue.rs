@@ -298,6 +298,12 @@ impl Flow {
         }
     }
 
+    /// A pool's part, with the wait of a request of this standing.
+    #[must_use]
+    pub fn pool_for(&self, key: u64, tenant: u64, admitted: &Admitted, now_ms: u64) -> PoolLoad {
+        PoolLoad { predicted_wait_ms: self.predicted_wait_ms(key, tenant, admitted), ..self.pool(key, now_ms) }
+    }
+
     /// What a request of this standing would wait in a pool, in milliseconds; NaN if that cannot be said yet.
     #[must_use]
     pub fn predicted_wait_ms(&self, pool: u64, tenant: u64, admitted: &Admitted) -> f32 {

@@ -53,7 +53,7 @@ fn run() -> Result<(), String> {
         workers: 8,
         speed: 1.0,
         seed: SEED,
-        engine: options.workers[0].clone(),
+        engine: options.workers[0].profile.clone(),
         bounds: bounds(&few, &options.workers).map_err(|error| error.to_string())?,
         policies: vec![row],
     };

@@ -10,6 +10,7 @@ use dynamo_engine_mock::{
 use serde::Serialize;
 
 use crate::{
+    engine::EngineSpec,
     prompt,
     requests::ms,
     samples::{Quantiles, Samples},
@@ -40,8 +41,9 @@ pub struct Bounds {
 ///
 /// # Errors
 /// If the engine cannot be.
-pub fn bounds(trace: &Trace, workers: &[Profile]) -> Result<Bounds, SimulationError> {
-    let fastest = workers.iter().min_by(|one, other| full_pass(one).total_cmp(&full_pass(other)));
+pub fn bounds(trace: &Trace, workers: &[EngineSpec]) -> Result<Bounds, SimulationError> {
+    let workers: Vec<&Profile> = workers.iter().map(|worker| &worker.profile).collect();
+    let fastest = workers.iter().copied().min_by(|one, other| full_pass(one).total_cmp(&full_pass(other)));
     let engine = fastest.ok_or(SimulationError::NoWorker)?;
     let pooled = workers.iter().map(|profile| u64::from(profile.kv_blocks) * u64::from(profile.block_size)).sum::<u64>();
     let pooled = u32::try_from(pooled / u64::from(engine.block_size)).unwrap_or(u32::MAX);
@@ -62,7 +64,15 @@ fn bound(trace: &Trace, engine: &Profile, kv_blocks: u32) -> Result<Bound, Simul
     for request in &trace.requests {
         let prompt: Arc<[u32]> = prompt::tokens(&request.prompt);
         total += prompt.len() as u64;
-        let sequence = Sequence { prompt, first_output_token: 0, output_tokens: 1, finish: FinishReason::Stop, salt: 0 };
+        let sequence = Sequence {
+            prompt,
+            first_output_token: 0,
+            output_tokens: 1,
+            finish: FinishReason::Stop,
+            salt: 0,
+            hold: false,
+            remote: false,
+        };
         if model.submit(Duration::ZERO, sequence).is_err() {
             let (tokens, max_model_len, workers) = (trace.longest(), engine.max_model_len, 1);
             return Err(SimulationError::TooLong { tokens, max_model_len, workers });

@@ -1,13 +1,17 @@
 //! A worker of the simulated fleet: a modelled engine, its place on the load board, and its part in the prefix index.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use dynamo_engine_mock::{
     Profile, ProfileError,
-    model::{CacheEvent, EngineModel},
+    model::{CacheEvent, EngineModel, SequenceId},
 };
 use dynamo_host_core::{
-    EngineHash, Handoff, KvEvent, Load, LoadBoard, LoadReport, Role, StoredBlocks, Tier, Worker, WorkerSpec, WorkerState,
+    EngineHash, Handoff, KvEvent, Load, LoadBoard, LoadReport, Role, StoredBlocks, Tier, Worker, WorkerSpec, WorkerState, id,
     load::{LoadSlot, Recent, Throughput},
 };
 use dynamo_host_index::{PrefixIndexes, WorkerKv};
@@ -34,9 +38,36 @@ pub fn default_profile() -> Profile {
     }
 }
 
+/// One engine of the fleet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineSpec {
+    /// Its part of the work.
+    pub role: Role,
+    /// What it holds and how fast it is.
+    pub profile: Profile,
+}
+
+impl EngineSpec {
+    /// Key of those that it can hand KV to and take it from, as the host makes it of what engines say of themselves.
+    pub(crate) fn handoff_group(&self) -> u64 {
+        let Profile { block_size, kv_bytes_per_token, .. } = self.profile;
+        id::key(format!("nixl\0{block_size}\0{kv_bytes_per_token}").as_bytes())
+    }
+}
+
 /// One worker.
 pub(crate) struct Engine {
+    pub(crate) role: Role,
+    group: u64,
     pub(crate) model: EngineModel,
+    /// How often it began anew: what one life kept, another has not.
+    pub(crate) life: u32,
+    /// Requests whose KV it keeps until it is fetched.
+    pub(crate) kept: BTreeSet<u32>,
+    /// Requests by their sequences, of those whose KV comes from elsewhere.
+    pub(crate) remote: HashMap<SequenceId, u32>,
+    /// What it was given to do, and did.
+    pub(crate) work: Work,
     pub(crate) load: Arc<LoadSlot>,
     pub(crate) kv: WorkerKv,
     /// Begun and not ended: a step that has its end in the queue.
@@ -61,15 +92,34 @@ pub(crate) struct Engine {
     throughput: Throughput,
 }
 
+/// What an engine was given to do, and did.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Work {
+    /// Whole requests and parts of them.
+    pub(crate) legs: u64,
+    /// Prompt tokens that it was to compute …
+    pub(crate) prompt_tokens: u64,
+    /// … of which it had so many in its cache.
+    pub(crate) cached_tokens: u64,
+    /// Tokens of output.
+    pub(crate) output_tokens: u64,
+}
+
 impl Engine {
-    pub(crate) fn new(profile: &Profile, board: &Arc<LoadBoard>, indexes: &Arc<PrefixIndexes>) -> Result<Self, ProfileError> {
-        let mut model = EngineModel::new(profile.clone())?;
+    pub(crate) fn new(spec: &EngineSpec, board: &Arc<LoadBoard>, indexes: &Arc<PrefixIndexes>) -> Result<Self, ProfileError> {
+        let mut model = EngineModel::new(spec.profile.clone())?;
         model.record_cache_events();
         let load = board.claim().expect("the board has a slot for each worker");
         let kv = indexes.join(MODEL, load.index());
         let throughput = Throughput::new(0, 0);
         Ok(Self {
+            role: spec.role,
+            group: spec.handoff_group(),
             model,
+            life: 0,
+            kept: BTreeSet::new(),
+            remote: HashMap::new(),
+            work: Work::default(),
             load,
             kv,
             is_stepping: false,
@@ -105,6 +155,9 @@ impl Engine {
         model.record_cache_events();
         self.preemptions += self.model.preemptions();
         self.model = model;
+        self.life += 1;
+        self.kept.clear();
+        self.remote.clear();
         self.kv.clear();
         self.is_stepping = false;
     }
@@ -115,7 +168,7 @@ impl Engine {
         let spec = WorkerSpec {
             name: format!("engine-{number}"),
             model: MODEL.to_owned(),
-            role: Role::Aggregated,
+            role: self.role,
             rank: 0,
             block_size: Some(profile.block_size),
             labels: profile.labels(),
@@ -125,7 +178,7 @@ impl Engine {
             spec: Arc::new(spec),
             state: if self.is_up { WorkerState::Healthy } else { WorkerState::Unreachable },
             adapters: Arc::default(),
-            handoff: Handoff::default(),
+            handoff: Handoff { serves_whole: true, group: (self.role != Role::Aggregated).then_some(self.group) },
             joined_ms: 0,
             load: Arc::clone(&self.load),
         }

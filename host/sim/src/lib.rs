@@ -6,7 +6,7 @@
 //! options and seed give the same report, byte for byte.
 //!
 //! The queue in front of the engines, their faults and clients that leave are there if they are asked for. Deliberately
-//! absent: networks. `docs/simulator.md` says what is modelled and what is not.
+//! absent: networks other than those that KV goes over. `docs/simulator.md` says what is modelled and what is not.
 
 pub mod bounds;
 mod engine;
@@ -22,10 +22,12 @@ mod samples;
 mod simulation;
 pub mod trace;
 
-pub use engine::default_profile;
+pub use engine::{EngineSpec, default_profile};
 pub use faults::Faults;
 pub use queueing::{AdmissionPolicy, Queueing, Tenant};
 pub use report::Report;
 pub use samples::{Quantiles, Samples};
-pub use simulation::{Contender, FaultTally, Options, QueueTally, SimulationError, Tally, TenantTally, simulate};
+pub use simulation::{
+    Contender, FaultTally, HandoffTally, Links, Options, PoolTally, QueueTally, SimulationError, Tally, TenantTally, simulate,
+};
 pub use trace::{Trace, TraceError, TraceRequest};

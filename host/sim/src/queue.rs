@@ -16,6 +16,10 @@ use crate::faults::Fault;
 pub(crate) enum Happening {
     /// A worker's step ends.
     StepEnd { worker: u32 },
+    /// KV may have come over.
+    Transfers,
+    /// KV has been kept for as long as it is.
+    Lease { request: u32 },
     /// The oldest events of a worker's cache arrive.
     KvEvents { worker: u32 },
     /// A worker's load is read.

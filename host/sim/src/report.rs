@@ -5,12 +5,16 @@
 
 mod html;
 mod plot;
+mod pools;
 mod service;
 mod text;
 
 use serde::Serialize;
 
-pub use self::service::{FaultRow, QueueRow, ShareRow, TenantRow};
+pub use self::{
+    pools::{HandoffRow, PoolRow},
+    service::{FaultRow, QueueRow, ShareRow, TenantRow},
+};
 
 use crate::{
     bounds::Bounds,
@@ -56,7 +60,7 @@ pub struct Row {
     pub itl: Quantiles,
     /// Time to the last token in milliseconds.
     pub e2e: Quantiles,
-    /// Share of the prompt tokens that were cached.
+    /// Share of the prompt tokens that nobody computed, since whoever was to had them cached.
     pub reuse: f64,
     /// Output tokens per second.
     pub output_tokens_per_second: f64,
@@ -80,6 +84,12 @@ pub struct Row {
     pub ttft_shares: Vec<Share>,
     /// The distribution of times between tokens.
     pub itl_shares: Vec<Share>,
+    /// What the workers of each role did, if there are roles.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pools: Vec<PoolRow>,
+    /// What came of handing KV over, if there are roles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handoffs: Option<HandoffRow>,
     /// What the queue came to, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue: Option<QueueRow>,
@@ -116,6 +126,8 @@ impl Row {
             fallbacks: tally.fallbacks.clone(),
             ttft_shares: Share::all(|share| tally.ttft.quantile(share)),
             itl_shares: Share::all(|share| tally.itl.quantile(share)),
+            pools: pools::rows(&tally),
+            handoffs: HandoffRow::new(&mut tally),
             queue: tally.queue.as_deref().map(QueueRow::new),
             faults: tally.faults.clone().map(|faults| FaultRow { faults, failed: tally.failed }),
             tally,

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use dynamo_engine_mock::model::{Event, SequenceId};
+use dynamo_engine_mock::model::{Event, SequenceId, TransferId};
 use dynamo_host_core::{Endpoint, RequestFacts, TokenCount, WorkerId, load::InFlight};
 use dynamo_host_index::Prompt;
 
@@ -17,6 +17,8 @@ pub(crate) struct Waiting {
     pub(crate) prompt: Prompt,
     pub(crate) holds: u32,
     pub(crate) before: Before,
+    /// KV that is kept for it: it is to be placed for its decode.
+    pub(crate) kept: Option<Kept>,
 }
 
 /// What earlier attempts came to.
@@ -28,16 +30,53 @@ pub(crate) struct Before {
     pub(crate) last_token: Duration,
     /// Workers that failed it, oldest first.
     pub(crate) failed: Vec<WorkerId>,
+    /// Decisions about it.
+    pub(crate) decisions: u32,
+    /// Tokens of its prompt that whoever computed it for somebody else had cached.
+    pub(crate) cached_tokens: Option<u32>,
+}
+
+/// KV of a prompt that its engine keeps until it is fetched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    /// The engine that has it, and what it is there.
+    pub(crate) place: Place,
+    /// Of the lives of that engine.
+    pub(crate) life: u32,
+    /// Since when.
+    pub(crate) since: Duration,
+}
+
+/// Which part of a request an engine was given.
+pub(crate) enum Leg {
+    /// All of it.
+    Whole,
+    /// Its prompt: all that it takes to go on elsewhere, and where, if that was said at once.
+    Prefill { facts: Box<RequestFacts>, prompt: Prompt, decoder: Option<WorkerId> },
+    /// Its output, from KV that is kept elsewhere until it is here.
+    Decode { kept: Kept, transfer: Fetching },
+}
+
+/// How far a decode leg is with its KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fetching {
+    /// The engine has no room for it yet.
+    Waits,
+    /// It is under way.
+    UnderWay(TransferId),
+    /// It is there.
+    Done,
 }
 
 /// A request on a worker.
 pub(crate) struct Placed {
     pub(crate) in_flight: InFlight,
+    /// The request.
+    pub(crate) number: u32,
     pub(crate) decision_id: u64,
-    pub(crate) worker_id: u64,
-    /// The engine, and what the request is there.
-    pub(crate) worker: u32,
-    pub(crate) sequence: SequenceId,
+    pub(crate) leg: Leg,
+    /// The worker, the engine, and what the request is there.
+    pub(crate) place: Place,
     pub(crate) before: Before,
     /// When it came.
     pub(crate) at: Duration,
@@ -51,7 +90,7 @@ pub(crate) struct Placed {
 }
 
 /// Where a request went.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     pub(crate) id: WorkerId,
     pub(crate) worker: u32,
@@ -71,35 +110,15 @@ pub(crate) fn facts(number: u32, request: &TraceRequest, now_ms: u64) -> Request
     facts
 }
 
-impl Placed {
-    pub(crate) fn new(
-        waiting: Waiting,
-        in_flight: InFlight,
-        place: Place,
-        at: Duration,
-        dispatched: Duration,
-        is_observed: bool,
-    ) -> Self {
-        let decision_id = waiting.facts.decision_id;
-        let Place { id, worker, sequence } = place;
-        let before = waiting.before;
-        let last_token = if before.tokens > 0 { before.last_token } else { dispatched };
-        Self {
-            in_flight,
-            decision_id,
-            worker_id: id.0,
-            worker,
-            sequence,
-            before,
-            at,
-            dispatched,
-            first_token: dispatched,
-            last_token,
-            tokens: 0,
-            is_observed,
-        }
+impl Before {
+    /// Identity of the next decision about a request: the first one's is its number.
+    pub(crate) fn next_decision(&mut self, number: u32) -> u64 {
+        self.decisions += 1;
+        u64::from(self.decisions - 1) << 32 | u64::from(number)
     }
+}
 
+impl Placed {
     /// Tokens of output, those of earlier attempts too.
     pub(crate) fn all_tokens(&self) -> u32 {
         self.before.tokens + self.tokens
@@ -142,23 +161,43 @@ pub(crate) fn shared_tokens(request: &TraceRequest) -> Arc<[u32]> {
 mod tests {
     use dynamo_engine_mock::model::{EngineModel, FinishReason, Sequence};
     use dynamo_host_core::LoadBoard;
-    use dynamo_host_index::Salt;
 
     use super::*;
 
     #[test]
     fn what_a_policy_held_a_request_for_is_not_the_workers_time() {
-        let request = TraceRequest { at: Duration::ZERO, prompt: Box::default(), output_tokens: 1, session: None };
-        let prompt = Prompt::new(Salt::new(MODEL, None, None), shared_tokens(&request), true);
-        let waiting = Waiting { facts: facts(0, &request, 0), prompt, holds: 1, before: Before::default() };
         let in_flight = InFlight::dispatch(LoadBoard::new(1).claim().unwrap(), 0, 0, 100);
         let (at, dispatched) = (Duration::ZERO, Duration::from_millis(100));
-        let sequence =
-            Sequence { prompt: [1].into(), first_output_token: 0, output_tokens: 1, finish: FinishReason::Stop, salt: 0 };
+        let sequence = Sequence {
+            prompt: [1].into(),
+            first_output_token: 0,
+            output_tokens: 1,
+            finish: FinishReason::Stop,
+            salt: 0,
+            hold: false,
+            remote: false,
+        };
         let sequence = EngineModel::new(crate::default_profile()).unwrap().submit(at, sequence).unwrap();
-        let place = Place { id: WorkerId(1), worker: 0, sequence };
-        let mut placed = Placed::new(waiting, in_flight, place, at, dispatched, false);
-        placed.first_token = Duration::from_millis(500);
+        let placed = Placed {
+            in_flight,
+            number: 0,
+            decision_id: 0,
+            leg: Leg::Whole,
+            place: Place { id: WorkerId(1), worker: 0, sequence },
+            before: Before::default(),
+            at,
+            dispatched,
+            first_token: Duration::from_millis(500),
+            last_token: dispatched,
+            tokens: 0,
+            is_observed: false,
+        };
         assert_eq!((placed.ttft_ms(), placed.at), (400.0, at));
+    }
+
+    #[test]
+    fn each_decision_about_a_request_has_an_identity_of_its_own() {
+        let mut before = Before::default();
+        assert_eq!([before.next_decision(7), before.next_decision(7)], [7, 1 << 32 | 7]);
     }
 }

@@ -1,11 +1,17 @@
 //! A run: one trace, one fleet, one policy, in virtual time.
 
 mod admission;
+mod books;
 mod faults;
+mod handoff;
+mod placing;
+mod scenario;
 mod service;
+mod steps;
 mod tally;
 
 use std::{
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -13,34 +19,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dynamo_engine_mock::{
-    Profile, ProfileError,
-    model::{Event, FinishReason, Sequence},
-};
-use dynamo_host_core::{
-    Among, Candidates, Fleet, Held, LoadBoard, SlotName,
-    answer::{MAX_HOLD, Verdict},
-    load::{InFlight, READINGS_PER_SECOND, Recent},
-};
-use dynamo_host_index::{IndexLimits, PrefixIndexes, Prompt, Salt};
-use dynamo_host_policy::{
-    DecidedBy, Decision, Limits, LoadError, Now, OutcomeRow, Pinned, PolicyRuntime, PolicyVersion, RouteCall, RoutingSlot,
-    RuntimeError,
-};
+use dynamo_engine_mock::model::{Event, Fetch, KvLinks, Port, TransferId};
+use dynamo_host_core::{Fleet, KvEvent, LinkBoard, LoadBoard, SlotName, load::READINGS_PER_SECOND};
+use dynamo_host_index::{IndexLimits, PrefixIndexes};
+use dynamo_host_policy::{Limits, Now, Pinned, PolicyRuntime, PolicyVersion, RoutingSlot, RuntimeError};
 
 use self::service::Service;
 pub use self::{
     faults::FaultTally,
+    scenario::{Contender, Links, Options, SimulationError},
     service::{QueueTally, TenantTally},
-    tally::Tally,
+    tally::{HandoffTally, PoolTally, Tally},
 };
 use crate::{
-    engine::{Engine, MODEL},
-    faults::Faults,
+    engine::Engine,
     outcome::Outcomes,
     queue::{Happening, Queue},
-    queueing::Queueing,
-    requests::{Before, Place, Placed, Waiting, facts, ms, shared_tokens},
+    requests::{Before, Placed, Waiting},
     samples::Random,
     trace::{Trace, TraceRequest},
 };
@@ -51,94 +46,6 @@ const UNIX_START_MS: u64 = 1_700_000_000_000;
 const FAULTS: u64 = 0xfa01;
 /// Points of the load over time.
 const SAMPLES: u32 = 240;
-
-/// What is simulated.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// The engines, one for each worker.
-    pub workers: Vec<Profile>,
-    /// Arrivals come this many times as fast as in the trace.
-    pub speed: f64,
-    /// Seed of all that is left to chance.
-    pub seed: u64,
-    /// How often each engine's load is read.
-    pub load_interval: Duration,
-    /// How long a cache event takes from the end of the engine's step to the index.
-    pub kv_event_lag: Duration,
-    /// The queue in front of the engines; `None`: there is none, and requests wait inside engines.
-    pub queueing: Option<Queueing>,
-    /// How engines fail; `None`: they do not.
-    pub faults: Option<Faults>,
-    /// After how many events all books are checked in full; the sums are after each. `None`: never.
-    pub audit_every: Option<u64>,
-}
-
-impl Options {
-    /// Engines that do not fail, with no queue before them.
-    #[must_use]
-    pub fn new(workers: Vec<Profile>) -> Self {
-        let (load_interval, kv_event_lag) = (Duration::from_secs(1), Duration::from_millis(5));
-        let (speed, seed) = (1.0, 0);
-        Self { workers, speed, seed, load_interval, kv_event_lag, queueing: None, faults: None, audit_every: None }
-    }
-}
-
-/// What decides in a run.
-#[derive(Clone, Debug)]
-pub struct Contender {
-    /// Its name in reports.
-    pub name: String,
-    /// A component and its settings; the native fallback if `None`.
-    pub policy: Option<(Vec<u8>, String)>,
-}
-
-/// A run that cannot begin.
-#[derive(Debug, thiserror::Error)]
-pub enum SimulationError {
-    /// The sandbox.
-    #[error(transparent)]
-    Runtime(#[from] RuntimeError),
-    /// A policy that cannot be loaded.
-    #[error("policy {name}: {source}")]
-    Policy {
-        /// Its name in the report.
-        name: String,
-        /// Why.
-        source: LoadError,
-    },
-    /// An engine that cannot be.
-    #[error("the engine profile: {0}")]
-    Profile(#[from] ProfileError),
-    /// Requests that no worker could ever run.
-    #[error(
-        "the trace has a request of {tokens} tokens, more than max_model_len={max_model_len} of the engine profile; \
-         raise it (and kv_blocks with it), for example with --workers {workers},max_model_len={tokens}"
-    )]
-    TooLong {
-        /// The longest request.
-        tokens: u32,
-        /// What the engine takes.
-        max_model_len: u32,
-        /// Workers.
-        workers: usize,
-    },
-    /// No worker at all.
-    #[error("there is no worker; simulate at least 1")]
-    NoWorker,
-    /// The books do not agree: a mistake of the simulator or of the queue.
-    #[error("after {events} events, at {at:?}: {what}")]
-    Books {
-        /// Events so far.
-        events: u64,
-        /// Virtual time.
-        at: Duration,
-        /// What does not agree.
-        what: String,
-    },
-    /// The arrivals' speed.
-    #[error("speed {0} is not possible; use a number above 0")]
-    Speed(f64),
-}
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,19 +75,10 @@ pub fn simulate(
     contender: &Contender,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Tally, SimulationError> {
-    check(trace, options)?;
+    options.check(trace)?;
     let mut run = Run::new(trace, options, contender)?;
     run.run(progress)?;
     Ok(run.finish())
-}
-
-fn check(trace: &Trace, options: &Options) -> Result<(), SimulationError> {
-    if !(options.speed.is_finite() && options.speed > 0.0) {
-        return Err(SimulationError::Speed(options.speed));
-    }
-    let max_model_len = options.workers.iter().map(|profile| profile.max_model_len).min().ok_or(SimulationError::NoWorker)?;
-    let (tokens, workers) = (trace.longest(), options.workers.len());
-    if tokens > max_model_len { Err(SimulationError::TooLong { tokens, max_model_len, workers }) } else { Ok(()) }
 }
 
 struct Run<'a> {
@@ -193,18 +91,25 @@ struct Run<'a> {
     /// The next request of the trace.
     next: usize,
     engines: Vec<Engine>,
-    /// The engine of each row; empty if there is no candidate.
-    rows: Vec<u32>,
-    candidates: Arc<Candidates>,
-    /// Of the fleet that they are of.
-    generation: u64,
+    /// The engine of each slot of the load board.
+    by_slot: Vec<u32>,
+    fleet: Fleet,
+    /// What the host knows of the ways between workers …
+    links: Arc<LinkBoard>,
+    /// … and what they are.
+    wires: KvLinks,
+    /// What is on its way: whose it is, how many tokens, and since when.
+    under_way: HashMap<TransferId, (u32, u32, Duration)>,
+    /// When the next of it may have come.
+    transfers_due: Option<Duration>,
+    fetches: Vec<Fetch>,
     indexes: Arc<PrefixIndexes>,
     /// Cache events under way, oldest first.
-    kv_events: Vec<std::collections::VecDeque<Vec<dynamo_host_core::KvEvent>>>,
+    kv_events: Vec<VecDeque<Vec<KvEvent>>>,
     slot: RoutingSlot,
     pinned: Pinned,
     version: Option<Arc<PolicyVersion>>,
-    waiting: std::collections::HashMap<u32, Waiting>,
+    waiting: HashMap<u32, Waiting>,
     placed: Vec<Option<Box<Placed>>>,
     /// How many of them there are.
     on_engines: u64,
@@ -243,16 +148,13 @@ impl<'a> Run<'a> {
         };
         let board = LoadBoard::new(options.workers.len() as u32);
         // Twice what engines hold: events come late, so that what was pushed out is still there when what pushed it comes.
-        let held: u64 = options.workers.iter().map(|profile| u64::from(profile.kv_blocks)).sum();
+        let held: u64 = options.workers.iter().map(|worker| u64::from(worker.profile.kv_blocks)).sum();
         let indexes = PrefixIndexes::with_limits(IndexLimits { max_blocks: 2 * held });
         let engines: Vec<Engine> =
-            options.workers.iter().map(|profile| Engine::new(profile, &board, &indexes)).collect::<Result<_, _>>()?;
-        let workers = engines.iter().enumerate().map(|(number, engine)| engine.worker(number)).collect();
-        let fleet = Fleet::new(1, workers).expect("names differ");
-        let candidates = fleet.candidates(MODEL, Among::Everyone).ok_or(SimulationError::NoWorker)?;
+            options.workers.iter().map(|spec| Engine::new(spec, &board, &indexes)).collect::<Result<_, _>>()?;
         let mut by_slot = vec![0; engines.len()];
         engines.iter().enumerate().for_each(|(number, engine)| by_slot[engine.load.index() as usize] = number as u32);
-        let rows = candidates.iter().map(|worker| by_slot[worker.load.index() as usize]).collect();
+        let port = Port::both(options.links.bytes_per_second as u64);
         let service = options.queueing.as_ref().map(|queueing| Service::new(queueing, options, &clock)).transpose()?;
         let policy = version.as_ref().map_or_else(|| "native".to_owned(), |version| version.label().to_string());
         Ok(Self {
@@ -262,17 +164,21 @@ impl<'a> Run<'a> {
             clock,
             queue: Queue::default(),
             next: 0,
-            kv_events: engines.iter().map(|_| std::collections::VecDeque::new()).collect(),
+            kv_events: engines.iter().map(|_| VecDeque::new()).collect(),
             tally: Tally::new(&contender.name, policy, engines.len()),
+            wires: KvLinks::new(vec![port; engines.len()], options.links.latency),
+            fleet: fleet(1, &engines),
             engines,
-            rows,
-            candidates,
-            generation: 1,
+            by_slot,
+            links: Arc::default(),
+            under_way: HashMap::new(),
+            transfers_due: None,
+            fetches: Vec::new(),
             indexes,
             pinned: slot.pin(),
             slot,
             version,
-            waiting: std::collections::HashMap::new(),
+            waiting: HashMap::new(),
             placed: (0..trace.requests.len()).map(|_| None).collect(),
             on_engines: 0,
             open: 0,
@@ -308,7 +214,7 @@ impl<'a> Run<'a> {
             self.begin_steps();
         }
         progress(self.tally.ended());
-        Ok(())
+        self.audit_end()
     }
 
     /// Queues what repeats itself.
@@ -351,6 +257,8 @@ impl<'a> Run<'a> {
     fn happen(&mut self, what: Happening) {
         match what {
             Happening::StepEnd { worker } => self.end_step(worker),
+            Happening::Transfers => self.end_transfers(),
+            Happening::Lease { request } => self.end_lease(request),
             Happening::Wake => self.service.iter_mut().for_each(Service::wake),
             Happening::Leave { request } => self.leave(request),
             Happening::Fault { kind } => self.fail(kind),
@@ -383,232 +291,11 @@ impl<'a> Run<'a> {
     }
 
     fn arrive(&mut self, number: u32) {
-        let request = &self.trace[number as usize];
-        let facts = facts(number, request, self.now_ms());
-        let prompt = Prompt::new(Salt::new(MODEL, None, None), shared_tokens(request), true);
         self.open += 1;
-        self.tally.come(request, self.arrival(number as usize));
-        self.waiting.insert(number, Waiting { facts, prompt, holds: 0, before: Before::default() });
+        self.tally.come(&self.trace[number as usize], self.arrival(number as usize));
+        let waiting = self.beginning(number, Before::default());
+        self.waiting.insert(number, waiting);
         self.enter(number);
-    }
-
-    /// Asks the policy where a request shall go, as `host/src/request.rs` does.
-    fn place(&mut self, number: u32) {
-        if self.rows.is_empty() {
-            return self.stranded.push(number);
-        }
-        let Some(mut waiting) = self.waiting.remove(&number) else { return };
-        waiting.facts.holds = waiting.holds;
-        let begun = Instant::now();
-        let overlap = Arc::new(self.indexes.overlap(MODEL, &waiting.prompt));
-        let now_ms = self.now_ms();
-        let call = RouteCall {
-            request: Arc::new(waiting.facts.clone()),
-            candidates: Arc::clone(&self.candidates),
-            overlap: Some(Arc::clone(&overlap)),
-            links: None,
-            now_ms,
-            unix_ms: UNIX_START_MS + now_ms,
-            seed: self.options.seed.wrapping_add(waiting.facts.decision_id) ^ u64::from(waiting.holds) << 60,
-            explain: false,
-        };
-        let decision = self.slot.decide(&self.pinned, call);
-        self.tally.decided(&decision, begun.elapsed());
-        let Decision { verdict, by, .. } = decision;
-        match verdict {
-            Verdict::Place(ranking) => {
-                let row = ranking.rows()[0];
-                let cached = overlap.of(self.candidates.worker(row).load.index()).map_or(0, Held::total);
-                self.dispatch(number, waiting, row, cached, &by);
-            }
-            Verdict::PlacePairs(_) => unreachable!("all workers are aggregated"),
-            Verdict::Hold { at_most_ms } => {
-                waiting.holds += 1;
-                let pause = Duration::from_millis(u64::from(at_most_ms.max(1))).min(MAX_HOLD);
-                self.waiting.insert(number, waiting);
-                self.queue.push(self.now + pause, Happening::AskAgain { request: number });
-            }
-            Verdict::Reject(_) => {
-                self.tally.rejected += 1;
-                self.gone(number, 0, End::Rejected);
-            }
-        }
-    }
-
-    fn dispatch(&mut self, number: u32, waiting: Waiting, row: u32, cached: u32, by: &DecidedBy) {
-        let (at, now_ms) = (self.arrival(number as usize), self.now_ms());
-        let worker = self.rows[row as usize];
-        let engine = &mut self.engines[worker as usize];
-        let tokens = waiting.facts.prompt.tokens;
-        let in_flight = InFlight::dispatch(Arc::clone(&engine.load), tokens, tokens.saturating_sub(cached), now_ms);
-        let is_observed = by.version().is_some_and(|version| version.observes());
-        let sequence = Sequence {
-            prompt: Arc::clone(waiting.prompt.tokens()),
-            // Its tokens then tell whose they are, and no two requests' are alike at any place.
-            first_output_token: number,
-            output_tokens: self.trace[number as usize].output_tokens - waiting.before.tokens,
-            finish: FinishReason::Stop,
-            salt: 0,
-        };
-        let sequence = engine.model.submit(self.now, sequence).expect("the longest request was checked against the profile");
-        engine.requests.insert(number);
-        let place = Place { id: self.candidates.worker(row).id, worker, sequence };
-        self.placed[number as usize] = Some(Box::new(Placed::new(waiting, in_flight, place, at, self.now, is_observed)));
-        self.on_engines += 1;
-        self.make_ready(worker);
-    }
-
-    fn make_ready(&mut self, worker: u32) {
-        let engine = &mut self.engines[worker as usize];
-        if !engine.is_stepping && !engine.is_ready {
-            engine.is_ready = true;
-            self.ready.push(worker);
-        }
-    }
-
-    fn begin_steps(&mut self) {
-        for worker in std::mem::take(&mut self.ready) {
-            let engine = &mut self.engines[worker as usize];
-            engine.is_ready = false;
-            if let Some(end) = engine.begin_step(self.now) {
-                self.queue.push(end, Happening::StepEnd { worker });
-            }
-        }
-    }
-
-    fn end_step(&mut self, worker: u32) {
-        let engine = &mut self.engines[worker as usize];
-        if !(engine.is_stepping && engine.step_ends == self.now) {
-            return;
-        }
-        engine.is_stepping = false;
-        engine.busy += self.now - engine.step_begun;
-        engine.model.end_step(&mut self.tokens);
-        let changes = engine.take_kv_events();
-        if !changes.is_empty() {
-            self.kv_events[worker as usize].push_back(changes);
-            self.queue.push(self.now + self.options.kv_event_lag, Happening::KvEvents { worker });
-        }
-        let mut tokens = std::mem::take(&mut self.tokens);
-        tokens.drain(..).for_each(|event| self.take_token(&event));
-        self.tokens = tokens;
-        self.make_ready(worker);
-    }
-
-    fn take_token(&mut self, event: &Event) {
-        let number = event.token.wrapping_sub(event.index) as usize;
-        let Some(placed) = &mut self.placed[number] else { return };
-        match placed.token(event, self.now) {
-            Some(since) => self.tally.itl.add(ms(since), 1),
-            None => {
-                let ttft_ms = ms(self.now - placed.at);
-                self.tally.begun(ttft_ms, event.cached_tokens);
-                self.service.iter_mut().for_each(|service| service.begun(number as u32, ttft_ms));
-            }
-        }
-        if event.finish.is_some()
-            && let Some(placed) = self.take_placed(number as u32)
-        {
-            self.end(&placed);
-        }
-    }
-
-    /// Takes a request off its engine, which has nothing more to do for it.
-    fn take_placed(&mut self, number: u32) -> Option<Box<Placed>> {
-        let placed = self.placed[number as usize].take()?;
-        self.engines[placed.worker as usize].requests.remove(&number);
-        self.on_engines -= 1;
-        Some(placed)
-    }
-
-    /// A request has ended: what the host takes down of it, and tells its policy.
-    fn end(&mut self, placed: &Placed) {
-        let (ttft_ms, itl_ms) = (placed.ttft_ms(), placed.itl_ms());
-        self.tally.end(ms(self.now - placed.at), placed.all_tokens(), self.now);
-        let load = placed.in_flight.slot();
-        for (recent, value) in [(Recent::TtftMs, ttft_ms), (Recent::ItlMs, itl_ms), (Recent::ErrorRate, 0.0)] {
-            if !value.is_nan() {
-                load.observe(recent, value as f32);
-                load.observed(self.now_ms());
-            }
-        }
-        self.tell(placed, ttft_ms, 0);
-        self.gone(placed.decision_id as u32, placed.all_tokens(), End::Served);
-    }
-
-    /// Tells the policy what came of a request on a worker.
-    fn tell(&mut self, placed: &Placed, ttft_ms: f64, end: u32) {
-        let row = OutcomeRow {
-            decision_id: placed.decision_id,
-            worker_id: placed.worker_id,
-            ttft_ms: ttft_ms as f32,
-            itl_ms: placed.itl_ms() as f32,
-            queue_ms: f32::NAN,
-            output_tokens: placed.tokens,
-            end,
-        };
-        if placed.is_observed
-            && let Some(at) = self.outcomes.tell(row, self.now)
-        {
-            self.queue.push(at, Happening::Observe);
-        }
-        self.tell_admission(row);
-    }
-
-    /// A request is no more, however it ended.
-    fn gone(&mut self, number: u32, output_tokens: u32, end: End) {
-        self.open -= 1;
-        self.tally.turned_away += u64::from(matches!(end, End::Left | End::Expired | End::Refused | End::Shed));
-        self.tell_admission_of_none(number, end);
-        let work = self.trace[number as usize].prompt_tokens().saturating_add(output_tokens);
-        let now_ms = self.now_ms();
-        self.service.iter_mut().for_each(|service| service.gone(number, work, output_tokens, end, now_ms));
-    }
-
-    /// Whether everything that came is somewhere, once; and now and then, whether all books say so.
-    fn check(&mut self) -> Result<(), SimulationError> {
-        self.events += 1;
-        let Some(every) = self.options.audit_every else { return Ok(()) };
-        let wrong = |what: String| Err(SimulationError::Books { events: self.events, at: self.now, what });
-        let (came, ended) = (self.next as u64, self.tally.ended());
-        if ended + self.open != came {
-            return wrong(format!("{came} came, {ended} ended and {} are open", self.open));
-        }
-        if self.waiting.len() as u64 + self.on_engines != self.open {
-            return wrong(format!(
-                "{} wait and {} are on engines, and {} are open",
-                self.waiting.len(),
-                self.on_engines,
-                self.open
-            ));
-        }
-        if let Some(service) = &self.service
-            && let Err(what) = service.check(self.open)
-        {
-            return wrong(what);
-        }
-        if self.events.is_multiple_of(every.max(1))
-            && let Err(what) = self.audit()
-        {
-            return wrong(what);
-        }
-        Ok(())
-    }
-
-    /// Whether all books agree, looked at in full.
-    fn audit(&self) -> Result<(), String> {
-        for (number, engine) in self.engines.iter().enumerate() {
-            let has = engine.model.snapshot();
-            if engine.requests.len() as u32 != has.running + has.waiting {
-                return Err(format!(
-                    "engine {number} runs {}, has {} waiting, and was given {}",
-                    has.running,
-                    has.waiting,
-                    engine.requests.len()
-                ));
-            }
-        }
-        self.service.as_ref().map_or(Ok(()), |service| service.flow().audit())
     }
 
     fn finish(mut self) -> Tally {
@@ -618,6 +305,12 @@ impl<'a> Run<'a> {
         self.tally.refused_blocks = self.indexes.stats().refused;
         self.tally
     }
+}
+
+/// The fleet as it is now.
+fn fleet(generation: u64, engines: &[Engine]) -> Fleet {
+    let workers = engines.iter().enumerate().map(|(number, engine)| engine.worker(number)).collect();
+    Fleet::new(generation, workers).expect("names differ")
 }
 
 /// The sandbox in virtual time. The backstop by wall time is set far off: it would make a run depend on the machine.

@@ -27,7 +27,13 @@ pub(super) fn routes() -> Router<Admin> {
 }
 
 async fn list(State(admin): State<Admin>) -> Response {
-    Json(json!({ "workers": admin.roster.report(), "problems": admin.roster.problems() })).into_response()
+    Json(json!({
+        "workers": admin.roster.report(),
+        "problems": admin.roster.problems(),
+        "disaggregation": admin.roster.report_disaggregation(),
+        "links": admin.roster.report_links(),
+    }))
+    .into_response()
 }
 
 /// How long a drained worker may go on with what it has.

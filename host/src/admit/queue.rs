@@ -26,6 +26,7 @@ use super::{
 use crate::{
     clock::Clock,
     config::{Config, QueueConfig, SloConfig},
+    place::Way,
     roster::Roster,
     tasks,
 };
@@ -333,25 +334,25 @@ impl Queue {
         candidates.kept(|slot, active| self.limits.has_room(slot, active)).unwrap_or(candidates)
     }
 
-    /// Books a request on the first of its rows that has room, which becomes the first of them all; if none has, on the first.
+    /// Books a request on the first worker of its ways that has room, which becomes the first of them all; if none has, on the first.
     /// Whoever decided at the same time saw the same room: those who may fill a worker take turns, so that none is given more
     /// than it runs while another has room.
     pub(crate) fn book<B>(
         &self,
-        rows: &mut [u32],
+        ways: &mut [Way],
         candidates: &Candidates,
         facts: &RequestFacts,
         book: impl FnOnce(&Worker) -> B,
     ) -> Option<B> {
         let _turn = self.may_be_full(facts).then(|| {
             let turn = lock(&self.booking);
-            rows.sort_by_key(|&row| {
-                let load = &candidates.worker(row).load;
+            ways.sort_by_key(|way| {
+                let load = &candidates.worker(way.first()).load;
                 !self.limits.has_room(load.index(), load.get(Load::ActiveRequests))
             });
             turn
         });
-        rows.first().map(|&row| book(candidates.worker(row)))
+        ways.first().map(|way| book(candidates.worker(way.first())))
     }
 
     /// Whether some worker could be full, and the request is one that looks for room: not one that is counted only, and not

@@ -125,6 +125,7 @@ fn shown(config: &Config) -> Value {
         .map(|worker| {
             json!({
                 "name": worker.name, "url": worker.url, "model": worker.model, "role": worker.role, "kind": worker.kind,
+                "handoff": worker.handoff.map(|protocol| protocol.name()), "bootstrap_host": worker.bootstrap_host, "bootstrap_port": worker.bootstrap_port,
                 "ranks": worker.ranks, "block_size": worker.block_size, "labels": worker.labels,
                 "bearer": worker.bearer.as_ref().map(ToString::to_string), "ca_file": worker.ca_file,
                 "forward_priority": worker.forward_priority,

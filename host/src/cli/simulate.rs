@@ -33,6 +33,7 @@ pub(super) fn run(flags: &SimulateFlags) -> Result<(), String> {
     trace.truncate(flags.limit.unwrap_or(usize::MAX));
     let options = Options {
         workers,
+        links: flags.links()?,
         speed: flags.speed,
         seed: flags.seed,
         load_interval: Duration::from_millis(flags.load_interval_ms),
@@ -49,7 +50,7 @@ pub(super) fn run(flags: &SimulateFlags) -> Result<(), String> {
         workers: options.workers.len() as u64,
         speed: options.speed,
         seed: options.seed,
-        engine: options.workers[0].clone(),
+        engine: options.workers[0].profile.clone(),
         bounds,
         policies: tallies.into_iter().map(Row::new).collect(),
     };

@@ -15,8 +15,12 @@ use super::{
 /// How often is looked whether a drained worker has finished.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-pub(super) async fn list(admin: &AdminFlags, output: Output) -> Result<(), String> {
-    print(&call(admin, Method::GET, "/v1/workers", Bytes::new()).await?, output);
+pub(super) async fn list(links: bool, admin: &AdminFlags, output: Output) -> Result<(), String> {
+    let answer = call(admin, Method::GET, "/v1/workers", Bytes::new()).await?;
+    print(&answer, output);
+    if links && output != Output::Json {
+        print_links(&answer);
+    }
     Ok(())
 }
 
@@ -73,16 +77,16 @@ pub(super) fn print_workers(answer: &Value) {
     let workers = list_of(&answer["workers"]);
     let width = |key: &str, least: usize| workers.iter().map(|it| text(&it[key]).chars().count()).fold(least, usize::max);
     let (name, model, source) = (width("name", 6), width("model", 5), width("source", 6));
-    let line = |cells: [String; 13]| {
-        let [n, m, r, k, st, a, s, q, kv, age, prefixes, src, trouble] = cells;
+    let line = |cells: [String; 14]| {
+        let [n, m, r, role, k, st, a, s, q, kv, age, prefixes, src, trouble] = cells;
         let line = format!(
-            "{n:<name$}  {m:<model$}  {r:>4}  {k:<8}  {st:<11}  {a:>6}  {s:>8}  {q:>6}  {kv:>8}  {age:>8}  {prefixes:<18}  {src:<source$}  {trouble}"
+            "{n:<name$}  {m:<model$}  {r:>4}  {role:<10}  {k:<8}  {st:<11}  {a:>6}  {s:>8}  {q:>6}  {kv:>8}  {age:>8}  {prefixes:<18}  {src:<source$}  {trouble}"
         );
         println!("{}", line.trim_end());
     };
     let head = [
-        "worker", "model", "rank", "kind", "state", "active", "served", "queued", "kv free", "load age", "prefixes", "source",
-        "trouble",
+        "worker", "model", "rank", "role", "kind", "state", "active", "served", "queued", "kv free", "load age", "prefixes",
+        "source", "trouble",
     ];
     line(head.map(str::to_owned));
     for worker in workers {
@@ -90,6 +94,7 @@ pub(super) fn print_workers(answer: &Value) {
             text(&worker["name"]),
             text(&worker["model"]),
             number(&worker["rank"]),
+            text(&worker["role"]),
             text(&worker["kind"]),
             text(&worker["state"]),
             number(&worker["active_requests"]),
@@ -102,6 +107,7 @@ pub(super) fn print_workers(answer: &Value) {
             [&worker["trouble"], &worker["load_trouble"], kv_trouble(&worker["kv"])]
                 .into_iter()
                 .find_map(Value::as_str)
+                .or_else(|| (worker["handoff"]["state"] == "checking").then_some("its hand-offs are being checked"))
                 .map_or_else(String::new, crate::text::plain),
         ]);
         let adapters: Vec<String> = list_of(&worker["adapters"]).iter().map(text).collect();
@@ -109,8 +115,40 @@ pub(super) fn print_workers(answer: &Value) {
             println!("{:<name$}  adapters {}", "", adapters.join(", "));
         }
     }
+    for model in list_of(&answer["disaggregation"]) {
+        let reason = model["reason"].as_str().unwrap_or("prefill and decode are apart, where the policy wants that");
+        println!("model {}: {}", text(&model["model"]), crate::text::plain(reason));
+    }
     for problem in list_of(&answer["problems"]) {
         println!("problem with {}, {}: {}", text(&problem["source"]), text(&problem["place"]), text(&problem["reason"]));
+    }
+}
+
+/// The ways that KV has gone.
+fn print_links(answer: &Value) {
+    let links = list_of(&answer["links"]);
+    if links.is_empty() {
+        return println!("no KV has gone between workers yet");
+    }
+    let end = |name: &Value, rank: &Value| match rank.as_u64() {
+        None | Some(0) => text(name),
+        Some(rank) => format!("{}#{rank}", text(name)),
+    };
+    println!();
+    for link in links {
+        let known =
+            |value: &Value, unit: &str| value.as_f64().map_or_else(|| "-".to_owned(), |value| format!("{value:.0} {unit}"));
+        let avoided = link["avoided_ms"]
+            .as_u64()
+            .map_or_else(String::new, |ms| format!("  it keeps failing: left alone for {:.0} s", (ms as f64 / 1e3).ceil()));
+        println!(
+            "{} -> {}  {}  {}  {:.0} % failed{avoided}",
+            end(&link["from"], &link["from_rank"]),
+            end(&link["to"], &link["to_rank"]),
+            known(&link["handoff_ms"], "ms"),
+            known(&link["tokens_per_second"], "tokens/s"),
+            100.0 * link["error_rate"].as_f64().unwrap_or_default(),
+        );
     }
 }
 

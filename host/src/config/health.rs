@@ -30,6 +30,8 @@ pub(crate) struct HealthConfig {
     pub(crate) canary_idle_s: u64,
     /// How long that token may take.
     pub(crate) canary_timeout_s: u64,
+    /// Whether workers must be seen to hand KV over before they are given anybody's.
+    pub(crate) check_handoffs: bool,
     pub(crate) breaker: BreakerConfig,
     pub(crate) outliers: OutlierConfig,
     pub(crate) retries: RetryConfig,
@@ -92,6 +94,7 @@ impl Default for HealthConfig {
             canary: Canary::Auto,
             canary_idle_s: 60,
             canary_timeout_s: 10,
+            check_handoffs: true,
             breaker: BreakerConfig::default(),
             outliers: OutlierConfig::default(),
             retries: RetryConfig::default(),

@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, env, fmt, fs, path::PathBuf, str::FromStr};
 
 use super::profile;
+use dynamo_engine_api::Protocol;
 pub(crate) use dynamo_engine_openai::Kind;
 use dynamo_engine_openai::{KvEndpoint, KvEvents, UnknownKind};
 use dynamo_host_core::Role;
@@ -22,8 +23,8 @@ const MAX_BLOCK_SIZE: u32 = 1 << 20;
 const MAX_RUNNING: u32 = 1_000_000;
 
 /// The form of `--worker`.
-pub(super) const FLAG_FORM: &str = "write URL[,KEY=VALUE…] with the keys name, model, role, kind, ranks, block_size, max_running, bearer_env, \
-                                    bearer_file, ca_file, forward_priority, profile, kv_events, kv_replay, kv_topic, label.NAME";
+pub(super) const FLAG_FORM: &str = "write URL[,KEY=VALUE…] with the keys name, model, role, handoff, bootstrap_host, bootstrap_port, kind, ranks, block_size, \
+                                    max_running, bearer_env, bearer_file, ca_file, forward_priority, profile, kv_events, kv_replay, kv_topic, label.NAME";
 
 /// Where the token that an engine demands comes from.
 #[derive(Clone, PartialEq, Eq)]
@@ -82,6 +83,9 @@ pub(crate) struct WrittenWorker {
     pub(crate) name: Option<String>,
     pub(crate) model: Option<String>,
     pub(crate) role: Role,
+    pub(crate) handoff: Option<String>,
+    pub(crate) bootstrap_host: Option<String>,
+    pub(crate) bootstrap_port: Option<u16>,
     pub(crate) kind: Option<Kind>,
     pub(crate) ranks: Option<u32>,
     pub(crate) block_size: Option<u32>,
@@ -108,6 +112,11 @@ pub(crate) struct WorkerConfig {
     /// Learnt from the engine if `None`.
     pub(crate) model: Option<String>,
     pub(crate) role: Role,
+    /// How it hands KV over, if it is one of several that do; by its kind if `None`.
+    pub(crate) handoff: Option<Protocol>,
+    /// Where decode engines find it, if that is another host than its URL's, or another port than usual.
+    pub(crate) bootstrap_host: Option<String>,
+    pub(crate) bootstrap_port: Option<u16>,
     /// Guessed from the engine's answers if `None`.
     pub(crate) kind: Option<Kind>,
     /// Data-parallel ranks; learnt from the engine if `None`.
@@ -138,8 +147,9 @@ impl WorkerConfig {
     /// Whether both are one connection to one engine: a change from one to the other leaves what runs as it is.
     pub(crate) fn is_same_engine(&self, other: &Self) -> bool {
         let connection = |config: &Self| {
-            let Self { url, kind, bearer, ca_file, forward_priority, kv, .. } = config.clone();
-            (url, kind, bearer, ca_file, forward_priority, kv)
+            let Self { url, kind, handoff, bootstrap_host, bootstrap_port, bearer, ca_file, forward_priority, kv, .. } =
+                config.clone();
+            (url, kind, (handoff, bootstrap_host, bootstrap_port), bearer, ca_file, forward_priority, kv)
         };
         connection(self) == connection(other)
     }
@@ -151,11 +161,14 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
 
     fn try_from(written: WrittenWorker) -> Result<Self, String> {
         let kv = KvEventsConfig::of(&written)?;
+        let handoff = handoff(&written)?;
         let WrittenWorker {
             url,
             name,
             model,
             role,
+            bootstrap_host,
+            bootstrap_port,
             kind,
             ranks,
             block_size,
@@ -203,7 +216,52 @@ impl TryFrom<WrittenWorker> for WorkerConfig {
             // What the operator says of a worker stands.
             labels.entry(label).or_insert(value);
         }
-        Ok(Self { url, name, model, role, kind, ranks, block_size, max_running, bearer, ca_file, forward_priority, kv, labels })
+        Ok(Self {
+            url,
+            name,
+            model,
+            role,
+            handoff,
+            bootstrap_host,
+            bootstrap_port,
+            kind,
+            ranks,
+            block_size,
+            max_running,
+            bearer,
+            ca_file,
+            forward_priority,
+            kv,
+            labels,
+        })
+    }
+}
+
+/// How a worker hands KV over, if it is written.
+fn handoff(written: &WrittenWorker) -> Result<Option<Protocol>, String> {
+    let WrittenWorker { url, role, bootstrap_host, bootstrap_port, .. } = written;
+    let protocol = written.handoff.as_deref().map(str::parse::<Protocol>).transpose()?;
+    let has_bootstrap = bootstrap_host.is_some() || bootstrap_port.is_some();
+    if *role == Role::Aggregated && (protocol.is_some() || has_bootstrap) {
+        return Err(
+            "handoff, bootstrap_host and bootstrap_port go with role prefill, decode or both; set one of these, or remove \
+                    them"
+                .to_owned(),
+        );
+    }
+    if url.starts_with("mock://") && (protocol.is_some_and(|protocol| protocol != Protocol::Nixl) || has_bootstrap) {
+        return Err("a mock engine hands KV over by nixl; remove handoff, bootstrap_host and bootstrap_port".to_owned());
+    }
+    let is_host = |host: &String| !host.is_empty() && host.chars().all(|c| c.is_ascii_graphic() && !"/?#@,".contains(c));
+    if let Some(host) = bootstrap_host.as_ref().filter(|host| !is_host(host)) {
+        return Err(format!("bootstrap_host is {host:?}; use a name or an address, without a port"));
+    }
+    match protocol {
+        _ if *bootstrap_port == Some(0) => Err("bootstrap_port is 0; use 1 to 65535".to_owned()),
+        Some(protocol @ (Protocol::Nixl | Protocol::Context)) if has_bootstrap => Err(format!(
+            "bootstrap_host and bootstrap_port go with handoff bootstrap or mooncake, and it is {protocol}; remove one of them"
+        )),
+        _ => Ok(protocol),
     }
 }
 
@@ -250,6 +308,12 @@ impl FromStr for WorkerConfig {
                 "name" => worker.name = Some(value.to_owned()),
                 "model" => worker.model = Some(value.to_owned()),
                 "role" => worker.role = value.parse()?,
+                "handoff" => worker.handoff = Some(value.to_owned()),
+                "bootstrap_host" => worker.bootstrap_host = Some(value.to_owned()),
+                "bootstrap_port" => {
+                    let port = value.parse().map_err(|_| format!("{key} is {value:?}; use 1 to 65535"))?;
+                    worker.bootstrap_port = Some(port);
+                }
                 "kind" => worker.kind = Some(value.parse().map_err(|error: UnknownKind| error.to_string())?),
                 "ranks" => worker.ranks = Some(number()?),
                 "block_size" => worker.block_size = Some(number()?),
@@ -310,14 +374,31 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_has_a_role_and_a_way_of_handing_kv_over() {
+        let split = worker("http://h:1,role=prefill,handoff=bootstrap,bootstrap_port=9000").unwrap();
+        assert_eq!((split.role, split.handoff, split.bootstrap_port), (Role::Prefill, Some(Protocol::Bootstrap), Some(9000)));
+        let found = written("url = 'http://h'\nrole = 'both'").unwrap();
+        assert_eq!((found.role, found.handoff, found.bootstrap_port), (Role::Both, None, None));
+        assert!(!split.is_same_engine(&WorkerConfig { bootstrap_port: None, ..split.clone() }));
+        assert!(split.is_same_engine(&WorkerConfig { role: Role::Both, ..split.clone() }), "what runs goes on");
+        assert_eq!(worker("mock://h,role=decode,handoff=nixl").unwrap().handoff, Some(Protocol::Nixl));
+    }
+
+    #[test]
     fn a_wrong_worker_says_what_is_wrong() {
         for (text, says) in [
             ("localhost:80", "does not begin with a URL"),
             ("http://h,modle=x", "\"modle\" is not known"),
             ("http://h,model", "not KEY=VALUE"),
             ("http://h,model=", "model is empty"),
-            ("http://h,role=both", "use aggregated, prefill or decode"),
-            ("http://h,role=prefill", "not served by this release"),
+            ("http://h,role=chef", "use aggregated, prefill, decode or both"),
+            ("http://h,role=both,handoff=carrier-pigeon", "use nixl, mooncake, bootstrap or context"),
+            ("http://h,handoff=nixl", "go with role prefill, decode or both"),
+            ("http://h,role=prefill,handoff=nixl,bootstrap_port=8998", "bootstrap_port go with handoff bootstrap or mooncake"),
+            ("http://h,role=prefill,bootstrap_port=0", "bootstrap_port is 0; use 1 to 65535"),
+            ("http://h,role=prefill,bootstrap_host=h:1/x", "use a name or an address"),
+            ("http://h,role=prefill,bootstrap_port=99999", "use 1 to 65535"),
+            ("mock://h,role=prefill,handoff=context", "a mock engine hands KV over by nixl"),
             ("http://h,label.=x", "is not known"),
             ("http://h,kind=ollama", "use one of vllm, sglang"),
             ("mock://h,kind=vllm", "remove it from a mock engine"),

@@ -97,7 +97,7 @@ impl<'a> Fields<'a> {
     pub(super) fn without_hosts(&self) -> Result<Option<Vec<u8>>, RequestError> {
         let mut arguments = Vec::new();
         for (at, (key, value)) in self.0.iter().enumerate() {
-            if key == ARGUMENTS && value.get().starts_with('{') {
+            if key.eq_ignore_ascii_case(ARGUMENTS) && value.get().starts_with('{') {
                 const EXPECTED: &str = "an object of few fields, with names in UTF-8";
                 let inner: Result<Fields<'_>, _> = serde_json::from_str(value.get());
                 let inner =
@@ -138,8 +138,10 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// In any case: what a gateway before an engine makes of names, nobody knows.
 fn is_hosts(key: &str) -> bool {
-    HOST_FIELDS.contains(&key) || HOST_PREFIXES.iter().any(|prefix| key.starts_with(prefix))
+    let begins = |prefix: &&str| key.get(..prefix.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(prefix));
+    HOST_FIELDS.iter().any(|field| field.eq_ignore_ascii_case(key)) || HOST_PREFIXES.iter().any(begins)
 }
 
 /// The format within a response's `text`.

@@ -29,7 +29,8 @@ use crate::{
     account::Account,
     dispatch::{Opened, open},
     error::RequestError,
-    request::{self, Notes, Placing},
+    place::{Inquiry, Part, Placing, place},
+    request::Notes,
     text::plain,
 };
 
@@ -311,7 +312,7 @@ impl Leg {
             self.facts.failed_workers = self.failed.iter().map(|(worker, _)| *worker).collect();
             let placing = self.place(&prompt).await?;
             let mut unsound = None;
-            for &row in &placing.rows {
+            for row in placing.rows() {
                 let worker = placing.candidates.worker(row);
                 let engine = placing.snapshot.engine(worker.id);
                 let ask = match self.next_ask(engine.continues(), placing.snapshot.max_model_len(&self.facts)) {
@@ -470,18 +471,9 @@ impl Leg {
         let until = (Instant::now() + course.lane.roster.health().hold()).min(course.patience.deadline);
         let mut changes = course.lane.roster.changes();
         loop {
-            self.facts.decision_id = course.lane.next_decision();
-            let mut notes = Notes::default();
-            let placed = request::place(
-                &course.lane,
-                &course.pinned,
-                &mut self.facts,
-                prompt,
-                &course.patience,
-                course.recorder.as_ref(),
-                &mut notes,
-            );
-            let error = match placed.await {
+            let (recorder, patience) = (course.recorder.as_ref(), &course.patience);
+            let inquiry = Inquiry { part: Part::Whole, pinned: &course.pinned, prompt, recorder, patience, until: None };
+            let error = match place(&course.lane, &inquiry, &mut self.facts, &mut Notes::default()).await {
                 Err(error @ RequestError::NoWorker { .. }) => error,
                 other => return other,
             };

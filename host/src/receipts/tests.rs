@@ -1,6 +1,10 @@
 //! What is written is what was read, comes back as it was, and is bounded.
 
-use dynamo_host_core::{Endpoint, Slo, Tier, UNKNOWN, WorkerId, column::U32Column};
+use dynamo_host_core::{
+    Answer, Endpoint, Load, Role, Slo, Stage, Tier, UNKNOWN, Ways, Worker, WorkerId,
+    answer::validate,
+    column::{LinkColumn, REACHABLE, U32Column},
+};
 use dynamo_host_policy::{Pinned, RoutingSlot, synthetic};
 
 use super::{line::DecisionLine, *};
@@ -20,11 +24,20 @@ fn decided(fleet: &synthetic::SyntheticFleet, columns: Columns) -> (RouteCall, D
     (request.generated_tokens, request.expected_output_tokens) = (7, Some(256));
     request.slo = Slo { ttft_ms: Some(500.25), itl_ms: None };
     call.request = Arc::new(request);
+    let (line, text) = written(&call, columns, None);
+    (call, line, text)
+}
+
+/// The line of a call by way of its text, as decided natively unless it is said how.
+fn written(call: &RouteCall, columns: Columns, done: Option<(Verdict, Vec<Reading>)>) -> (DecisionLine, String) {
     let slot = RoutingSlot::new(SlotName::ROUTING);
-    let decision = slot.decide(&Pinned(None), call.clone());
+    let mut decision = slot.decide(&Pinned(None), call.clone());
+    if let Some((verdict, readings)) = done {
+        (decision.verdict, decision.readings) = (verdict, readings);
+    }
     let mut readings = decision.readings.clone();
     if columns == Columns::All {
-        read_the_rest(&call, &mut readings);
+        read_the_rest(call, &mut readings);
     }
     let decided = Decided {
         slot: "routing".to_owned(),
@@ -37,7 +50,7 @@ fn decided(fleet: &synthetic::SyntheticFleet, columns: Columns) -> (RouteCall, D
         by: decision.by,
         explanations: vec![Explanation {
             term: "cost".to_owned(),
-            values: vec![f32::INFINITY; fleet.candidates.count() as usize],
+            values: vec![f32::INFINITY; call.candidates.count() as usize],
         }],
         readings,
         elapsed: Duration::from_micros(3),
@@ -45,7 +58,7 @@ fn decided(fleet: &synthetic::SyntheticFleet, columns: Columns) -> (RouteCall, D
     };
     let text = serde_json::to_string(&Line::Decision(Box::new(DecisionLine::of(&decided)))).unwrap();
     let Ok(Line::Decision(line)) = read::parse(&text) else { panic!("{text}") };
-    (call, *line, text)
+    (*line, text)
 }
 
 #[test]
@@ -69,6 +82,97 @@ fn a_decision_is_made_again_of_its_line() {
     assert_eq!(ranking.rows().iter().map(|&row| line.workers[row as usize]).collect::<Vec<_>>(), line.placed());
     assert!(!text.contains("acme"), "a tenant is not named: {text}");
     assert!(text.contains(r#""state":0"#), "a column of one value is that value: {text}");
+}
+
+/// What a policy that tells roles apart may read of links: all that there is from one row, and from who has prefilled.
+fn of_links(call: &RouteCall, row: u32) -> Vec<Reading> {
+    let of = |from| {
+        let ways = Ways { from, prefilled_by: call.request.prefilled_by, links: call.links.as_deref() };
+        let measure = |&(name, column): &(&'static str, LinkColumn)| {
+            Reading::Link(name, from, call.candidates.link_column(column, ways).into())
+        };
+        let reachable = Reading::Link(REACHABLE, from, call.candidates.reachable_column(ways, call.now_ms).into());
+        LinkColumn::ALL.iter().map(measure).chain([reachable]).collect::<Vec<_>>()
+    };
+    [of(None), of(Some(row))].concat()
+}
+
+#[test]
+fn a_pair_and_what_was_read_of_links_come_back_as_they_were() {
+    let fleet = synthetic::split(24);
+    let call = RouteCall { explain: true, ..synthetic::route_call(&fleet, 1) };
+    let row = |role| call.candidates.iter().position(|worker| worker.spec.role == role).unwrap() as u32;
+    let pairs = vec![(row(Role::Prefill), row(Role::Decode)), (row(Role::Prefill), row(Role::Both))];
+    let readings = of_links(&call, row(Role::Prefill));
+    let (line, text) = written(&call, Columns::Read, Some((Verdict::PlacePairs(pairs.clone()), readings.clone())));
+    let again = line.call().unwrap();
+    assert!(again.candidates.iter().map(|worker| worker.spec.role).eq(call.candidates.iter().map(|worker| worker.spec.role)));
+    assert_eq!(format!("{:?}", of_links(&again, row(Role::Prefill))), format!("{readings:?}"));
+    let answer = Some(Answer::PlaceDisaggregated(pairs.clone()));
+    let role = |row| again.candidates.worker(row).spec.role;
+    let verdict = validate(answer, again.request.stage, again.candidates.count(), role);
+    assert_eq!(verdict, Ok(Verdict::PlacePairs(pairs.clone())), "the same answer is as good as it was");
+    let name = |row: u32| call.candidates.worker(row).spec.name.clone();
+    let (prefill, decode) = pairs[0];
+    assert_eq!(line.text_of(line.choices()[0]), format!("{} + {}", name(prefill), name(decode)));
+    assert!(!text.contains("\"stage\""), "all of the work is no news: {text}");
+}
+
+#[test]
+fn the_stage_and_who_has_prefilled_come_back_as_they_were() {
+    let fleet = synthetic::decoding(6);
+    let call = RouteCall { explain: true, ..synthetic::route_call(&fleet, 1) };
+    let readings = of_links(&call, 0);
+    let verdict = RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), call.clone()).verdict;
+    let (line, text) = written(&call, Columns::Read, Some((verdict, readings.clone())));
+    assert!(text.contains(r#""stage":"decode""#), "{text}");
+    let again = line.call().unwrap();
+    assert_eq!((again.request.stage, again.request.prefilled_by), (Stage::Decode, call.request.prefilled_by));
+    assert_eq!(format!("{:?}", of_links(&again, 0)), format!("{readings:?}"));
+}
+
+#[test]
+fn the_native_fallback_decides_again_over_roles_as_it_did() {
+    let fleet = synthetic::split(16);
+    let call = RouteCall { explain: true, ..synthetic::route_call(&fleet, 7) };
+    let (line, _) = written(&call, Columns::Read, None);
+    assert_eq!(line.columns.keys().collect::<Vec<_>>(), ["active-prefill-tokens", "active-requests", "role"]);
+    let again = RoutingSlot::new(SlotName::ROUTING).decide(&Pinned(None), line.call().unwrap());
+    let Verdict::Place(ranking) = again.verdict else { panic!("{:?}", again.verdict) };
+    assert_eq!(ranking.rows().iter().map(|&row| line.workers[row as usize]).collect::<Vec<_>>(), line.placed());
+    let roles = line.roles();
+    assert!(ranking.rows().iter().all(|&row| roles[row as usize] != Role::Decode));
+}
+
+#[test]
+fn who_tells_no_roles_apart_is_put_the_decision_as_it_begins() {
+    let fleet = synthetic::split(16);
+    let call = RouteCall { explain: true, ..synthetic::route_call(&fleet, 7) };
+    let (line, _) = written(&call, Columns::All, Some((Verdict::Hold { at_most_ms: 1 }, of_links(&call, 0))));
+    let begun = line.of_beginning().call().unwrap();
+    let expected: Vec<&Worker> = call.candidates.iter().filter(|worker| worker.spec.role != Role::Decode).collect();
+    assert!(begun.candidates.iter().map(|worker| worker.id).eq(expected.iter().map(|worker| worker.id)));
+    let requests = begun.candidates.u32_column(U32Column::ActiveRequests, 0);
+    assert!(requests.iter().zip(&expected).all(|(&requests, worker)| requests == worker.load.get(Load::ActiveRequests)));
+    assert_eq!(begun.request.stage, Stage::Whole, "some of them serve it whole");
+    let (split, _) = written(&RouteCall { explain: true, ..synthetic::route_call(&synthetic::split(4), 7) }, Columns::Read, None);
+    assert_eq!(split.of_beginning().call().unwrap().request.stage, Stage::Prefill);
+}
+
+#[test]
+fn a_receipt_of_many_pairs_in_a_large_fleet_keeps_them_all() {
+    let fleet = synthetic::split(60_000);
+    let call = RouteCall { explain: true, ..synthetic::route_call(&fleet, 1) };
+    let rows = |does: fn(Role) -> bool| {
+        let rows = (0..60_000).filter(|&row| does(call.candidates.worker(row).spec.role)).collect::<Vec<u32>>();
+        rows.into_iter().rev().take(16).collect::<Vec<_>>()
+    };
+    let pairs = rows(Role::prefills).into_iter().zip(rows(|role| role == Role::Decode)).collect();
+    let (line, text) = written(&call, Columns::Read, Some((Verdict::PlacePairs(pairs), of_links(&call, 0))));
+    assert!(line.rows_cut > 0 && text.len() < 4 << 20, "{} rows cut, {} bytes", line.rows_cut, text.len());
+    assert!(line.workers.is_sorted_by(|one, next| one < next));
+    assert!(line.placed().iter().all(|worker| line.workers.contains(worker)), "what was placed on is kept");
+    line.call().unwrap();
 }
 
 #[test]

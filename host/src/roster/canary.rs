@@ -6,13 +6,14 @@
 //! That is fair only where the token need not wait for what runs: an engine that says it is full, or has a queue, is left alone.
 //! It is no request of anybody's: no policy, account, receipt or
 //! metric of requests knows it. A worker that refuses it as a request (embeddings only) is asked no more.
+//! One of an engine that serves its part of requests only hands over to another, or takes over from one, that is seen to work.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use dynamo_engine_api::{Endpoint, GenerateRequest, Reply};
+use dynamo_engine_api::{Endpoint, GenerateRequest, Protocol, Reply};
 use dynamo_host_core::{
-    Load, Worker, WorkerId, WorkerState,
+    Load, Role, Worker, WorkerId, WorkerState,
     load::{LoadSlot, Reported},
 };
 use dynamo_host_flow::{Ended, Failure};
@@ -34,7 +35,7 @@ const HALF_OPEN_IDLE: Duration = Duration::from_secs(1);
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(200);
 /// How soon an engine shall take it up: after all others.
-const PRIORITY: i32 = -1000;
+pub(super) const PRIORITY: i32 = -1000;
 
 /// What changes when a worker does something: while it has requests, only the tokens that it made.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,7 +68,7 @@ struct Idle {
 
 impl Roster {
     /// Asks a member's workers for a token whenever they have been idle for long, until the task is ended.
-    pub(super) async fn keep_asking(&self, member: &Member) {
+    pub(super) async fn keep_asking(&self, member: &Arc<Member>) {
         let mut idle: HashMap<WorkerId, Idle> = HashMap::new();
         loop {
             let pause = (self.health().canary_idle() / 8).clamp(LOOK_AT_MOST_EVERY, LOOK_AT_LEAST_EVERY);
@@ -119,7 +120,7 @@ impl Roster {
     /// Asks one worker; returns how it is to be asked the next time.
     async fn ask_for_a_token(
         &self,
-        member: &Member,
+        member: &Arc<Member>,
         worker: &Worker,
         vitals: &Vitals,
         rank: Option<u32>,
@@ -132,7 +133,7 @@ impl Roster {
         let mut endpoint = endpoint;
         let mut failures = 0;
         loop {
-            let ended = match self.canary(member, worker, rank, endpoint).await {
+            let ended = match self.token(member, worker, rank, endpoint).await {
                 Ok(status) if status.is_success() => Ended::Well,
                 Ok(StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) => Ended::Untold,
                 Ok(status) if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED => {
@@ -174,6 +175,27 @@ impl Roster {
         }
         self.publish_soon();
         Some(endpoint)
+    }
+
+    /// Asks for one token, in the way that the engine can make one; returns the status of the answer.
+    async fn token(
+        &self,
+        member: &Arc<Member>,
+        worker: &Worker,
+        rank: Option<u32>,
+        endpoint: Endpoint,
+    ) -> Result<StatusCode, Failure> {
+        let serves_whole = member.config.role == Role::Aggregated || member.engine.handoff().is_none_or(Protocol::serves_whole);
+        if serves_whole {
+            return self.canary(member, worker, rank, endpoint).await;
+        }
+        let _permit = self.canaries.acquire().await;
+        match self.hand_over_with(member).await {
+            Some(Ok(())) => Ok(StatusCode::OK),
+            Some(Err(_)) => Err(Failure::Unhealthy),
+            // Nothing is told of it.
+            None => Ok(StatusCode::SERVICE_UNAVAILABLE),
+        }
     }
 
     /// Asks for one token; returns the status of the answer.

@@ -75,8 +75,12 @@ fn options(config: &WorkerConfig) -> Result<OpenAiOptions, String> {
         let token = bearer.read()?;
         Bearer::new(&token).map_err(|error| error.to_string())
     });
+    let default = OpenAiOptions::default();
     Ok(OpenAiOptions {
         kind: config.kind,
+        handoff: config.handoff,
+        bootstrap_host: config.bootstrap_host.clone(),
+        bootstrap_port: config.bootstrap_port.unwrap_or(default.bootstrap_port),
         bearer: bearer.transpose()?,
         ca_file: config.ca_file.clone(),
         forward_priority: config.forward_priority,
@@ -86,6 +90,6 @@ fn options(config: &WorkerConfig) -> Result<OpenAiOptions, String> {
         ranks: config.ranks.unwrap_or(1),
         // A request's own deadline bounds it.
         head_timeout: NO_BOUND,
-        ..OpenAiOptions::default()
+        ..default
     })
 }

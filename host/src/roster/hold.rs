@@ -42,7 +42,7 @@ impl Roster {
     }
 
     /// Waits until a snapshot is as it should be, or the time is over.
-    async fn until(&self, patience: Duration, condition: impl Fn(&Snapshot) -> bool) {
+    pub(super) async fn until(&self, patience: Duration, condition: impl Fn(&Snapshot) -> bool) {
         let until = Instant::now() + patience;
         let mut changes = self.changes();
         while !condition(&self.snapshot.load()) {

@@ -33,6 +33,7 @@ pub(super) async fn keep_judging(roster: Arc<Roster>) {
                 roster.compare(&snapshot);
             }
             roster.look(&snapshot);
+            roster.show_links(&snapshot);
         }
     }
 }

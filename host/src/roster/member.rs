@@ -10,10 +10,10 @@ use std::{
     time::Duration,
 };
 
-use dynamo_engine_api::{Engine, ModelCard, RankLoad};
+use dynamo_engine_api::{Engine, ModelCard, Protocol, RankLoad};
 use dynamo_host_core::{
-    Handoff, Load, LoadBoard, LoadReport, Worker, WorkerSpec, WorkerState,
-    load::{Recent, Throughput},
+    Handoff, LinkBoard, Load, LoadBoard, LoadReport, Role, Worker, WorkerSpec, WorkerState,
+    load::{Recent, Reported, Throughput},
 };
 use dynamo_host_index::PrefixIndexes;
 use tokio::{
@@ -24,6 +24,8 @@ use tokio::{
 use super::{
     Origin,
     connect::{Connection, Credentials},
+    handoff::Fit,
+    prove::Proof,
     vitals::Vitals,
 };
 use crate::{
@@ -111,6 +113,14 @@ pub(super) struct Standing {
     pub(super) feeds: Vec<Arc<KvFeed>>,
     /// How each worker fared, in the order of workers.
     pub(super) vitals: Vec<Arc<Vitals>>,
+    /// How its engine hands KV over, as was last seen.
+    protocol: Option<Protocol>,
+    /// Key of the tokens that it makes of a text that is the same for all.
+    pub(super) tokens: Option<u64>,
+    /// Whom each worker fits, in the order of workers, as was last published.
+    pub(super) fits: Vec<Fit>,
+    /// What was seen of its hand-offs.
+    pub(super) proof: Proof,
     /// Whether there are other workers than those that were listened for.
     is_other_lineup: bool,
     /// Samples of each worker's output, in the order of workers.
@@ -121,6 +131,7 @@ pub(super) struct Standing {
 pub(super) struct Home<'a> {
     pub(super) namespace: &'a str,
     pub(super) board: &'a Arc<LoadBoard>,
+    pub(super) links: &'a LinkBoard,
     pub(super) indexes: &'a Arc<PrefixIndexes>,
     pub(super) now_ms: u64,
 }
@@ -146,6 +157,10 @@ impl Member {
             left_out: 0,
             feeds: Vec::new(),
             vitals: Vec::new(),
+            protocol: None,
+            tokens: None,
+            fits: Vec::new(),
+            proof: Proof::default(),
             is_other_lineup: false,
             throughputs: Vec::new(),
         };
@@ -167,6 +182,9 @@ impl Member {
                 feeds: old.feeds.clone(),
                 vitals: old.vitals.clone(),
                 throughputs: old.throughputs.clone(),
+                fits: old.fits.clone(),
+                // With another part to play, it has that to show.
+                proof: if config.role == self.config.role { old.proof.clone() } else { Proof::default() },
                 is_awaited: false,
                 ..*old
             }
@@ -215,6 +233,12 @@ impl Member {
         is_other
     }
 
+    /// Takes down how its engine hands KV over; returns whether that is news, and of any interest.
+    pub(super) fn learn_protocol(&self) -> bool {
+        let protocol = self.engine.handoff();
+        std::mem::replace(&mut self.standing().protocol, protocol) != protocol && self.config.role != Role::Aggregated
+    }
+
     fn relisten_if_needed(&self, standing: &mut Standing) {
         if std::mem::take(&mut standing.is_other_lineup) {
             self.relisten.notify_one();
@@ -255,6 +279,10 @@ impl Member {
                 kv_tokens_free: load.kv_tokens_free,
                 block_size: load.block_size,
             };
+            // It decides who can hand KV to whom.
+            is_other |= self.config.role != Role::Aggregated
+                && load.block_size.is_some()
+                && load.block_size != worker.load.get_reported(Reported::BlockSize);
             worker.load.report(&report, home.now_ms);
             // An idle engine's zero is no observation of its speed.
             if let Some(speed) = load.tokens_per_second.filter(|speed| speed.is_finite() && *speed > 0.0) {
@@ -379,6 +407,12 @@ impl Standing {
         is_other
     }
 
+    /// Its engine is another, or may be: whether it can hand over is to be seen again.
+    pub(super) fn forget_handoffs(&mut self, links: &LinkBoard) {
+        (self.tokens, self.proof) = (None, Proof::default());
+        self.workers.iter().for_each(|worker| links.forget(worker.load.index()));
+    }
+
     /// Whether it has ever said what it serves.
     pub(super) fn has_listed(&self) -> bool {
         self.cards.is_some()
@@ -422,6 +456,7 @@ impl Standing {
                             self.left_out += 1;
                             continue;
                         };
+                        home.links.forget(load.index());
                         is_other = true;
                         self.is_other_lineup = true;
                         (load, home.now_ms)

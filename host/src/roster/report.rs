@@ -5,7 +5,12 @@ use std::sync::Arc;
 use dynamo_host_core::{Load, Role, Worker, WorkerState, load::Reported};
 use serde::Serialize;
 
-use super::{Member, Origin, Problem, Roster, member::Standing, vitals::Vitals};
+use super::{
+    Member, Origin, Problem, Roster,
+    member::Standing,
+    split::{self, HandoffReport},
+    vitals::Vitals,
+};
 use crate::kv::{KvFeed, KvReport};
 
 /// A worker, for people and tools.
@@ -21,6 +26,8 @@ pub(crate) struct WorkerReport {
     pub(crate) adapters: Vec<String>,
     pub(crate) rank: u32,
     pub(crate) role: Role,
+    /// `None`: it serves whole requests only, or has not said which models it serves.
+    pub(crate) handoff: Option<HandoffReport>,
     pub(crate) state: WorkerState,
     pub(crate) active_requests: u32,
     /// Of those: prompt tokens before the first token, those of them to be computed, and context that decodes.
@@ -53,16 +60,16 @@ impl Roster {
     /// All workers, with what the next request sees.
     pub(crate) fn report(&self) -> Vec<WorkerReport> {
         self.publish();
-        let now_ms = self.clock.now_ms();
+        let (now_ms, is_checked) = (self.clock.now_ms(), self.health().check_handoffs);
         let members: Vec<_> = self.members().values().cloned().collect();
-        members.iter().flat_map(|member| report_of(member, now_ms)).collect()
+        members.iter().flat_map(|member| report_of(member, is_checked, now_ms)).collect()
     }
 
     /// One engine's workers; `None` if there is no such engine.
     pub(crate) fn report_of(&self, name: &str) -> Option<Vec<WorkerReport>> {
         self.publish();
         let member = self.members().get(name).cloned()?;
-        Some(report_of(&member, self.clock.now_ms()))
+        Some(report_of(&member, self.health().check_handoffs, self.clock.now_ms()))
     }
 
     /// What is wrong with the sources.
@@ -76,31 +83,36 @@ impl Roster {
     }
 }
 
-fn report_of(member: &Member, now_ms: u64) -> Vec<WorkerReport> {
+fn report_of(member: &Member, is_checked: bool, now_ms: u64) -> Vec<WorkerReport> {
     let standing = member.standing();
     if standing.workers.is_empty() {
         return vec![bare(member, &standing)];
     }
-    let full = |((worker, feed), vitals): ((&Worker, &Arc<KvFeed>), &Arc<Vitals>)| WorkerReport {
-        state: vitals.refine(standing.state(), now_ms),
-        trouble: standing.trouble.clone().or_else(|| vitals.trouble(now_ms)),
-        id: Some(worker.id.to_string()),
-        model: Some(worker.spec.model.clone()),
-        adapters: worker.adapters.to_vec(),
-        rank: worker.spec.rank,
-        active_requests: worker.load.get(Load::ActiveRequests),
-        active_prefill_tokens: worker.load.get(Load::ActivePrefillTokens),
-        active_uncached_tokens: worker.load.get(Load::ActiveUncachedTokens),
-        active_decode_tokens: worker.load.get(Load::ActiveDecodeTokens),
-        served: worker.load.served(),
-        queued_requests: worker.load.get_reported(Reported::QueuedRequests),
-        kv_tokens_total: worker.load.get_reported(Reported::KvTokensTotal),
-        kv_tokens_free: worker.load.get_reported(Reported::KvTokensFree),
-        load_age_ms: worker.load.load_age_ms(now_ms),
-        kv: Some(feed.report(now_ms)),
-        ..bare(member, &standing)
+    let full = |(place, ((worker, feed), vitals)): (usize, ((&Worker, &Arc<KvFeed>), &Arc<Vitals>))| {
+        let handoff = split::report(member, &standing, place, is_checked);
+        let no_handoffs = || handoff.as_ref()?.reason.as_ref().map(|reason| format!("it gets no hand-offs: {reason}"));
+        WorkerReport {
+            state: vitals.refine(standing.state(), now_ms),
+            trouble: standing.trouble.clone().or_else(|| vitals.trouble(now_ms)).or_else(no_handoffs),
+            handoff,
+            id: Some(worker.id.to_string()),
+            model: Some(worker.spec.model.clone()),
+            adapters: worker.adapters.to_vec(),
+            rank: worker.spec.rank,
+            active_requests: worker.load.get(Load::ActiveRequests),
+            active_prefill_tokens: worker.load.get(Load::ActivePrefillTokens),
+            active_uncached_tokens: worker.load.get(Load::ActiveUncachedTokens),
+            active_decode_tokens: worker.load.get(Load::ActiveDecodeTokens),
+            served: worker.load.served(),
+            queued_requests: worker.load.get_reported(Reported::QueuedRequests),
+            kv_tokens_total: worker.load.get_reported(Reported::KvTokensTotal),
+            kv_tokens_free: worker.load.get_reported(Reported::KvTokensFree),
+            load_age_ms: worker.load.load_age_ms(now_ms),
+            kv: Some(feed.report(now_ms)),
+            ..bare(member, &standing)
+        }
     };
-    standing.workers.iter().zip(&standing.feeds).zip(&standing.vitals).map(full).collect()
+    standing.workers.iter().zip(&standing.feeds).zip(&standing.vitals).enumerate().map(full).collect()
 }
 
 /// What is known of an engine that has not said what it serves.
@@ -115,6 +127,7 @@ fn bare(member: &Member, standing: &Standing) -> WorkerReport {
         adapters: Vec::new(),
         rank: 0,
         role: member.config.role,
+        handoff: None,
         state: standing.state(),
         active_requests: 0,
         active_prefill_tokens: 0,

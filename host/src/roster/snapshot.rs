@@ -1,6 +1,6 @@
 //! All workers at one moment, with the engines behind them and the names that they serve: what one decision sees.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use dynamo_engine_api::Engine;
 use dynamo_host_core::{Among, Candidates, Fleet, Load, LoadSlot, RequestFacts, Worker, WorkerId, WorkerState};
@@ -31,6 +31,8 @@ pub(crate) struct Snapshot {
     pub(super) awaits_models: bool,
     /// Whether some worker is starting.
     pub(super) has_starting: bool,
+    /// Models whose workers may come to hand over to each other in a moment.
+    pub(super) coming: HashSet<String>,
     /// Workers that are given a few requests at once only.
     pub(super) trials: Vec<Trial>,
     pub(super) rules: BreakerRules,
@@ -135,8 +137,8 @@ impl Snapshot {
     /// Those of them that a part of its work is for.
     pub(crate) fn candidates_among(&self, request: &RequestFacts, among: Among) -> Result<Arc<Candidates>, RequestError> {
         let eligible = self.eligible(&request.model, request.adapter.as_deref(), among);
-        let no_worker = || RequestError::NoWorker { model: request.adapter.as_ref().unwrap_or(&request.model).clone() };
-        let eligible = eligible.and_then(|eligible| eligible.without(&request.failed_workers)).ok_or_else(no_worker)?;
+        let eligible = eligible.and_then(|eligible| eligible.without(&request.failed_workers));
+        let eligible = eligible.ok_or_else(|| self.no_worker(request))?;
         let busy = self.busy_trials();
         Ok(eligible.without(&busy).unwrap_or(eligible))
     }
@@ -155,21 +157,21 @@ impl Snapshot {
 
     /// Whether nobody serves a model of this name, and somebody is starting who may.
     pub(super) fn is_awaited(&self, asked: &str) -> bool {
-        if !self.has_starting && !self.awaits_models {
+        if !self.has_starting && !self.awaits_models && self.coming.is_empty() {
             return false;
         }
         match self.resolve(asked) {
             Ok(Resolved { model, adapter, .. }) => {
                 let is_starting = |worker: &Worker| worker.state == WorkerState::Starting && worker.spec.model == model;
                 self.eligible(&model, adapter.as_deref(), Among::Beginning).is_none()
-                    && self.fleet.workers().iter().any(is_starting)
+                    && (self.coming.contains(&model) || self.fleet.workers().iter().any(is_starting))
             }
             Err(RequestError::ModelsUnknown { .. }) => self.awaits_models,
             Err(_) => false,
         }
     }
 
-    fn eligible(&self, model: &str, adapter: Option<&str>, among: Among) -> Option<Arc<Candidates>> {
+    pub(super) fn eligible(&self, model: &str, adapter: Option<&str>, among: Among) -> Option<Arc<Candidates>> {
         match adapter {
             Some(adapter) => self.fleet.candidates_with(model, adapter, among),
             None => self.fleet.candidates(model, among),

@@ -258,6 +258,7 @@ impl Roster {
             tracing::info!(worker = name, "worker is removed");
         }
         drop(members);
+        member.standing().forget_handoffs(&self.links);
         member.end_task();
         self.publish_soon();
         true

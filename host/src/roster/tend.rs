@@ -41,7 +41,7 @@ type Found = Result<Option<Vec<ModelCard>>, EngineError>;
 
 impl Roster {
     /// Looks after a member until the task is ended.
-    pub(super) async fn tend(&self, member: &Member) {
+    pub(super) async fn tend(&self, member: &Arc<Member>) {
         let mut pulse = Pulse::default();
         self.probe(member, &mut pulse).await;
         self.probed.send_modify(|probed| *probed += 1);
@@ -93,6 +93,7 @@ impl Roster {
                 pulse.answered(self.clock.now_ms());
                 let lists_nothing = cards.as_ref().is_some_and(Vec::is_empty) && member.config.model.is_none();
                 is_other |= member.learn_models(cards, &self.home());
+                is_other |= member.learn_protocol();
                 if lists_nothing { Err("it lists no model; set model= for it".to_owned()) } else { Ok(()) }
             }
             Err(error) => {
@@ -201,6 +202,7 @@ impl Roster {
             if is_news {
                 // What it did before it was away says nothing of it.
                 standing.vitals.iter().for_each(|vitals| vitals.recover(self.clock.now_ms()));
+                standing.forget_handoffs(&self.links);
             }
         }
         let is_other_state = standing.find(state);

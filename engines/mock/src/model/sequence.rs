@@ -44,6 +44,10 @@ pub struct Sequence {
     pub finish: FinishReason,
     /// Keeps apart what must not share KV blocks (tenants, adapters); 0 if nothing.
     pub salt: u64,
+    /// Whether its KV stays when it has finished, until [`release`](super::EngineModel::release): another engine goes on from it.
+    pub hold: bool,
+    /// Whether the KV of its prompt comes from another engine: it is a [`Fetch`](super::Fetch) first.
+    pub remote: bool,
 }
 
 /// One token that a step generated.
@@ -100,6 +104,12 @@ pub(super) struct Live {
     pub(super) prefilling: bool,
     /// Set at first admission.
     pub(super) cached_tokens: Option<u32>,
+    /// Prompt tokens whose KV was fetched.
+    pub(super) fetched_tokens: u32,
+    /// Whether the KV of its prompt is still to be fetched.
+    pub(super) awaits_kv: bool,
+    /// Whether it has never had a place among those that run.
+    pub(super) is_new: bool,
     pub(super) blocks: Vec<BlockId>,
     hashes: Vec<BlockHash>,
     stored: usize,
@@ -109,6 +119,9 @@ impl Live {
     pub(super) fn new(id: SequenceId, sequence: Sequence, submitted: Duration) -> Self {
         Self {
             id,
+            awaits_kv: sequence.remote,
+            is_new: true,
+            fetched_tokens: 0,
             sequence,
             submitted,
             last_token: submitted,
@@ -146,7 +159,20 @@ impl Live {
     /// at the start of the step: whoever is admitted into the same step shares them.
     pub(super) fn schedule(&mut self, tokens: u32, cache: &mut BlockCache, profile: &Profile) {
         self.scheduled = tokens;
-        let full = ((self.computed + tokens) / profile.block_size) as usize;
+        self.store_until(self.computed + tokens, cache, profile);
+    }
+
+    /// The KV of all known tokens is there, from elsewhere. The last of them is computed once more, for what comes after it.
+    pub(super) fn arrived(&mut self, cache: &mut BlockCache, profile: &Profile) {
+        self.store_until(self.known(), cache, profile);
+        self.fetched_tokens = self.known() - self.computed;
+        self.computed = self.known() - 1;
+        self.prefilling = false;
+    }
+
+    /// Makes the full blocks of the first `tokens` tokens known.
+    fn store_until(&mut self, tokens: u32, cache: &mut BlockCache, profile: &Profile) {
+        let full = (tokens / profile.block_size) as usize;
         self.hash_until(full, profile.block_size);
         while self.stored < full {
             let at = self.stored;

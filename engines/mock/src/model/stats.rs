@@ -58,7 +58,7 @@ const REQUEST_SECONDS: &[f64] = &[
 /// Totals since the engine started.
 #[derive(Clone, Debug)]
 pub struct Stats {
-    /// Prompt tokens of sequences that were admitted, cached ones included.
+    /// Prompt tokens of sequences that have run, cached and fetched ones included.
     pub prompt_tokens: u64,
     /// Output tokens.
     pub generation_tokens: u64,
@@ -66,6 +66,10 @@ pub struct Stats {
     pub prefix_queries_tokens: u64,
     /// Tokens of those that were found.
     pub prefix_hits_tokens: u64,
+    /// Prompt tokens whose KV came from another engine.
+    pub prompt_tokens_fetched: u64,
+    /// Fetches that brought nothing.
+    pub fetches_failed: u64,
     /// Sequences thrown out of the KV cache, to be computed again.
     pub preemptions: u64,
     /// Sequences that ended with `stop`.
@@ -82,8 +86,10 @@ pub struct Stats {
     pub inter_token_latency: Histogram,
     /// From submission to the last token.
     pub e2e_latency: Histogram,
-    /// From submission to first admission.
+    /// From submission to the first place among those that run.
     pub queue_time: Histogram,
+    /// From asking for another engine's KV to having it.
+    pub fetch_time: Histogram,
 }
 
 impl Default for Stats {
@@ -93,6 +99,8 @@ impl Default for Stats {
             generation_tokens: 0,
             prefix_queries_tokens: 0,
             prefix_hits_tokens: 0,
+            prompt_tokens_fetched: 0,
+            fetches_failed: 0,
             preemptions: 0,
             finished_stop: 0,
             finished_length: 0,
@@ -102,11 +110,18 @@ impl Default for Stats {
             inter_token_latency: Histogram::new(ITL_SECONDS),
             e2e_latency: Histogram::new(REQUEST_SECONDS),
             queue_time: Histogram::new(REQUEST_SECONDS),
+            fetch_time: Histogram::new(TTFT_SECONDS),
         }
     }
 }
 
 impl Stats {
+    /// Prompt tokens that were computed here; those of preempted sequences count once.
+    #[must_use]
+    pub fn prompt_tokens_computed(&self) -> u64 {
+        self.prompt_tokens - self.prefix_hits_tokens - self.prompt_tokens_fetched
+    }
+
     pub(super) fn finished(&mut self, reason: FinishReason) {
         match reason {
             FinishReason::Stop => self.finished_stop += 1,
@@ -120,9 +135,15 @@ impl Stats {
 pub struct Snapshot {
     /// Sequences that run.
     pub running: u32,
-    /// Sequences that wait.
+    /// Sequences that wait, those that fetch included.
     pub waiting: u32,
-    /// KV blocks in use.
+    /// Sequences whose KV is on its way from another engine.
+    pub fetching: u32,
+    /// Sequences that have finished and hold their KV for another engine.
+    pub held: u32,
+    /// KV blocks of those.
+    pub kv_blocks_held: u32,
+    /// KV blocks in use, those included.
     pub kv_blocks_used: u32,
     /// KV blocks that exist.
     pub kv_blocks_total: u32,

@@ -12,6 +12,7 @@ fn profile() -> Profile {
         max_num_seqs: 16,
         max_num_batched_tokens: 64,
         max_model_len: 1000,
+        kv_bytes_per_token: 1000,
         prefill_ms_per_token_squared: 0.0,
         prefill_ms_per_token: 1.0,
         prefill_ms_base: 100.0,
@@ -30,6 +31,8 @@ fn sequence(kind: u32, length: u32, output_tokens: u32) -> Sequence {
         output_tokens,
         finish: FinishReason::Length,
         salt: 0,
+        hold: false,
+        remote: false,
     }
 }
 

@@ -69,6 +69,8 @@ impl Order {
             output_tokens: choice.output_tokens,
             finish: choice.finish,
             salt: self.salt,
+            hold: false,
+            remote: false,
         };
         self.choices.iter().map(sequence).collect()
     }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::{
     Report, Row,
     plot::{Line, Plot, escape},
-    service,
+    pools, service,
     text::{bound_lines, cells, heading, notes},
 };
 use crate::samples::Share;
@@ -37,9 +37,8 @@ pub(super) fn page(report: &Report) -> String {
     );
     let _ = writeln!(out, "<p>{}</p>", escape(&heading(report)));
     table(&mut out, &[cells(report, false), bound_lines(report, false)].concat(), report.policies.len());
-    let queues = service::cells(report);
-    if queues.len() > 1 {
-        table(&mut out, &queues, usize::MAX);
+    for cells in pools::tables(report).into_iter().chain(service::table(report)) {
+        table(&mut out, &cells, usize::MAX);
     }
     for row in &report.policies {
         notes(row).iter().for_each(|note| _ = writeln!(out, "<p>{}</p>", escape(note)));

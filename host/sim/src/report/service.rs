@@ -140,14 +140,15 @@ const COLUMNS: &[Column] = &[
     ("contended", |row| format!("{:.3}", row.contended_share)),
 ];
 
-/// What stands above the columns, then a line for each policy's tenants.
-pub(super) fn cells(report: &Report) -> Vec<Vec<String>> {
+/// The table: what stands above the columns, then a line for each policy's tenants. `None` without any.
+pub(super) fn table(report: &Report) -> Option<Vec<Vec<String>>> {
     let heads = std::iter::once("queue".to_owned()).chain(COLUMNS.iter().map(|(name, _)| (*name).to_owned())).collect();
     let lines = report.policies.iter().flat_map(|policy| {
         let tenants = policy.queue.iter().flat_map(|queue| &queue.tenants);
         tenants.map(|row| std::iter::once(policy.name.clone()).chain(COLUMNS.iter().map(|(_, cell)| cell(row))).collect())
     });
-    std::iter::once(heads).chain(lines).collect()
+    let table: Vec<Vec<String>> = std::iter::once(heads).chain(lines).collect();
+    (table.len() > 1).then_some(table)
 }
 
 /// What a reader must know of faults, and of what the books were checked against.

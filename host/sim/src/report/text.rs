@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Report, Row, service};
+use super::{Report, Row, pools, service};
 
 /// A column: what stands above it, what it says of a policy, and whether that is a time of this machine.
 type Column = (&'static str, fn(&Row) -> String, bool);
@@ -37,10 +37,9 @@ pub(super) fn table(report: &Report) -> String {
     let mut out = heading(report);
     out.push('\n');
     align(&mut out, &[cells(report, true), bound_lines(report, true)].concat());
-    let queues = service::cells(report);
-    if queues.len() > 1 {
+    for table in pools::tables(report).into_iter().chain(service::table(report)) {
         out.push('\n');
-        align(&mut out, &queues);
+        align(&mut out, &table);
     }
     for note in report.policies.iter().flat_map(notes) {
         let _ = writeln!(out, "{note}");
@@ -51,9 +50,9 @@ pub(super) fn table(report: &Report) -> String {
 /// What was simulated.
 pub(super) fn heading(report: &Report) -> String {
     let Report { trace, requests, speed, workers, seed, engine, .. } = report;
-    let (blocks, size) = (engine.kv_blocks, engine.block_size);
+    let (blocks, size, roles) = (engine.kv_blocks, engine.block_size, pools::roles(report));
     format!(
-        "{trace}: {requests} requests at {speed}× on {workers} workers of {blocks} blocks of {size} tokens, seed {seed}; times in ms"
+        "{trace}: {requests} requests at {speed}× on {workers} workers{roles} of {blocks} blocks of {size} tokens, seed {seed}; times in ms"
     )
 }
 

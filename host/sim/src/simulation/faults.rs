@@ -1,17 +1,14 @@
 //! Engines that fail, and requests that move on to others.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use dynamo_host_core::{Among, Fleet, WorkerId};
-use dynamo_host_index::{Prompt, Salt};
 use serde::Serialize;
 
-use super::{End, Run, facts, shared_tokens};
+use super::{End, Run, fleet};
 use crate::{
-    engine::MODEL,
     faults::{Fault, Faults},
     queue::Happening,
-    requests::{Before, Placed, Waiting},
+    requests::{Before, Fetching, Placed},
 };
 
 /// What the host tells a policy of an attempt that failed: `end` in `observe`.
@@ -96,12 +93,14 @@ impl Run<'_> {
         if engine.is_stepping {
             engine.busy += self.now - engine.step_begun;
         }
+        let kept = std::mem::take(&mut engine.kept);
         engine.die();
         engine.is_up = false;
         // What was to be heard of its cache is heard as nothing, each at its time.
         self.kv_events[worker as usize].iter_mut().for_each(Vec::clear);
         self.refresh_fleet();
         self.interrupt(worker, false);
+        self.lose_kept(worker, kept);
     }
 
     fn hang(&mut self, worker: u32, lasts: Duration) {
@@ -131,16 +130,7 @@ impl Run<'_> {
 
     /// Takes over who is a candidate.
     fn refresh_fleet(&mut self) {
-        self.generation += 1;
-        let workers = self.engines.iter().enumerate().map(|(number, engine)| engine.worker(number)).collect();
-        let fleet = Fleet::new(self.generation, workers).expect("names differ");
-        self.rows.clear();
-        if let Some(candidates) = fleet.candidates(MODEL, Among::Everyone) {
-            let mut by_slot = vec![0; self.engines.len()];
-            (0..).zip(&self.engines).for_each(|(number, engine)| by_slot[engine.load.index() as usize] = number);
-            self.rows = candidates.iter().map(|worker| by_slot[worker.load.index() as usize]).collect();
-            self.candidates = candidates;
-        }
+        self.fleet = fleet(self.fleet.generation() + 1, &self.engines);
         self.measure_room();
     }
 
@@ -149,51 +139,46 @@ impl Run<'_> {
         for number in std::mem::take(&mut self.engines[worker as usize].requests) {
             let Some(placed) = self.take_placed(number) else { continue };
             if is_there {
-                self.engines[worker as usize].model.cancel(placed.sequence);
+                self.engines[worker as usize].model.cancel(placed.place.sequence);
             }
             self.tell(&placed, f64::NAN, FAILED);
             self.move_on(number, *placed);
         }
     }
 
-    fn move_on(&mut self, number: u32, placed: Placed) {
+    pub(super) fn move_on(&mut self, number: u32, placed: Placed) {
         let output = placed.all_tokens();
-        let tally = self.tally_faults();
-        tally.interrupted += 1;
-        let Placed { mut before, last_token, worker_id, .. } = placed;
-        before.failed.push(WorkerId(worker_id));
-        if self.faults().is_none_or(|faults| before.failed.len() >= faults.attempts as usize) {
+        if let Some(tally) = &mut self.tally.faults {
+            tally.interrupted += 1;
+        }
+        // What a prompt that was computed for somebody else came to is no output.
+        let Placed { mut before, last_token, place, .. } = placed;
+        before.failed.push(place.id);
+        let attempts = self.faults().map_or(Faults::default().attempts, |faults| faults.attempts);
+        if before.failed.len() >= attempts as usize {
             self.tally.failed += 1;
             return self.gone(number, output, End::Failed);
         }
-        if output > 0 {
-            let tally = self.tally_faults();
+        if output > 0
+            && let Some(tally) = &mut self.tally.faults
+        {
             tally.migrated += 1;
             tally.tokens_kept += u64::from(output);
         }
-        let request = &self.trace[number as usize];
-        let mut facts = facts(number, request, self.arrival(number as usize).as_millis() as u64);
-        // What was generated is a part of the prompt now.
-        let generated = (0..output).map(|index| number.wrapping_add(index));
-        let prompt: Arc<[u32]> = shared_tokens(request).iter().copied().chain(generated).collect();
-        facts.prompt.tokens += output;
-        facts.generated_tokens = output;
-        facts.attempt = before.failed.len() as u32;
-        facts.failed_workers.clone_from(&before.failed);
-        self.service.iter().for_each(|service| service.mark(number, &mut facts));
         let before = Before { tokens: output, last_token, ..before };
-        let prompt = Prompt::new(Salt::new(MODEL, None, None), prompt, true);
-        self.waiting.insert(number, Waiting { facts, prompt, holds: 0, before });
+        let waiting = self.beginning(number, before);
+        self.waiting.insert(number, waiting);
         self.place(number);
     }
 
     /// A client leaves: whatever is still to be done for it is not.
     pub(super) fn leave(&mut self, number: u32) {
         if let Some(placed) = self.take_placed(number) {
-            self.engines[placed.worker as usize].model.cancel(placed.sequence);
+            self.engines[placed.place.worker as usize].model.cancel(placed.place.sequence);
             self.tell(&placed, f64::NAN, CANCELLED);
             self.gone(number, placed.all_tokens(), End::Left);
         } else if let Some(waiting) = self.waiting.remove(&number) {
+            waiting.kept.iter().for_each(|kept| self.let_go(number, kept, Fetching::Waits));
             self.gone(number, waiting.before.tokens, End::Left);
         }
     }

@@ -194,12 +194,19 @@ impl<'a> Service<'a> {
         self.content[tier] += u32::from(self.waiting[tenant] == 0);
     }
 
-    /// Its first token came: its prompt is computed.
-    pub(super) fn begun(&mut self, number: u32, ttft_ms: f64) {
+    /// Its prompt is computed.
+    pub(super) fn prefilled(&mut self, number: u32) {
         if let Some(open) = self.open.get(&number) {
             self.flow.prefilled(open.ticket);
+        }
+    }
+
+    /// Its first token came.
+    pub(super) fn begun(&mut self, number: u32, ttft_ms: f64, now_ms: u64) {
+        self.prefilled(number);
+        if let Some(open) = self.open.get(&number) {
             self.tally.tenants[open.tenant].ttft.add(ttft_ms, 1);
-            self.admission.iter_mut().for_each(|admission| admission.ttft.add(ttft_ms as f32));
+            self.admission.iter_mut().for_each(|admission| admission.lately.first_token(ttft_ms as f32, now_ms));
         }
     }
 
@@ -274,7 +281,7 @@ impl Run<'_> {
             None => Some(of.admitted.clone()),
             Some(admission) => {
                 waiting.facts.expected_output_tokens = Some(service.expected_output as u32);
-                let state = (service.room.workers, service.flow.pool(POOL, now_ms));
+                let state = (service.room.workers, service.flow.pool_for(POOL, of.key(), &of.admitted, now_ms));
                 let admitted = admission.ask(&waiting.facts, state, of.admitted.clone(), (now_ms, service.seed));
                 waiting.facts.expected_output_tokens = None;
                 admitted
@@ -301,7 +308,7 @@ impl Run<'_> {
             Ok(Arrival::Queued(ticket)) => (ticket, false),
             Err(_) => return self.turn_away(number, tenant, End::Refused),
         };
-        service.admission.iter_mut().for_each(|admission| admission.came(false));
+        service.admission.iter_mut().for_each(|admission| admission.lately.came(false, now_ms));
         service.open.insert(number, Open { ticket, tenant, came: self.now, waited: f32::NAN, stage: Stage::Waiting });
         service.requests.insert(ticket, number);
         service.waits_more(tenant);
@@ -314,19 +321,22 @@ impl Run<'_> {
     /// A request does not come into the queue.
     fn turn_away(&mut self, number: u32, tenant: usize, end: End) {
         self.waiting.remove(&number);
+        let now_ms = self.now_ms();
         if let Some(service) = &mut self.service {
             service.tally.tenants[tenant].count(end);
-            service.admission.iter_mut().for_each(|admission| admission.came(true));
+            service.admission.iter_mut().for_each(|admission| admission.lately.came(true, now_ms));
         }
         self.gone(number, 0, end);
     }
 
     /// Tells the admission policy what became of a request on a worker.
-    pub(super) fn tell_admission(&mut self, row: OutcomeRow) {
+    pub(super) fn tell_admission(&mut self, number: u32, row: OutcomeRow) {
+        let now_ms = self.now_ms();
         let Some(Service { admission: Some(admission), open, .. }) = &mut self.service else { return };
-        let queue_ms = open.get(&(row.decision_id as u32)).map_or(f32::NAN, |open| open.waited);
-        admission.itl.add(row.itl_ms);
-        if let Some(at) = admission.hear(OutcomeRow { queue_ms, ..row }, self.now) {
+        let queue_ms = open.get(&number).map_or(f32::NAN, |open| open.waited);
+        admission.lately.tokens(row.itl_ms, now_ms);
+        // It decided once, whatever was decided afterwards.
+        if let Some(at) = admission.hear(OutcomeRow { decision_id: number.into(), queue_ms, ..row }, self.now) {
             self.queue.push(at, Happening::ObserveAdmitted);
         }
     }

@@ -2,13 +2,14 @@
 
 mod policies;
 mod reports;
+mod roles;
 mod service;
 mod times;
 
 use std::{fs, path::Path, time::Duration};
 
 use dynamo_engine_mock::Profile;
-use dynamo_host_sim::{Contender, Options, Tally, Trace, TraceRequest, prompt::Segment, simulate};
+use dynamo_host_sim::{Contender, EngineSpec, Options, Tally, Trace, TraceRequest, prompt::Segment, simulate};
 
 /// Times that are easy to add up: a prefill token is 1 ms, a pass with prefill 100 ms more, a decode pass 10 ms.
 fn profile() -> Profile {
@@ -18,6 +19,7 @@ fn profile() -> Profile {
         max_num_seqs: 16,
         max_num_batched_tokens: 1024,
         max_model_len: 64_000,
+        kv_bytes_per_token: 131_072,
         prefill_ms_per_token_squared: 0.0,
         prefill_ms_per_token: 1.0,
         prefill_ms_base: 100.0,
@@ -25,7 +27,12 @@ fn profile() -> Profile {
         decode_ms_per_sequence: 0.0,
         decode_ms_per_context_token: 0.0,
         speedup: 1.0,
+        ..Profile::default()
     }
+}
+
+fn specs(profiles: &[Profile]) -> Vec<EngineSpec> {
+    profiles.iter().cloned().map(EngineSpec::from).collect()
 }
 
 fn options(workers: usize) -> Options {

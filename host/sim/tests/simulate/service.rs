@@ -104,7 +104,7 @@ fn a_hang_is_found_out_after_the_stall_bound_and_a_short_one_is_waited_for() {
         let faults = Faults::parse(&format!("hang_every_s=2,hang_s=1,stall_s={stall_s},attempts=1000")).unwrap();
         // What was generated is computed again in no time.
         let workers = vec![Profile { prefill_ms_per_token: 0.0, ..profile() }; 8];
-        Row::new(run(&trace, &Options { workers, faults: Some(faults), ..with_queue(8, "", &[]) }, &native()))
+        Row::new(run(&trace, &Options { workers: specs(&workers), faults: Some(faults), ..with_queue(8, "", &[]) }, &native()))
     };
     let (found, waited) = (hangs(0.2), hangs(5.0));
     assert!(found.faults.unwrap().faults.migrated > 0 && found.itl.max < 1000.0, "{:?}", found.itl);

@@ -50,7 +50,7 @@ fn too_little_kv_memory_preempts_and_loses_nobody() {
     let profile = Profile { kv_blocks: 20, max_model_len: 1280, ..profile() };
     let requests: Vec<_> = (0..8).map(|stream| (0, [(stream, 256)], 200)).collect();
     let requests: Vec<_> = requests.iter().map(|(at, streams, output)| (*at, &streams[..], *output)).collect();
-    let row = Row::new(run(&trace(&requests), &Options { workers: vec![profile], ..options(1) }, &native()));
+    let row = Row::new(run(&trace(&requests), &Options { workers: vec![profile.into()], ..options(1) }, &native()));
     assert!(row.preemptions > 0);
     assert_eq!((row.served, row.itl.count), (8, 8 * 199));
 }
@@ -58,7 +58,7 @@ fn too_little_kv_memory_preempts_and_loses_nobody() {
 #[test]
 fn bounds_of_a_mixed_fleet_are_those_of_its_fastest_worker() {
     let trace = trace(&[(0, &[(1, 640)], 1)]);
-    let mean = |workers: &[Profile]| bounds(&trace, workers).unwrap().infinite.ttft.mean;
+    let mean = |workers: &[Profile]| bounds(&trace, &specs(workers)).unwrap().infinite.ttft.mean;
     let fast = Profile { speedup: 4.0, ..profile() };
     assert_eq!(mean(&[profile(), fast.clone()]), mean(&[fast]));
 }
@@ -72,7 +72,7 @@ fn bounds_are_those_of_one_cache_and_no_queue() {
     // Two engines of 12 blocks hold both of the prompts of ten blocks. In one engine alone the second prompt leaves two
     // blocks of the first, and the third request, of eleven blocks, one of the second.
     let small = Profile { kv_blocks: 12, max_model_len: 768, ..profile() };
-    let pooled = |workers: &[Profile]| bounds(&trace, workers).unwrap().pooled.reuse;
+    let pooled = |workers: &[Profile]| bounds(&trace, &specs(workers)).unwrap().pooled.reuse;
     assert_eq!(pooled(&[small.clone(), small.clone()]), 1280.0 / 2688.0);
     assert_eq!(pooled(&[small]), (2.0 + 1.0) * 64.0 / 2688.0);
 }
@@ -81,7 +81,7 @@ fn bounds_are_those_of_one_cache_and_no_queue() {
 fn a_mixed_fleet_has_engines_of_its_own_kinds() {
     let fast = Profile { speedup: 2.0, ..profile() };
     let trace = trace(&[(0, &[(1, 300)], 1), (0, &[(2, 300)], 1)]);
-    let row = Row::new(run(&trace, &Options { workers: vec![profile(), fast], ..options(0) }, &native()));
+    let row = Row::new(run(&trace, &Options { workers: vec![profile().into(), fast.into()], ..options(0) }, &native()));
     assert_eq!((row.ttft.p50, row.ttft.max), (200.0, 400.0));
 }
 
@@ -97,5 +97,5 @@ fn what_cannot_be_simulated_says_what_to_change() {
     check(&trace, &options(0), "simulate at least 1");
     check(&trace, &Options { speed: 0.0, ..options(1) }, "speed 0 is not possible");
     let broken = Profile { kv_blocks: 1001, max_model_len: 64_064, decode_ms_base: f64::NAN, ..profile() };
-    check(&trace, &Options { workers: vec![broken], ..options(1) }, "decode_ms_base=NaN is not a time");
+    check(&trace, &Options { workers: vec![broken.into()], ..options(1) }, "decode_ms_base=NaN is not a time");
 }

@@ -1,11 +1,11 @@
 //! What can be typed after `simulate`, and what it means.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use dynamo_engine_mock::{MockOptions, Profile};
-use dynamo_host_core::{SlotKind, SlotName};
+use dynamo_host_core::{Role, SlotKind, SlotName};
 use dynamo_host_policy::{Limits, read_component};
-use dynamo_host_sim::{AdmissionPolicy, Contender, Faults, Queueing, Tenant, default_profile};
+use dynamo_host_sim::{AdmissionPolicy, Contender, EngineSpec, Faults, Links, Queueing, Tenant, default_profile};
 
 use crate::{
     cli::{Output, policy::file_and_settings},
@@ -21,8 +21,8 @@ pub(crate) struct SimulateFlags {
     /// What comes: a Mooncake JSONL or an Azure CSV file, or synthetic:requests=N,rate=R,…
     #[arg(long, value_name = "FILE|synthetic:KEY=VALUE,…")]
     pub(super) trace: String,
-    /// How many workers there are, with properties of their engines such as kv_blocks=4096 [default: 8]; may be repeated
-    /// for a mixed fleet
+    /// How many workers there are, with their role (role=prefill, decode, both or aggregated) and properties of their engines
+    /// such as kv_blocks=4096 [default: 8]; may be repeated for a mixed fleet
     #[arg(long, value_name = "N[,KEY=VALUE…]")]
     workers: Vec<String>,
     /// What decides: a component, with its settings as JSON or @FILE, or native; may be repeated: all for routing stand side by
@@ -41,6 +41,12 @@ pub(crate) struct SimulateFlags {
     /// KV blocks of each engine
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
+    /// How fast KV goes from one engine to another, through the port that each has for each direction
+    #[arg(long, value_name = "GB/S", default_value_t = 64.0)]
+    link_bandwidth: f64,
+    /// What a transfer of KV takes before its first byte comes
+    #[arg(long, value_name = "MS", default_value_t = 1.0)]
+    link_latency_ms: f64,
     /// A queue in front of the engines, as the host has it: bounds, how long a request waits, how many run at once, how many
     /// clients leave: max_requests, max_tokens, max_running, prefill_tokens, timeout_s, leave (a share), leave_s
     #[arg(long, value_name = "KEY=VALUE,…", num_args = 0..=1, default_missing_value = "")]
@@ -84,7 +90,7 @@ pub(crate) struct SimulateFlags {
 
 impl SimulateFlags {
     /// The engines, one for each worker.
-    pub(super) fn workers(&self) -> Result<Vec<Profile>, String> {
+    pub(super) fn workers(&self) -> Result<Vec<EngineSpec>, String> {
         let base = self.profile()?;
         let groups = if self.workers.is_empty() { vec!["8".to_owned()] } else { self.workers.clone() };
         let mut workers = Vec::new();
@@ -94,14 +100,32 @@ impl SimulateFlags {
             let count =
                 count.ok_or_else(|| format!("--workers {group}: begin with a number of 1 to 100000, as in 8,kv_blocks=4096"))?;
             let mut options = MockOptions { profile: base.clone(), ..MockOptions::default() };
+            let mut role = Role::Aggregated;
             for part in parts {
                 let (key, value) = part.split_once('=').ok_or_else(|| format!("--workers {group}: {part:?} is not KEY=VALUE"))?;
+                if key == "role" {
+                    role = value.parse().map_err(|error| format!("--workers {group}: {error}"))?;
+                    continue;
+                }
                 options.set(key, value).map_err(|error| format!("--workers {group}: {error}"))?;
             }
             options.profile.validate().map_err(|error| format!("--workers {group}: {error}"))?;
-            workers.extend(std::iter::repeat_n(options.profile, count));
+            workers.extend(std::iter::repeat_n(EngineSpec { role, profile: options.profile }, count));
         }
         Ok(workers)
+    }
+
+    /// The ways by which KV goes from one to another.
+    pub(super) fn links(&self) -> Result<Links, String> {
+        let (bandwidth, latency_ms) = (self.link_bandwidth, self.link_latency_ms);
+        // Up to a petabyte a second, and to a minute.
+        if !(1e-9..=1e6).contains(&bandwidth) {
+            return Err(format!("--link-bandwidth {bandwidth}: use GB a second, from 0.000000001 to 1000000"));
+        }
+        if !(0.0..=60_000.0).contains(&latency_ms) {
+            return Err(format!("--link-latency-ms {latency_ms}: use milliseconds, from 0 to 60000"));
+        }
+        Ok(Links { bytes_per_second: bandwidth * 1e9, latency: Duration::from_secs_f64(latency_ms / 1000.0) })
     }
 
     /// The queue and who comes to it, if there is to be one.

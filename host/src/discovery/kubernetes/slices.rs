@@ -47,6 +47,8 @@ struct Wishes {
     scheme: Option<String>,
     model: Option<String>,
     role: Role,
+    handoff: Option<String>,
+    bootstrap_port: Option<u16>,
     kind: Option<crate::config::Kind>,
     ranks: Option<u32>,
     block_size: Option<u32>,
@@ -136,6 +138,10 @@ impl Wishes {
                 "scheme" => return Err(wrong("use http or https".to_owned())),
                 "model" => wishes.model = Some(value.clone()),
                 "role" => wishes.role = value.parse().map_err(wrong)?,
+                "handoff" => wishes.handoff = Some(value.clone()),
+                "bootstrap-port" => {
+                    wishes.bootstrap_port = Some(value.parse().map_err(|_| wrong("use 1 to 65535".to_owned()))?);
+                }
                 "kind" => wishes.kind = Some(value.parse().map_err(|error: UnknownKind| wrong(error.to_string()))?),
                 "ranks" => wishes.ranks = Some(number()?),
                 "block-size" => wishes.block_size = Some(number()?),
@@ -146,8 +152,8 @@ impl Wishes {
                 _ => match wish.strip_prefix("label.") {
                     Some(label) if !label.is_empty() => drop(wishes.labels.insert(label.to_owned(), value.clone())),
                     _ => {
-                        let known =
-                            "port, scheme, model, role, kind, ranks, block-size, max-running, forward-priority and label.NAME";
+                        let known = "port, scheme, model, role, handoff, bootstrap-port, kind, ranks, block-size, max-running, \
+                                     forward-priority and label.NAME";
                         return Err(format!("{key} is not known; after {PREFIX} there are {known}"));
                     }
                 },
@@ -188,6 +194,8 @@ impl Wishes {
             name: pod.and_then(|pod| pod.name.clone()),
             model: self.model.clone(),
             role: self.role,
+            handoff: self.handoff.clone(),
+            bootstrap_port: self.bootstrap_port,
             kind: self.kind,
             ranks: self.ranks,
             block_size: self.block_size,
@@ -203,6 +211,7 @@ impl Wishes {
 
 #[cfg(test)]
 mod tests {
+    use dynamo_engine_api::Protocol;
     use serde_json::{Value, json};
 
     use super::*;
@@ -255,6 +264,7 @@ mod tests {
     fn annotations_say_what_workers_are() {
         let annotations = json!({
             "dynamo-host/port": "metrics", "dynamo-host/model": "Qwen/Qwen3", "dynamo-host/kind": "vllm", "dynamo-host/ranks": "2",
+            "dynamo-host/role": "prefill", "dynamo-host/handoff": "bootstrap", "dynamo-host/bootstrap-port": "8999",
             "dynamo-host/scheme": "http", "dynamo-host/label.price": "2.5", "dynamo-host/label.zone": "mine", "other/x": "y",
         });
         let (name, slice) = slice("s", annotations, http(), json!([pod("a", "10.0.0.1")]));
@@ -266,6 +276,7 @@ mod tests {
         let found = slices.found();
         let worker = found.workers.first().unwrap_or_else(|| panic!("no worker: {:?}", found.problems));
         assert_eq!((worker.url.as_str(), worker.labels["zone"].as_str()), ("http://10.0.0.1:9000", "mine"));
+        assert_eq!((worker.role, worker.handoff, worker.bootstrap_port), (Role::Prefill, Some(Protocol::Bootstrap), Some(8999)));
     }
 
     #[test]
@@ -292,6 +303,9 @@ mod tests {
             (json!({ "dynamo-host/scheme": "ftp" }), "use http or https"),
             (json!({ "dynamo-host/port": "grpc" }), "no port named \"grpc\""),
             (json!({ "dynamo-host/ranks": "0" }), "use 1 to 1024"),
+            (json!({ "dynamo-host/handoff": "nixl" }), "go with role"),
+            (json!({ "dynamo-host/role": "prefill", "dynamo-host/handoff": "pigeon" }), "use nixl, mooncake"),
+            (json!({ "dynamo-host/role": "prefill", "dynamo-host/bootstrap-port": "x" }), "use 1 to 65535"),
         ] {
             let (workers, problems) = found([slice("s", annotations, http(), json!([pod("a", "10.0.0.1")]))]);
             assert!(workers.is_empty() && problems[0].contains(says), "{problems:?}");
