@@ -47,10 +47,10 @@ pub(crate) struct Costs<'a> {
     slo_itl_ms: f32,
     /// Tokens of this prompt that a worker does not hold.
     uncached: Vec<f32>,
-    /// Whether it has to compute them: what another has prefilled it fetches.
-    computes: bool,
-    /// Whether workers differ in what they do.
-    is_apart: bool,
+    /// 1 if it has to compute them; 0 if it fetches what another has prefilled. Numbers, since loops with choices are no SIMD.
+    computes: f32,
+    /// 1 if workers differ in what they do, else 0.
+    apart: f32,
     prefilling: &'a [u32],
     queued: &'a [u32],
     busy_ms: &'a [u32],
@@ -99,10 +99,11 @@ impl<'a> Costs<'a> {
             settings,
             prompt,
             output: if stage == stage::PREFILL { 0.0 } else { output(settings, request) },
-            slo_itl_ms: request.slo_itl_ms(),
+            // None is as good as any.
+            slo_itl_ms: Some(request.slo_itl_ms()).filter(|ms| *ms > 0.0).unwrap_or(f32::INFINITY),
             uncached: uncached(settings, prompt, candidates),
-            computes: stage != stage::DECODE,
-            is_apart: candidates.role().iter().any(|&of| of != role::AGGREGATED),
+            computes: if stage == stage::DECODE { 0.0 } else { 1.0 },
+            apart: if is_apart(candidates) { 1.0 } else { 0.0 },
             prefilling: candidates.active_prefill_tokens(),
             queued: candidates.active_uncached_tokens(),
             busy_ms: candidates.prefill_busy_ms(),
@@ -184,7 +185,7 @@ impl<'a> Costs<'a> {
 
     #[inline(always)]
     fn terms(&self, row: Row, speed: &Speed) -> Terms {
-        let Self { settings, prompt, output, slo_itl_ms, computes, is_apart, .. } = *self;
+        let Self { settings, prompt, output, slo_itl_ms, computes, apart, .. } = *self;
         let Row { uncached, prefilling, queued, busy_ms, context, requests, free, error_rate, preference } = row;
         let profile = &speed.profile;
         let (is_decoding, is_prefilling) = (context > 0.0, prefilling > 0.0);
@@ -198,21 +199,20 @@ impl<'a> Costs<'a> {
         let left = waiting + passes * decode_work + 0.5 * step - busy_ms;
         let wait = if is_prefilling { most(left, LEAST_LEFT * waiting) } else { 0.5 * step };
 
-        let computed = if computes { speed.prefill_ms(uncached) } else { 0.0 };
-        let prefill = computed + if computes { decode_work } else { 0.0 };
+        let computed = computes * speed.prefill_ms(uncached);
+        let prefill = computed + computes * decode_work;
         let stalled = requests + if is_prefilling { PREFILL_COUNTS } else { 0.0 };
         let stall = least(prefill, INTERFERING_PASSES * speed.full_pass_ms);
 
         // This request slows each of those that run, and they slow it.
         let slows = profile.decode_ms_per_sequence + profile.decode_ms_per_context_token * prompt;
-        // What its tokens take beyond their target counts in full. An unknown target is none: no comparison with NaN is true.
-        let late = profile.decode_ms_base + decode_work + slows - slo_itl_ms;
-        let late = if late > 0.0 { output * late } else { 0.0 };
+        // What its tokens take beyond their target counts in full.
+        let late = output * most(profile.decode_ms_base + decode_work + slows - slo_itl_ms, 0.0);
         let decode = settings.decode_weight * output * (decode_work + requests * slows) + late;
 
         // Memory is freed as requests end; all context, in about the time of one.
         // What is fetched from elsewhere waits for it too, and is computed by nobody.
-        let waits = if is_apart { prefilling } else { queued };
+        let waits = queued + apart * (prefilling - queued);
         let missing = most(waits + uncached + output - free, 0.0);
         let memory = missing * output * step / most(context, 1.0);
 
@@ -281,6 +281,12 @@ fn uncached(settings: &Settings, prompt: f32, candidates: &Candidates) -> Vec<f3
         *uncached = most(*uncached, 1.0);
     }
     uncached
+}
+
+/// Whether workers differ in what they do, or may.
+pub(crate) fn is_apart(candidates: &Candidates) -> bool {
+    // In one go, which is SIMD.
+    candidates.role().iter().fold(role::AGGREGATED, |all, of| all | of) != role::AGGREGATED
 }
 
 /// Output tokens that are still to be expected, over all choices.

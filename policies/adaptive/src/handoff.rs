@@ -22,7 +22,7 @@ use dynamo_policy_sdk::{Candidates, Decision, Request, UNKNOWN, endpoint, entrop
 
 use crate::{
     Settings,
-    cost::{Costs, Terms, least, most},
+    cost::{self, Costs, Terms, least, most},
     links::Links,
     profile::Profiles,
 };
@@ -70,7 +70,7 @@ impl<'a> Handoff<'a> {
         let roles = candidates.role();
         let is_apart = match request.stage() {
             stage::DECODE => true,
-            stage::WHOLE => roles.iter().any(|&of| prefills(of)) && may_hand_over(request),
+            stage::WHOLE => cost::is_apart(candidates) && roles.iter().any(|&of| prefills(of)) && may_hand_over(request),
             _ => false,
         };
         let target = request.slo_ttft_ms();
