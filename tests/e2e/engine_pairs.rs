@@ -128,7 +128,7 @@ async fn sglang_is_told_to_abort_when_a_client_leaves() {
     assert!(!decode.iter().any(Sglang::was_told_to_abort));
     drop(events);
     eventually("its decode is aborted by name", async || decode.iter().any(Sglang::was_told_to_abort).then_some(())).await;
-    eventually("nobody works on it any more", async || (network.abandoned() == 1).then_some(())).await;
+    eventually("nobody works on it any more", async || (network.abandoned() >= 1).then_some(())).await;
     assert_eq!(network.faults(), [""; 0]);
 }
 
