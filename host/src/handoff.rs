@@ -124,7 +124,7 @@ struct Handoff<'h, 'd> {
 /// What came of prefill.
 enum Prefill {
     /// Its KV waits for whoever decodes.
-    Staged(Staged),
+    Staged(Box<Staged>),
     /// It did not come so far, or needs nobody to decode.
     Given(Given),
 }

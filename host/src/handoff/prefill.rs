@@ -33,7 +33,7 @@ impl Handoff<'_, '_> {
                     }
                     account.prefilled(usage_of(&reply));
                     let ask = self.dispatch.asked().ask.clone();
-                    return Ok(Prefill::Staged(Staged::new(lane, ticket, ask, self.facts, post.worker.id)));
+                    return Ok(Prefill::Staged(Box::new(Staged::new(lane, ticket, ask, self.facts, post.worker.id))));
                 }
                 Ok(Prefilled::Final) => {
                     self.dispatch.taken_up(post, self.facts);

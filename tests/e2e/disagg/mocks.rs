@@ -21,9 +21,9 @@ pub(super) struct Pools {
 impl Pools {
     pub(super) async fn start(profile: &[&str]) -> Self {
         let mut pools = Self { prefill: Vec::new(), decode: Vec::new() };
-        for pool in [&mut pools.prefill, &mut pools.decode] {
+        for (role, pool) in [("role=prefill", &mut pools.prefill), ("role=decode", &mut pools.decode)] {
             for _ in 0..2 {
-                pool.push(MockProcess::start(profile).await);
+                pool.push(MockProcess::start(&[&[role], profile].concat()).await);
             }
         }
         pools
@@ -130,7 +130,7 @@ async fn a_prefill_pool_that_dies_costs_no_request_and_comes_back() {
     assert!(prefilled(&host, "local").await >= 3.0);
     assert!(host.http.metric("dynamo_host_handoff_fallbacks_total", &[("cause", "no_prefill_pool")]).await > 0.0);
     let address = pools.prefill[0].url().strip_prefix("http://").unwrap().to_owned();
-    pools.prefill[0] = MockProcess::start_at(&address, &["speedup=20"]).await;
+    pools.prefill[0] = MockProcess::start_at(&address, &["role=prefill", "speedup=20"]).await;
     eventually("it is handed over again", async || is_remote(&ask(9).await).then_some(())).await;
 }
 
