@@ -215,7 +215,7 @@ async fn what_a_fetch_does_wrong() {
     let fetches = client.post("/v1/completions", &[], decode(&prompt(1000), &params).to_string());
     let stops = async {
         while from.engine.snapshot().await.is_ok() {
-            tokio::task::yield_now().await
+            tokio::task::yield_now().await;
         }
     };
     tokio::select! {
