@@ -8,9 +8,16 @@ use super::Snapshot;
 use crate::error::RequestError;
 
 impl Snapshot {
-    /// Whether KV can go from one worker to another: they do it in one way, and the link between them is not avoided.
+    /// Whether KV can go from one worker to another: they do it in one way, and the link between them is not avoided. One that
+    /// is avoided is better than none, where engines serve no whole requests.
     pub(crate) fn reaches(&self, from: &Worker, to: &Worker, links: &LinkBoard) -> bool {
-        from.hands_to(to) && !links.is_avoided(from.load.index(), to.load.index(), self.clock.now_ms())
+        let is_avoided = |from: &Worker, to: &Worker| links.is_avoided(from.load.index(), to.load.index(), self.clock.now_ms());
+        let has_other = || {
+            let same = self.fleet.workers().iter().filter(|worker| worker.handoff.group == from.handoff.group);
+            let same: Vec<&Worker> = same.filter(|worker| worker.state.is_eligible()).collect();
+            same.iter().any(|from| same.iter().any(|to| from.hands_to(to) && !is_avoided(from, to)))
+        };
+        from.hands_to(to) && (!is_avoided(from, to) || !from.handoff.serves_whole && !has_other())
     }
 
     /// Whether somebody who has not failed the request could decode what a worker prefills of it.

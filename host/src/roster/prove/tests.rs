@@ -268,6 +268,14 @@ async fn engines_that_serve_no_whole_requests_are_waited_for_until_they_are_chec
     roster.start(Duration::from_secs(60)).await;
     assert_eq!((together(&roster), candidates(&roster, Among::Beginning)), (Together::Split, vec!["p".to_owned()]));
     assert!(candidates(&roster, Among::Whole).is_empty());
+    // A link that keeps failing is better than none.
+    let snapshot = roster.snapshot();
+    let of = |name: &str| snapshot.fleet().workers().iter().find(|worker| worker.spec.name == name).unwrap();
+    let [from, to] = [of("p"), of("d")];
+    for _ in 0..dynamo_host_core::links::FAILURES {
+        roster.links().failed(from.load.index(), to.load.index(), roster.clock.now_ms());
+    }
+    assert!(snapshot.reaches(from, to, roster.links()));
     let member = Arc::clone(&roster.members()["d"]);
     assert_eq!(roster.hand_over_with(&member).await, Some(Ok(())), "its canary is a hand-off");
     decode.decodes.store(false, SeqCst);
