@@ -114,7 +114,7 @@ async fn what_cannot_be_simulated_is_refused_with_what_to_change() {
     let pair = ["--workers", "1,role=prefill", "--workers", "1,role=decode,block_size=32,kv_blocks=32768"];
     refuses(&[&["--trace", small], &pair[..]].concat(), &["block_size=64", "give both the same"]).await;
     refuses(&["--trace", small, "--link-bandwidth", "0"], &["--link-bandwidth 0: use GB a second"]).await;
-    refuses(&["--trace", small, "--link-latency-ms", "-1"], &["--link-latency-ms"]).await;
+    refuses(&["--trace", small, "--link-latency-ms=-1"], &["--link-latency-ms -1: use milliseconds"]).await;
     refuses(&["--trace", small, "--kv-blocks", "10"], &["raise kv_blocks or lower max_model_len"]).await;
     refuses(&["--trace", small, "--speed", "0"], &["use a number above 0"]).await;
     refuses(&["--trace", small, "--queue", "depth=1"], &["--queue depth=1", "\"depth\" is not known; use max_requests"]).await;
