@@ -46,6 +46,12 @@ struct Start {
     next: Vec<u32>,
 }
 
+/// What going on costs on each worker, but for the way of the KV.
+struct Continued {
+    costs: Vec<f32>,
+    lacking: Vec<f32>,
+}
+
 /// What the costs of hand-offs are made of.
 pub(crate) struct Handoff<'a> {
     settings: &'a Settings,
@@ -88,7 +94,7 @@ impl<'a> Handoff<'a> {
 
     /// Where it goes on, when it was prefilled or while it is.
     pub(crate) fn decode(&self) -> Decision {
-        let costs = self.onward(None);
+        let costs = self.onward(&self.continued(), None);
         explain("onward_ms", || costs.clone());
         Decision::Place(finite(&costs).unwrap_or_else(|| rank::lowest_rows(self.costs.total(self.profiles), entropy::next())))
     }
@@ -97,14 +103,15 @@ impl<'a> Handoff<'a> {
     pub(crate) fn place(&self) -> Decision {
         let whole = self.whole();
         let prefill = self.prefill();
-        let starts = self.starts(&prefill);
+        let continued = self.continued();
+        let starts = self.starts(&prefill, &continued);
         let pair = starts.iter().find(|start| self.roles[start.row as usize] == role::BOTH);
         let single = starts.iter().find(|start| self.roles[start.row as usize] == role::PREFILL);
         let onward = single.map_or(NONE, |start| start.onward);
         let placed: Vec<f32> = (whole.iter().zip(&prefill).zip(self.roles))
             .map(|((&whole, &prefill), &of)| if of == role::PREFILL { prefill + onward } else { whole })
             .collect();
-        self.explain(&whole, &prefill, &starts);
+        self.explain(&whole, &prefill, &continued, &starts);
         let least_placed = placed.iter().copied().fold(NONE, least);
         match pair {
             Some(pair) if pair.cost + pair.onward < least_placed => Decision::PlaceDisaggregated(self.pairs(&starts)),
@@ -159,27 +166,31 @@ impl<'a> Handoff<'a> {
         }
     }
 
-    /// Costs of going on, from a row or from the worker that prefills by now. What a hand-off is expected to take is in the cost of
-    /// the prefill.
-    fn onward(&self, from: Option<u32>) -> Vec<f32> {
-        let links = Links::of(self.settings, self.candidates, from);
+    /// Costs of going on, wherever the KV comes from, and the tokens that are not there yet.
+    fn continued(&self) -> Continued {
         let cost = |terms: Terms| (terms.wait + terms.decode + terms.memory) * terms.factor;
         let mut costs = self.costs.each(self.profiles, cost);
         self.level(&mut costs);
         self.keep_free(&mut costs);
+        Continued { costs, lacking: self.costs.each(self.profiles, |terms| terms.uncached) }
+    }
+
+    /// Costs of going on, from a row or from the worker that prefills by now. What a hand-off is expected to take is in the cost of
+    /// the prefill.
+    fn onward(&self, continued: &Continued, from: Option<u32>) -> Vec<f32> {
+        let links = Links::of(self.settings, self.candidates, from);
         let expected = self.settings.handoff.expected_ms(self.costs.prompt());
-        let lacking = self.costs.each(self.profiles, |terms| terms.uncached);
-        for (row, (cost, &lacking)) in costs.iter_mut().zip(&lacking).enumerate() {
-            *cost = if links.is_reachable(row) { (*cost + links.ms(row, lacking) - expected) * links.tries(row) } else { NONE };
-        }
-        costs
+        let cost = |(row, (&cost, &lacking)): (usize, (&f32, &f32))| {
+            if links.is_reachable(row) { (cost + links.ms(row, lacking) - expected) * links.tries(row) } else { NONE }
+        };
+        continued.costs.iter().zip(&continued.lacking).enumerate().map(cost).collect()
     }
 
     /// The best ones to begin on from which KV gets somewhere.
-    fn starts(&self, prefill: &[f32]) -> Vec<Start> {
+    fn starts(&self, prefill: &[f32], continued: &Continued) -> Vec<Start> {
         let mut starts: Vec<Start> = Vec::new();
         for row in finite(prefill).unwrap_or_default().into_iter().take(STARTS) {
-            let onward = self.onward(Some(row));
+            let onward = self.onward(continued, Some(row));
             if let Some(mut next) = finite(&onward) {
                 next.truncate(NEXTS);
                 starts.push(Start { row, cost: prefill[row as usize], onward: onward[next[0] as usize], next });
@@ -227,13 +238,15 @@ impl<'a> Handoff<'a> {
         }
     }
 
-    fn explain(&self, whole: &[f32], prefill: &[f32], starts: &[Start]) {
+    fn explain(&self, whole: &[f32], prefill: &[f32], continued: &Continued, starts: &[Start]) {
         if !explain_wanted() {
             return;
         }
         explain("whole_ms", || whole.to_vec());
         explain("prefill_leg_ms", || prefill.to_vec());
-        explain("onward_ms", || starts.first().map_or_else(|| vec![NONE; whole.len()], |start| self.onward(Some(start.row))));
+        explain("onward_ms", || {
+            starts.first().map_or_else(|| vec![NONE; whole.len()], |start| self.onward(continued, Some(start.row)))
+        });
     }
 }
 
