@@ -28,7 +28,7 @@ impl Row {
 }
 
 pub(super) fn print(rows: &[Row]) {
-    println!("\nall requests were answered, each with the text and the usage of one engine alone; times in seconds");
+    println!("\nevery request of these scenes was answered, with the text and the usage of one engine alone; times in seconds");
     println!(
         "{:<40} {:>8} {:>11} {:>8} {:>8} {:>8} {:>9} {:>8} {:>6}",
         "", "answered", "handed over", "median", "slowest", "alone", "computed", "fetched", "back"
