@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
+use dynamo_engine_api::Protocol;
 use dynamo_host_core::SlotName;
 use dynamo_host_policy::{Limits, Now, PolicyRuntime, SlotState};
 use serde_json::{Value, json};
@@ -125,7 +126,7 @@ fn shown(config: &Config) -> Value {
         .map(|worker| {
             json!({
                 "name": worker.name, "url": worker.url, "model": worker.model, "role": worker.role, "kind": worker.kind,
-                "handoff": worker.handoff.map(|protocol| protocol.name()), "bootstrap_host": worker.bootstrap_host, "bootstrap_port": worker.bootstrap_port,
+                "handoff": worker.handoff.map(Protocol::name), "bootstrap_host": worker.bootstrap_host, "bootstrap_port": worker.bootstrap_port,
                 "ranks": worker.ranks, "block_size": worker.block_size, "labels": worker.labels,
                 "bearer": worker.bearer.as_ref().map(ToString::to_string), "ca_file": worker.ca_file,
                 "forward_priority": worker.forward_priority,

@@ -216,7 +216,7 @@ fn print_report(report: &Report) {
     match report.tells_roles_apart {
         Some(true) => println!("  roles                 told apart: it is shown all, and says who prefills and who decodes"),
         Some(false) => {
-            println!("  roles                 not told apart: it is asked where to begin, then who decodes what was prefilled")
+            println!("  roles                 not told apart: it is asked where to begin, then who decodes what was prefilled");
         }
         None => {}
     }

@@ -1,17 +1,14 @@
 //! The roster for people and tools: one row for each worker, and what is wrong with the sources.
 
-use std::sync::Arc;
-
-use dynamo_host_core::{Load, Role, Worker, WorkerState, load::Reported};
+use dynamo_host_core::{Load, Role, WorkerState, load::Reported};
 use serde::Serialize;
 
 use super::{
     Member, Origin, Problem, Roster,
     member::Standing,
     split::{self, HandoffReport},
-    vitals::Vitals,
 };
-use crate::kv::{KvFeed, KvReport};
+use crate::kv::KvReport;
 
 /// A worker, for people and tools.
 #[derive(Clone, Debug, Serialize)]
@@ -90,7 +87,8 @@ fn report_of(member: &Member, is_checked: bool, now_ms: u64) -> Vec<WorkerReport
     if standing.workers.is_empty() {
         return vec![bare(member, &standing)];
     }
-    let full = |(place, ((worker, feed), vitals)): (usize, ((&Worker, &Arc<KvFeed>), &Arc<Vitals>))| {
+    let full = |place: usize| {
+        let (worker, feed, vitals) = (&standing.workers[place], &standing.feeds[place], &standing.vitals[place]);
         let handoff = split::report(member, &standing, place, is_checked);
         let no_handoffs = || handoff.as_ref()?.reason.as_ref().map(|reason| format!("it gets no hand-offs: {reason}"));
         WorkerReport {
@@ -114,7 +112,7 @@ fn report_of(member: &Member, is_checked: bool, now_ms: u64) -> Vec<WorkerReport
             ..bare(member, &standing)
         }
     };
-    standing.workers.iter().zip(&standing.feeds).zip(&standing.vitals).enumerate().map(full).collect()
+    (0..standing.workers.len()).map(full).collect()
 }
 
 /// What is known of an engine that has not said what it serves.

@@ -157,7 +157,8 @@ async fn a_client_that_leaves_leaves_nothing_behind() {
     let host = pools.host(&[]).await;
     // Within the prefill.
     let http = host.http.clone();
-    let asked = tokio::spawn(async move { http.try_open(CHAT, &streamed(long(chat(400), 1))).await });
+    let mut asked = tokio::task::JoinSet::new();
+    asked.spawn(async move { http.try_open(CHAT, &streamed(long(chat(400), 1))).await });
     eventually("somebody prefills", async || {
         let mut running = 0.0;
         for engine in &pools.prefill {
@@ -166,8 +167,7 @@ async fn a_client_that_leaves_leaves_nothing_behind() {
         (running > 0.0).then_some(())
     })
     .await;
-    asked.abort();
-    let _ = asked.await;
+    asked.shutdown().await;
     pools.are_idle().await;
     // Within the stream.
     let mut stream = host.http.open(CHAT, &streamed(long(chat(4000), 2))).await;

@@ -119,15 +119,14 @@ fn of_routing(tells_roles_apart: bool) -> Vec<Probe<RouteCall>> {
     probes.push(probe("many candidates", 1024, 1, plain));
     probes.push(probe("very many candidates", MANY, 1, plain));
     // What it is shown of split pools follows from whether it tells roles apart.
-    let split: &[(&str, u32, fn(u32) -> SyntheticFleet)] = match tells_roles_apart {
-        true => &[
-            ("a prefill and a decode worker", 2, synthetic::split),
-            ("split pools", SOME, synthetic::split),
-            ("many in split pools", 1024, synthetic::split),
-        ],
-        false => &[("where to prefill", SOME, synthetic::prefilling)],
-    };
-    probes.extend(split.iter().map(|&(name, rows, fleet)| of_fleet(name, fleet(rows), 1, plain)));
+    let split = |name, rows| of_fleet(name, synthetic::split(rows), 1, plain);
+    if tells_roles_apart {
+        probes.push(split("a prefill and a decode worker", 2));
+        probes.push(split("split pools", SOME));
+        probes.push(split("many in split pools", 1024));
+    } else {
+        probes.push(of_fleet("where to prefill", synthetic::prefilling(SOME), 1, plain));
+    }
     probes.push(of_fleet("where to decode", synthetic::decoding(SOME), 1, plain));
     probes
 }
