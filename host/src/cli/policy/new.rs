@@ -102,6 +102,7 @@ const SDK: &[(&str, &str)] = sources![
     "src/decision.rs",
     "src/guest.rs",
     "src/lib.rs",
+    "src/links.rs",
     "src/outcomes.rs",
     "src/pools.rs",
     "src/rank.rs",
@@ -110,6 +111,7 @@ const SDK: &[(&str, &str)] = sources![
     "src/services.rs",
     "src/testing.rs",
     "src/testing/candidates.rs",
+    "src/testing/links.rs",
     "src/testing/outcomes.rs",
     "src/testing/pools.rs",
     "src/testing/request.rs",
@@ -119,7 +121,7 @@ const SDK: &[(&str, &str)] = sources![
 
 /// The contract that it is generated from.
 const CONTRACT: &[(&str, &str)] = sources![
-    "wit/current/": "admission.wit", "autoscaler.wit", "candidates.wit", "outcomes.wit", "request.wit", "router.wit", "services.wit",
+    "wit/current/": "admission.wit", "autoscaler.wit", "candidates.wit", "links.wit", "outcomes.wit", "request.wit", "router.wit", "services.wit",
 ];
 
 /// Where the SDK looks for the contract: in the repository, and beside itself.
