@@ -111,7 +111,7 @@ async fn check_bench_and_inspect_know_the_world() {
         assert!(told["decisions"].as_array().unwrap().iter().all(|decided| decided["pools"].is_u64()), "{told}");
     }
     let file = policy("fair-share");
-    assert!(run(&["policy", "inspect", &file]).await.succeeded().contains("admission of dynamo:policy@0.1.2"));
+    assert!(run(&["policy", "inspect", &file]).await.succeeded().contains("admission of dynamo:policy@0.1.3"));
     let bench = run(&["policy", "bench", &file, "--candidates", "1", "--output", "json"]).await;
     assert!(bench.succeeded().contains("\"pools\": 1"), "{}", bench.stdout);
 }

@@ -175,7 +175,7 @@ async fn inspect_tells_what_a_policy_reads_without_running_it() {
         for key in ["name", "version", "author", "digest", "bytes", "world", "imports", "exports"] {
             assert!(told["policy"].get(key).is_some(), "{key}: {told}");
         }
-        assert_eq!(told["contract"], "dynamo:policy@0.1.2");
+        assert_eq!(told["contract"], "dynamo:policy@0.1.3");
     }
     let text = run(&["policy", "inspect", &components::policy("least-loaded")]).await;
     for word in ["least-loaded@", "active-prefill-tokens, active-decode-tokens, active-requests", "router"] {

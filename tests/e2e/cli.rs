@@ -87,7 +87,7 @@ async fn a_worker_that_cannot_be_is_refused_with_what_can() {
     refuses(&["--worker", "ftp://b"], &["ftp://b", "http://"]).await;
     refuses(&["--worker", "mock://b?speeedup=3"], &["speeedup", "speedup"]).await;
     refuses(&["--worker", "http://127.0.0.1:9,colour=red"], &["colour", "label."]).await;
-    refuses(&["--worker", "http://127.0.0.1:9,role=chef"], &["chef", "aggregated, prefill or decode"]).await;
+    refuses(&["--worker", "http://127.0.0.1:9,role=chef"], &["chef", "aggregated, prefill, decode or both"]).await;
     refuses(&["--worker", ""], &["--worker"]).await;
     run(&["serve"]).await.failed(2, &["no worker", "--worker"]);
 }

@@ -9,6 +9,11 @@ use crate::harness::{
 
 const COMPLETIONS: &str = "/v1/completions";
 
+/// An engine that was started for a role.
+async fn start(role: &str, profile: &[&str]) -> MockProcess {
+    MockProcess::start(&[&["speedup=20", &format!("role={role}")], profile].concat()).await
+}
+
 /// An engine as a worker of a role, `more` beside.
 fn worker(engine: &MockProcess, role: &str, more: &str) -> String {
     format!("{},name={role},model=m,role={role}{more}", engine.url())
@@ -35,7 +40,7 @@ async fn is_served_as(host: &Host, state: &str) -> bool {
 
 #[tokio::test]
 async fn a_pair_is_tried_before_its_first_request_and_its_link_is_shown() {
-    let [prefill, decode] = [MockProcess::start(&["speedup=20"]).await, MockProcess::start(&["speedup=20"]).await];
+    let [prefill, decode] = [start("prefill", &[]).await, start("decode", &[]).await];
     let host = over(&[worker(&prefill, "prefill", ""), worker(&decode, "decode", "")]).await;
     for name in ["prefill", "decode"] {
         let row = row(&host, name, "it can hand over", |row| row["handoff"]["state"] == "ready").await;
@@ -58,8 +63,8 @@ async fn a_pair_is_tried_before_its_first_request_and_its_link_is_shown() {
 
 #[tokio::test]
 async fn workers_of_mismatched_blocks_are_refused_and_requests_are_served_whole() {
-    let prefill = MockProcess::start(&["speedup=20", "block_size=16"]).await;
-    let decode = MockProcess::start(&["speedup=20", "block_size=32"]).await;
+    let prefill = start("prefill", &["block_size=16"]).await;
+    let decode = start("decode", &["block_size=32"]).await;
     let host = over(&[worker(&prefill, "prefill", ""), worker(&decode, "decode", "")]).await;
     let row = row(&host, "decode", "it is refused", |row| row["handoff"]["state"] == "refused").await;
     let reason = row["handoff"]["reason"].as_str().unwrap();
@@ -75,7 +80,7 @@ async fn workers_of_mismatched_blocks_are_refused_and_requests_are_served_whole(
 
 #[tokio::test]
 async fn a_role_that_no_worker_has_is_said_and_how_to_add_it() {
-    let decode = MockProcess::start(&["speedup=20"]).await;
+    let decode = start("decode", &[]).await;
     let host = over(&[worker(&decode, "decode", "")]).await;
     assert_eq!(host.http.ask(COMPLETIONS, &completion(3)).await.status, 200);
     assert!(is_served_as(&host, "no_prefill").await);

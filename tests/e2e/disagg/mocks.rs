@@ -225,7 +225,7 @@ async fn a_policy_places_a_pair_at_once_or_is_asked_again_and_hears_of_both_legs
 async fn a_policy_that_tells_roles_apart_chooses_where_each_prompt_is_computed() {
     let pools = Pools::start(&["speedup=20"]).await;
     let host = pools.host(&[]).await;
-    host.activate(&components::policy("disagg-conditional"), &json!({ "local_below_tokens": 100, "local_below_ratio": 1.1 }))
+    host.activate(&components::policy("disagg-conditional"), &json!({ "local_below_tokens": 100, "local_below_ratio": 1.0 }))
         .await;
     for number in 0..4 {
         assert!(is_remote(&host.http.stream(CHAT, &streamed(long(chat(5), number))).await));
