@@ -254,6 +254,13 @@ impl RequestFacts {
             && self.max_output_tokens.is_none_or(|tokens| tokens > 1)
     }
 
+    /// Whether it has one prompt and one answer: where no worker serves whole requests, engines of concurrent protocols hand
+    /// that over whatever else it asks for, as both are asked the same.
+    #[must_use]
+    pub fn has_one_answer(&self) -> bool {
+        matches!(self.endpoint, Endpoint::ChatCompletions | Endpoint::Completions) && (self.choices, self.prompts) == (1, 1)
+    }
+
     /// Key of the tenant.
     #[must_use]
     pub fn tenant_key(&self) -> Option<u64> {
