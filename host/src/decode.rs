@@ -86,6 +86,7 @@ pub(crate) fn decode(endpoint: Endpoint, id: String, body: Bytes, bounds: Bounds
     facts.max_output_tokens = max_output_tokens.map(|tokens| tokens as u32);
     facts.choices = choices;
     facts.prompts = prompt.count;
+    facts.tells_prompt = fields.tells_prompt();
     facts.flags = fields.flags(stream);
     let body = fields.without_hosts()?.map_or_else(|| body.clone(), Bytes::from);
     let returns_ids = fields.get("return_token_ids").is_some_and(|value| value.get() == "true");

@@ -43,6 +43,11 @@ pub(crate) enum RequestError {
     ModelNotFound { model: String },
     #[error("no worker of model {model:?} is ready; try again, or see GET /health")]
     NoWorker { model: String },
+    #[error(
+        "the workers of model {model:?} only prefill or decode for each other, which they do for one prompt with one answer by chat or \
+         completion; send several requests, or have the operator add a worker of role aggregated"
+    )]
+    OnlyPairs { model: String },
     #[error("the models of some workers are not known yet, and {model:?} may be among them; try again, or see GET /health")]
     ModelsUnknown { model: String },
     #[error(
@@ -157,6 +162,7 @@ impl RequestError {
             Self::NotFound { .. } => row(StatusCode::NOT_FOUND, INVALID, "not_found"),
             Self::MethodNotAllowed { .. } => row(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed"),
             Self::NoWorker { .. } | Self::ModelsUnknown { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "no_worker"),
+            Self::OnlyPairs { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "no_worker"),
             Self::MissingKey => row(StatusCode::UNAUTHORIZED, INVALID, "missing_api_key"),
             Self::InvalidKey => row(StatusCode::UNAUTHORIZED, INVALID, "invalid_api_key"),
             Self::ExpiredKey => row(StatusCode::UNAUTHORIZED, INVALID, "expired_api_key"),

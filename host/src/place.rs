@@ -138,7 +138,7 @@ pub(crate) async fn place(
             request: Arc::new(facts.clone()),
             candidates: Arc::clone(&candidates),
             overlap: Some(Arc::clone(&overlap)),
-            links: facts.may_hand_over().then(|| Arc::clone(lane.roster.links())),
+            links: snapshot.may_hand_over(facts).then(|| Arc::clone(lane.roster.links())),
             now_ms: lane.clock.now_ms(),
             unix_ms: unix_ms(),
             // Asked again, a policy that decides by chance must not repeat itself.
@@ -274,6 +274,6 @@ impl Roads<'_> {
     }
 
     fn prefills(&self, worker: &Worker) -> bool {
-        self.facts.may_hand_over() && self.snapshot.reaches_any(self.facts, worker, self.lane.roster.links())
+        self.snapshot.may_hand_over(self.facts) && self.snapshot.reaches_any(self.facts, worker, self.lane.roster.links())
     }
 }

@@ -120,6 +120,27 @@ async fn sglangs_legs_meet_in_a_room_of_their_own() {
 }
 
 #[tokio::test]
+async fn where_nobody_serves_whole_requests_one_answer_is_handed_over_whatever_it_is() {
+    let (network, _prefill, _decode, workers) = sglang().await;
+    let host = over(&workers).await;
+    let one = host.http.ask(CHAT, &chat("a single token", 1)).await.json();
+    assert_eq!(one["usage"]["completion_tokens"], 1);
+    let mut seen = chat("", 3);
+    seen["messages"][1]["content"] = json!([{ "type": "image_url", "image_url": { "url": "data:," } }]);
+    assert_eq!(host.http.ask(CHAT, &seen).await.json()["usage"]["completion_tokens"], 3);
+    assert_eq!(prefilled(&host, "remote").await, 2.0);
+    let mut two = chat("two of them", 3);
+    two["n"] = 2.into();
+    let mut batch = completion("", 3);
+    batch["prompt"] = json!(["one", "another"]);
+    for (path, body) in [(CHAT, two), (COMPLETIONS, batch)] {
+        let message = host.http.post(path, body.to_string()).await.is_error(503, "no_worker");
+        assert!(message.contains("one prompt with one answer") && message.contains("role aggregated"), "{message}");
+    }
+    assert_eq!(network.faults(), [""; 0]);
+}
+
+#[tokio::test]
 async fn sglang_is_told_to_abort_when_a_client_leaves() {
     let (network, _prefill, decode, workers) = sglang().await;
     let host = over(&workers).await;

@@ -3,7 +3,8 @@
 //! Invariant: a request is sent again only while no byte of an answer has come, and only because the kept connection that
 //! it went out on was closed under it: engines close kept connections whenever they like (llama.cpp after every streamed
 //! answer, without saying so), and then the request was most likely never read. What breaks later, or on a connection
-//! that was made for it, is [`EngineError::Broken`]: it may be what the engine dies of.
+//! that was made for it, is [`EngineError::Broken`]: it may be what the engine dies of. [`EngineError::Connect`] means that
+//! nothing was sent: a ticket of a hand-off is good after it. So where one that was sent cannot be sent again, it is broken.
 
 use std::{
     io,
@@ -54,10 +55,13 @@ impl Client {
 
     /// Sends a request and waits for the head of its answer. Dropping the future closes the connection.
     pub(crate) async fn send(&self, request: &Request<Bytes>) -> Result<Response<Body>, EngineError> {
+        let mut unanswered = None;
         if let Some(kept) = self.pool.kept() {
             let begun = Instant::now();
             match self.ask(kept, request).await {
-                Err(Failure::Unanswered(error)) if is_closed(&error) && begun.elapsed() < RESEND_WITHIN => {}
+                Err(Failure::Unanswered(error)) if is_closed(&error) && begun.elapsed() < RESEND_WITHIN => {
+                    unanswered = Some(error);
+                }
                 answer => return answer.map_err(|failure| self.failed(&failure)),
             }
         }
@@ -65,7 +69,13 @@ impl Client {
             let text = format!("no connection within {} ms", self.connect_timeout.as_millis());
             Err(io::Error::new(io::ErrorKind::TimedOut, text))
         });
-        let refused = |error: io::Error| EngineError::Connect { engine: self.engine.to_string(), reason: error.to_string() };
+        let refused = |error: io::Error| match &unanswered {
+            None => EngineError::Connect { engine: self.engine.to_string(), reason: error.to_string() },
+            Some(closed) => {
+                let reason = format!("{closed}, and it cannot be connected to again: {error}");
+                EngineError::Broken { engine: self.engine.to_string(), reason }
+            }
+        };
         self.ask(opened.map_err(refused)?, request).await.map_err(|failure| self.failed(&failure))
     }
 

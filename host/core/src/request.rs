@@ -200,6 +200,8 @@ pub struct RequestFacts {
     pub prefilled_by: Option<WorkerId>,
     /// Prompts that its body holds: a completion may ask for several at once.
     pub prompts: u32,
+    /// Whether its answer tells of the prompt's tokens, which only who computes them knows.
+    pub tells_prompt: bool,
     /// Facts by name: allowed headers.
     pub attributes: BTreeMap<String, String>,
 }
@@ -237,17 +239,26 @@ impl RequestFacts {
             failed_workers: Vec::new(),
             prefilled_by: None,
             prompts: 1,
+            tells_prompt: false,
             attributes: BTreeMap::new(),
         }
     }
 
     /// Whether its KV may be handed from one worker to another: engines do that for one prompt with one answer, and where
-    /// the first token is not the last.
+    /// the first token is not the last. Who decodes has computed no logits of the prompt.
     #[must_use]
     pub fn may_hand_over(&self) -> bool {
         matches!(self.endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
             && (self.choices, self.prompts, self.multimodal_items, self.generated_tokens) == (1, 1, 0, 0)
+            && !self.tells_prompt
             && self.max_output_tokens.is_none_or(|tokens| tokens > 1)
+    }
+
+    /// Whether it has one prompt and one answer: where no worker serves whole requests, engines of concurrent protocols hand
+    /// that over whatever else it asks for, as both are asked the same.
+    #[must_use]
+    pub fn has_one_answer(&self) -> bool {
+        matches!(self.endpoint, Endpoint::ChatCompletions | Endpoint::Completions) && (self.choices, self.prompts) == (1, 1)
     }
 
     /// Key of the tenant.

@@ -93,6 +93,13 @@ impl<'a> Fields<'a> {
             .sum()
     }
 
+    /// Whether the answer is to tell of the prompt's tokens: echo them, or say how likely they were.
+    pub(super) fn tells_prompt(&self) -> bool {
+        let echoes = self.get("echo").is_some_and(|value| value.get() != "false");
+        // Of none but the token itself (0), too.
+        echoes || self.get("prompt_logprobs").is_some_and(|value| value.get() != "false")
+    }
+
     /// The object without the host's fields; `None` if there are none.
     pub(super) fn without_hosts(&self) -> Result<Option<Vec<u8>>, RequestError> {
         let mut arguments = Vec::new();

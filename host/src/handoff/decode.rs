@@ -3,10 +3,16 @@
 //! Who is to blame for a failure before the first token: an engine that could not be reached, broke off or says that it is ill,
 //! the worker; one that answers an error, or is silent for one request alone, the link. Where nothing was sent the ticket is as
 //! good as before; else the KV may have been fetched, and freed with that.
+//!
+//! An engine that has the ticket may keep the request in its queue until the lease is over, and then go on from whatever is in those
+//! blocks by then, without an error. So the first token of a stream must have come in time. Of a whole answer nothing is seen before
+//! its end: it must have come in time as well, unless the engine had no queue when it was asked, by its last report. NIXL only:
+//! of others nobody has seen that.
 
 use std::time::Instant;
 
-use dynamo_engine_api::{EngineError, Leg};
+use dynamo_engine_api::{EngineError, Leg, Protocol};
+use dynamo_host_core::load::Reported;
 
 use super::{Decode, Handoff, Staged, fell_back, is_refusal, lost_lease, ms};
 use crate::{
@@ -33,7 +39,18 @@ impl Handoff<'_, '_> {
         vigil.may_make(self.facts.max_output_tokens);
         self.facts.failed_workers.push(post.worker.id);
         let sent = Instant::now();
-        let error = match self.dispatch.open(post, Leg::Decode(ticket.clone()), &mut vigil, self.facts).await {
+        let may_queue = post.worker.load.get_reported(Reported::QueuedRequests) != Some(0);
+        let is_stream = self.dispatch.asked().ask.stream;
+        let must_be_in_time = is_stream || self.protocol == Protocol::Nixl && may_queue;
+        let until = if must_be_in_time { staged.fetched_by() } else { self.dispatch.patience.deadline };
+        let opening = self.dispatch.open(post, Leg::Decode(ticket.clone()), &mut vigil, self.facts);
+        // Dropped, it hangs up: the engine gives up what it has not fetched.
+        let opened = match tokio::time::timeout_at(until.into(), opening).await {
+            Ok(opened) => opened,
+            Err(_) if Instant::now() >= self.dispatch.patience.deadline => Err(self.dispatch.patience.exceeded()),
+            Err(_) => return self.came_too_late(post, account, is_stream),
+        };
+        let error = match opened {
             Ok(Ok(Opened::Stream(first, chunks))) => {
                 self.handed_over(post, staged.since, sent, staged.bytes, true);
                 let answer = Answer { account, head, first, chunks, vigil, beside: None };
@@ -72,6 +89,25 @@ impl Handoff<'_, '_> {
         let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
         self.dispatch.failed(post, error, !is_refused)?;
         Ok(if is_unsent { Decode::Unsent } else { Decode::Spent })
+    }
+
+    /// Nothing came as long as the KV was there for sure. Nobody is to blame: the worker had others before it.
+    fn came_too_late(&mut self, post: Post<'_>, account: Account, is_stream: bool) -> Result<Decode, RequestError> {
+        tracing::warn!(
+            prefill = self.prefill.name(),
+            decode = post.name(),
+            "KV was not fetched before its lease was over, as far as one can tell: the prompt is computed anew"
+        );
+        account.abandon_unblamed();
+        lost_lease();
+        if !is_stream {
+            // The answer may just take long, and would do so again.
+            self.dispatch.keep_whole();
+        }
+        if self.dispatch.has_attempts() && !self.dispatch.has_alternative(self.facts) {
+            self.facts.failed_workers.retain(|&failed| failed != post.worker.id);
+        }
+        if self.dispatch.has_attempts() { Ok(Decode::Spent) } else { Err(self.out_of_attempts()) }
     }
 
     /// A decode leg failed before its first token: its worker is blamed, or the link. One that is at no fault may still serve the

@@ -18,6 +18,9 @@ use crate::{request::Lane, roster::Kept, tasks};
 /// the engine that prefilled answers a second after its lease began (docs/disaggregation.md). A vLLM that fetches too late says
 /// nothing of it, and goes on from whatever is in those blocks by then: rather prefill once more than trust that.
 const MARGIN: Duration = Duration::from_secs(10);
+/// How long before its end KV must have been fetched: that is seen by the first token alone, and the host's clock of the lease
+/// begins when the answer has come, up to some seconds after the engine's.
+const FETCH_MARGIN: Duration = Duration::from_secs(5);
 /// How long giving it up may take.
 const RELEASE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -49,6 +52,11 @@ impl Staged {
     /// Until when it may be given to somebody.
     pub(super) fn until(&self) -> Instant {
         self.since + (LEASE - MARGIN)
+    }
+
+    /// Until when whoever has the ticket must have fetched the KV.
+    pub(super) fn fetched_by(&self) -> Instant {
+        self.since + (LEASE - FETCH_MARGIN)
     }
 
     /// Whether it is too late to give it to anybody.

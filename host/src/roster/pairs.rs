@@ -28,9 +28,15 @@ impl Snapshot {
         })
     }
 
+    /// Whether a request's KV may be handed over: where nobody serves whole requests, more of them than elsewhere.
+    pub(crate) fn may_hand_over(&self, request: &RequestFacts) -> bool {
+        request.may_hand_over()
+            || request.has_one_answer() && self.eligible(&request.model, request.adapter.as_deref(), Among::Whole).is_none()
+    }
+
     /// Whether a request may begin on one worker and end on another, of those that have not failed it.
     pub(crate) fn has_pair(&self, request: &RequestFacts, links: &LinkBoard) -> bool {
-        if !request.may_hand_over() {
+        if !self.may_hand_over(request) {
             return false;
         }
         // Without decoders there is nothing to look at, and most fleets have none.
@@ -48,7 +54,7 @@ impl Snapshot {
     /// What is missing where a request could be handed over but for it, a pool or the ways between both; `None` where there is
     /// nothing to hand over from or to.
     pub(crate) fn missing_for_pairs(&self, request: &RequestFacts) -> Option<&'static str> {
-        if !request.may_hand_over() {
+        if !self.may_hand_over(request) {
             return None;
         }
         let eligible = |among| self.eligible(&request.model, request.adapter.as_deref(), among);
@@ -95,6 +101,11 @@ impl Snapshot {
 
     /// That there is nobody for a request.
     pub(crate) fn no_worker(&self, request: &RequestFacts) -> RequestError {
-        RequestError::NoWorker { model: request.adapter.as_ref().unwrap_or(&request.model).clone() }
+        let model = request.adapter.as_ref().unwrap_or(&request.model).clone();
+        let has = |among| self.eligible(&request.model, request.adapter.as_deref(), among).is_some();
+        if has(Among::Decoders) && !has(Among::Whole) && !request.has_one_answer() {
+            return RequestError::OnlyPairs { model };
+        }
+        RequestError::NoWorker { model }
     }
 }

@@ -171,11 +171,17 @@ async fn what_cannot_be_handed_over_is_served_by_one_worker() {
     let image = json!([{ "type": "image_url", "image_url": { "url": "data:," } }]);
     let mut seen = chat(2);
     seen["messages"][0]["content"] = image;
-    for (path, asked) in [(CHAT, chat(1)), (CHAT, two), (COMPLETIONS, batch), (CHAT, seen)] {
+    let with = |mut asked: Value, field: &str, value: Value| {
+        asked[field] = value;
+        asked
+    };
+    let (echo, logprobs) = (with(completion(2), "echo", true.into()), with(chat(2), "prompt_logprobs", 0.into()));
+    let cases = [(CHAT, chat(1)), (CHAT, two), (COMPLETIONS, batch), (CHAT, seen), (COMPLETIONS, echo), (CHAT, logprobs)];
+    for (path, asked) in cases {
         host.http.ask(path, &asked).await;
     }
-    assert_eq!((legs(&prefill), legs(&decode)), (vec![], vec![Leg::Whole; 4]), "the decode pool serves whole requests");
-    assert_eq!(host.http.metric("dynamo_host_prefill_where_total", &[("where", "local")]).await, 4.0);
+    assert_eq!((legs(&prefill), legs(&decode)), (vec![], vec![Leg::Whole; 6]), "the decode pool serves whole requests");
+    assert_eq!(host.http.metric("dynamo_host_prefill_where_total", &[("where", "local")]).await, 6.0);
 }
 
 #[tokio::test]
@@ -290,4 +296,27 @@ async fn without_a_pool_requests_are_served_whole_and_it_comes_back_with_it() {
         (legs(&prefill).len() > before).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_decode_that_waits_past_the_lease_is_ended_and_the_prompt_computed_anew() {
+    for stream in [true, false] {
+        let prefill = engine(keeps, breaks).await;
+        // Takes the request into a queue, out of which it does not come.
+        let full = Scripted::start(|mut connection: Connection| async move { connection.hung_up().await }).await;
+        let good = engine(breaks, tokens).await;
+        let host = over(&[(&prefill, "prefill"), (&full, "decode"), (&good, "decode")]).await;
+        eventually("the full one was asked", async || {
+            if stream {
+                streams(&host).await;
+            } else {
+                assert_eq!(host.http.ask(CHAT, &chat(2)).await.json()["choices"][0]["message"]["content"], "t0 t1");
+            }
+            (fallbacks(&host, "lease_lost").await > 0.0).then_some(())
+        })
+        .await;
+        assert_eq!(host.http.metric("dynamo_host_handoff_leases_lost_total", &[]).await, 1.0);
+        assert!(host.http.metric("dynamo_host_errors_total", &[]).await < 1.0);
+        host.workers_are("healthy").await;
+    }
 }

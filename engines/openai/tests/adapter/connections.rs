@@ -12,8 +12,10 @@ use dynamo_engine_api::EngineError;
 use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
 use futures_util::{StreamExt as _, future::join_all};
 use tokio::{
-    net::{TcpSocket, TcpStream},
-    sync::mpsc,
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpSocket, TcpStream},
+    sync::{mpsc, oneshot},
+    task::JoinSet,
     time::timeout,
 };
 
@@ -149,6 +151,33 @@ async fn a_request_whose_connection_is_closed_before_any_answer_is_sent_once_mor
     let error = error_of(&engine).await;
     assert!(matches!(error, EngineError::Broken { .. }), "{error}");
     assert_eq!((requests.load(Ordering::Relaxed), server.accepted()), (3, 2));
+}
+
+#[tokio::test]
+async fn a_request_that_was_sent_and_cannot_be_sent_again_does_not_count_as_unsent() {
+    let (gone, mut is_gone) = mpsc::channel::<()>(1);
+    let (address_of, address) = oneshot::channel();
+    // Answers one request, closes its port, takes the next request on the kept connection and dies.
+    let mut server = JoinSet::new();
+    server.spawn(async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        address_of.send(listener.local_addr().unwrap()).unwrap();
+        let (mut stream, _) = listener.accept().await.unwrap();
+        drop(listener);
+        let mut read = [0; 4096];
+        assert!(stream.read(&mut read).await.unwrap() > 0);
+        stream.write_all(whole_answer("200 OK", "{}").as_bytes()).await.unwrap();
+        gone.send(()).await.unwrap();
+        assert!(stream.read(&mut read).await.unwrap() > 0, "the second request has come");
+    });
+    let engine = OpenAiEngine::new(&format!("http://{}", address.await.unwrap()), OpenAiOptions::default()).unwrap();
+    whole_of(&engine).await;
+    soon(is_gone.recv()).await.unwrap();
+    let error = error_of(&engine).await;
+    assert!(matches!(error, EngineError::Broken { .. }), "{error}");
+    assert!(error.to_string().contains("cannot be connected to again"), "{error}");
+    let error = error_of(&engine).await;
+    assert!(matches!(error, EngineError::Connect { .. }), "nothing was sent of this one: {error}");
 }
 
 #[tokio::test]
