@@ -171,6 +171,20 @@ impl Pair {
         .await;
     }
 
+    /// Requests that were to be handed over and failed in one of their legs.
+    async fn fell_back(&self) -> f64 {
+        let mut all = 0.0;
+        for cause in ["prefill_failed", "decode_failed"] {
+            all += self.host.admin.metric("dynamo_host_handoff_fallbacks_total", &[("cause", cause)]).await;
+        }
+        all
+    }
+
+    /// Requests whose KV was handed over.
+    async fn handed_over(&self) -> f64 {
+        self.host.admin.metric("dynamo_host_prefill_where_total", &[("where", "remote")]).await
+    }
+
     /// Freezes an engine, waits until it has its part of a request, and kills it.
     async fn killed_within_its_leg(&mut self, scene: &'static str, name: &str) {
         let mut row = Row::new(scene);
@@ -178,6 +192,7 @@ impl Pair {
         let way = WAYS[1];
         let body = way.body(300, SHORT);
         let expected = aggregated(&survivor.http, way, &body).await;
+        let before = self.fell_back().await;
         victim.signal("STOP");
         let since = Instant::now();
         let kill = async {
@@ -187,6 +202,7 @@ impl Pair {
         let ((answer, headers), ()) = tokio::join!(way.ask(&self.host.http, &body), kill);
         row.served(headers.contains_key("x-dynamo-prefill-worker"), since.elapsed());
         assert_eq!(answer, expected, "{scene}");
+        assert!(self.fell_back().await > before, "{scene}: it was not within its leg");
         self.rows.push(row);
     }
 }
@@ -235,7 +251,7 @@ async fn a_real_pair_says_what_one_engine_says_and_loses_nothing_when_either_is_
     let alone = pair.decode.http.clone();
     pair.prefill.signal("KILL");
     pair.ask_each("prefill killed before its leg", &alone).await;
-    pair.refuses_an_engine_without_a_connector().await;
+    pair.refuses_an_engine_without_a_connector("prefill started without a connector", PREFILL).await;
     pair.recovers("… and started again", PREFILL).await;
 
     pair.killed_within_its_leg("prefill killed within its leg", PREFILL).await;
@@ -244,6 +260,7 @@ async fn a_real_pair_says_what_one_engine_says_and_loses_nothing_when_either_is_
     pair.killed_within_its_leg("decode killed before its first token", DECODE).await;
     let alone = pair.prefill.http.clone();
     pair.ask_each("… and asked while it is gone", &alone).await;
+    pair.refuses_an_engine_without_a_connector("decode started without a connector", DECODE).await;
     pair.recovers("… and started again", DECODE).await;
 
     pair.decode_is_killed_within_a_stream().await;
@@ -269,10 +286,12 @@ impl Pair {
                 by = worker.to_owned();
                 self.decode.signal("KILL");
             };
+            let handed_over = self.handed_over().await;
             let since = Instant::now();
             let (before, answer) = struck(&self.host, way.path, &body, 100, strike).await;
             assert_eq!((answer, by.as_str()), (expected, DECODE), "killed after {before:?}");
-            row.served(true, since.elapsed());
+            row.served(self.handed_over().await > handed_over, since.elapsed());
+            assert_eq!(row.handed_over, 1, "it was not handed over before");
             self.rows.push(row);
             if way.path == COMPLETIONS {
                 self.recovers("… and started again", DECODE).await;
@@ -280,20 +299,26 @@ impl Pair {
         }
     }
 
-    /// Started without its connector, an engine says so only when it is asked: it gets no requests, and the host says why.
-    async fn refuses_an_engine_without_a_connector(&mut self) {
-        self.prefill.start(false);
-        self.prefill.alive().await;
+    /// Started without its connector, an engine says so only when it is asked, and one that decodes not even then: it answers, and
+    /// has computed the prompt itself. Either gets no hand-offs, and the host says why.
+    async fn refuses_an_engine_without_a_connector(&mut self, scene: &'static str, name: &str) {
+        let (engine, alone) = if name == PREFILL {
+            (&mut self.prefill, self.decode.http.clone())
+        } else {
+            (&mut self.decode, self.prefill.http.clone())
+        };
+        engine.start(false);
+        engine.alive().await;
         let reason = eventually_within(BACK_WITHIN, "the host says that it hands nothing over", async || {
             let workers = self.host.admin.get_json("/v1/workers").await["workers"].take();
-            let worker = workers.as_array().unwrap().iter().find(|worker| worker["name"] == PREFILL).cloned()?;
+            let worker = workers.as_array().unwrap().iter().find(|worker| worker["name"] == name).cloned()?;
             (worker["handoff"]["state"] == "refused").then(|| worker["handoff"]["reason"].as_str().unwrap().to_owned())
         })
         .await;
         assert!(reason.contains("--kv-transfer-config"), "{reason}");
-        println!("without a connector: {reason}");
-        let alone = self.decode.http.clone();
-        self.ask_each("prefill started without a connector", &alone).await;
-        self.prefill.signal("KILL");
+        println!("{name} without a connector: {reason}");
+        self.ask_each(scene, &alone).await;
+        let engine = if name == PREFILL { &self.prefill } else { &self.decode };
+        engine.signal("KILL");
     }
 }
