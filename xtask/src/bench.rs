@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: what is measured against others, side by side in one run.
 
+mod handoff;
 mod index;
 mod processes;
 mod prompts;
@@ -36,6 +37,8 @@ pub(crate) enum What {
     Index(index::Options),
     /// CPU, latency, memory and start-up as a proxy, beside vLLM's router and the SGLang model gateway
     Proxy(proxy::Options),
+    /// What it costs the host that one engine prefills and another decodes
+    Handoff(handoff::Options),
     /// Prompts of 100,000 tokens through the host: what reading, hashing and routing them costs
     Prompts(prompts::Options),
     /// Tokens of a prompt of 100,000 and of a ten-turn chat, with the cache and without
@@ -53,6 +56,7 @@ pub(crate) fn run(what: &What) -> Result<()> {
         What::Swap { streams } => swap(*streams),
         What::Index(options) => index::run(options),
         What::Proxy(options) => proxy::run(options),
+        What::Handoff(options) => handoff::run(options),
         What::Prompts(options) => prompts::run(options),
         What::Tokenize(options) => tokenize::run(options),
         What::Routing(options) => routing::run(options),
@@ -63,11 +67,29 @@ pub(crate) fn run(what: &What) -> Result<()> {
 fn build_load() -> Result<PathBuf> {
     println!("Building the host, the generator and the engine for release");
     run::check(run::cargo().args(["build", "--quiet", "--release", "--package", "dynamo-host"]))?;
+    build_tools()
+}
+
+/// Builds the load generator and the fake engine; returns where they are.
+fn build_tools() -> Result<PathBuf> {
     let target = paths::target().join("bench");
     let mut cargo = run::cargo();
     cargo.current_dir(paths::root().join("bench")).env("CARGO_TARGET_DIR", &target);
     run::check(cargo.args(["build", "--quiet", "--release", "--package", "load"]))?;
     Ok(target.join("release"))
+}
+
+/// Runs the load generator, built by [`build_load`], and returns what it measured.
+fn generate(tools: &Path, urls: &[String], numbers: &[(&str, u64)], switches: &[&str]) -> Result<Value> {
+    let mut command = Command::new(tools.join("load"));
+    command.args(switches);
+    for (flag, value) in numbers {
+        command.args([flag, value.to_string().as_str()]);
+    }
+    for url in urls {
+        command.args(["--url", url]);
+    }
+    serde_json::from_str(&run::read(&mut command)?).context("the generator printed no JSON")
 }
 
 /// The black-box test of swaps, with more load than CI has time for.

@@ -17,6 +17,16 @@ pub struct Asked {
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     stream_options: Option<StreamOptions>,
+    kv_transfer_params: Option<Transfer>,
+    #[serde(default)]
+    return_token_ids: bool,
+}
+
+/// What a request says of its KV. What another engine has needs no fetching here, and is not looked at.
+#[derive(Deserialize)]
+struct Transfer {
+    #[serde(default)]
+    do_remote_decode: bool,
 }
 
 #[derive(Deserialize)]
@@ -34,6 +44,25 @@ impl Asked {
     /// Whether the stream ends with an event that counts tokens.
     pub fn usage(&self) -> bool {
         self.stream_options.as_ref().is_some_and(|options| options.include_usage)
+    }
+
+    /// Whether another engine decodes what this one prefills.
+    pub fn is_prefill(&self) -> bool {
+        self.kv_transfer_params.as_ref().is_some_and(|params| params.do_remote_decode)
+    }
+
+    /// What a prefill's answer has in place of the last brace: where its KV is, as vLLM's NixlConnector says it, and the prompt's
+    /// tokens if they are asked for.
+    pub fn prefilled(&self, serial: u64, body: &[u8]) -> String {
+        let tokens = tokens(body);
+        let blocks: Vec<usize> = (0..tokens.len().div_ceil(16)).collect();
+        let params = json!({
+            "do_remote_prefill": true, "do_remote_decode": false, "remote_block_ids": [blocks],
+            "remote_engine_id": "0b1c6d3e-50b1-4d6c-9d1f-8f3a4c5b6d7e", "remote_request_id": format!("{serial:032x}"),
+            "remote_host": "127.0.0.1", "remote_port": 5600, "tp_size": 1, "remote_num_tokens": tokens.len(),
+        });
+        let ids = if self.return_token_ids { json!(tokens) } else { Value::Null };
+        format!(r#","prompt_token_ids":{ids},"kv_transfer_params":{params}}}"#)
     }
 }
 

@@ -164,6 +164,18 @@ fn first_answer(port: u16) -> Result<()> {
     Ok(())
 }
 
+/// What is answered to a plain GET. By HTTP/1.0, so that it comes in one piece.
+pub(super) fn get(port: u16, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nhost: 127.0.0.1:{port}\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("no answer to {path}"))?;
+    ensure!(head.split_whitespace().nth(1) == Some("200"), "the answer to {path} was {:?}", head.lines().next());
+    Ok(body.to_owned())
+}
+
 fn log_file(name: &str) -> Result<PathBuf> {
     let directory = paths::target().join("bench/logs");
     fs::create_dir_all(&directory)?;

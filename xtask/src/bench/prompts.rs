@@ -13,7 +13,7 @@ use super::{
     build_load,
     processes::{Engines, Router, free_port},
 };
-use crate::{paths, policies, run};
+use crate::{paths, policies};
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -123,8 +123,7 @@ fn generate(
     requests: u64,
     round: u64,
 ) -> Result<Value> {
-    let mut command = Command::new(tools.join("load"));
-    for (flag, value) in [
+    let numbers = [
         ("--requests", requests),
         ("--rate", load.per_second),
         ("--concurrency", 64),
@@ -134,13 +133,8 @@ fn generate(
         ("--documents", DOCUMENTS),
         ("--seed", round * 1000 + requests),
         ("--timeout-s", 60),
-    ] {
-        command.args([flag, &value.to_string()]);
-    }
-    for url in urls {
-        command.args(["--url", url]);
-    }
-    let result: Value = serde_json::from_str(&run::read(&mut command)?).context("the generator printed no JSON")?;
+    ];
+    let result = super::generate(tools, urls, &numbers, &[])?;
     ensure!(result["failures"] == 0, "{} prompts failed: {}", result["failures"], result["reasons"]);
     Ok(result)
 }

@@ -12,7 +12,6 @@ mod report;
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -24,10 +23,10 @@ use self::{
     report::{Point, Report},
 };
 use super::{
-    build_load,
+    build_load, generate,
     processes::{Engines, Router, free_port},
 };
-use crate::{policies, run};
+use crate::policies;
 
 /// Tokens of each stream.
 const TOKENS: u64 = 32;
@@ -89,7 +88,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for (mode, engines) in &fleets {
             for contender in &contenders {
                 serial += 1;
-                let bench = Bench { options, load: &tools.join("load"), mode: *mode, seed: serial };
+                let bench = Bench { options, tools: &tools, mode: *mode, seed: serial };
                 match bench.measure(contender, engines, &mut report) {
                     Ok(()) => {}
                     // Without it there is nothing to compare with.
@@ -111,7 +110,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// One contender's turn in one mode.
 struct Bench<'a> {
     options: &'a Options,
-    load: &'a Path,
+    tools: &'a Path,
     mode: Mode,
     seed: u64,
 }
@@ -155,14 +154,8 @@ impl Bench<'_> {
     /// Runs the generator. The seed is another for each run, so that no prompt comes twice.
     fn load(&self, urls: &[String], requests: u64, concurrency: u64, number: u64) -> Result<Value> {
         let seed = self.seed * 100 + number;
-        let mut command = Command::new(self.load);
-        for (flag, value) in [("--requests", requests), ("--concurrency", concurrency), ("--tokens", TOKENS), ("--seed", seed)] {
-            command.args([flag, &value.to_string()]);
-        }
-        for url in urls {
-            command.args(["--url", url]);
-        }
-        let result: Value = serde_json::from_str(&run::read(&mut command)?).context("the generator printed no JSON")?;
+        let numbers = [("--requests", requests), ("--concurrency", concurrency), ("--tokens", TOKENS), ("--seed", seed)];
+        let result = generate(self.tools, urls, &numbers, &[])?;
         let (failures, requests) =
             (result["failures"].as_u64().unwrap_or_default(), result["requests"].as_u64().unwrap_or_default());
         ensure!(requests > 0, "the generator sent nothing");

@@ -3,6 +3,9 @@
 //! Every token is an HTTP chunk and a write of its own, as with vLLM. Unpaced, the next one is written as soon as other
 //! connections had their turn; with `--pace-ms` it waits, and token *n* leaves *n* paces after the first.
 //!
+//! It has a part in hand-offs as vLLM with its NixlConnector has, without any KV: a prefill's answer says where it would be, and
+//! who decodes takes no notice.
+//!
 //! Prints its URL, then serves until it is killed.
 #![allow(clippy::print_stdout)]
 
@@ -117,10 +120,18 @@ async fn answer(engine: &Engine, connection: &mut Connection, request: &Request,
     let serial = engine.serial.replace(engine.serial.get() + 1);
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let reply = Reply { kind, model: &engine.model, serial, created, tokens: asked.tokens() };
-    if asked.stream {
+    if asked.is_prefill() {
+        let mut text = reply.whole();
+        text.pop();
+        text.push_str(&asked.prefilled(serial, body));
+        whole(connection, "200 OK", "application/json", &text).await
+    } else if asked.stream {
         stream(connection, &reply, engine.pace, asked.usage()).await
     } else {
-        time::sleep(engine.pace * reply.tokens.saturating_sub(1)).await;
+        // No sleep is shorter than a millisecond.
+        if !engine.pace.is_zero() {
+            time::sleep(engine.pace * reply.tokens.saturating_sub(1)).await;
+        }
         whole(connection, "200 OK", "application/json", &reply.whole()).await
     }
 }

@@ -34,6 +34,9 @@ struct Arguments {
     /// Tokens of a stream
     #[arg(long, default_value_t = 32)]
     tokens: u32,
+    /// Whole answers in place of streams: their first token comes with their last
+    #[arg(long)]
+    whole: bool,
     /// Model to ask for
     #[arg(long, default_value = "bench")]
     model: String,
@@ -170,6 +173,17 @@ async fn stream(run: &Run, open: &mut Option<Connection>, address: &str, serial:
         let text = String::from_utf8_lossy(&text);
         return Err(malformed(format!("status {}: {}", response.status, text.chars().take(200).collect::<String>())));
     }
+    if run.arguments.whole {
+        while connection.read_body(&mut response.body, &mut text).await? {}
+        check_whole(run, &text)?;
+        let mut samples = run.samples.borrow_mut();
+        samples.first_token.push(micros(begun.elapsed()));
+        samples.total.push(micros(begun.elapsed()));
+        if !response.close {
+            *open = Some(connection);
+        }
+        return Ok(());
+    }
     let mut progress = Progress::default();
     let mut gaps = Vec::with_capacity(run.arguments.tokens as usize);
     let (mut first, mut last) = (None, begun);
@@ -249,12 +263,27 @@ impl Progress {
     }
 }
 
+/// Checks an answer that came whole: all tokens in their order, and why it ended.
+fn check_whole(run: &Run, text: &[u8]) -> io::Result<()> {
+    let expected: String = (0..run.arguments.tokens).map(|token| format!(" {token}")).collect();
+    let content = run.text.find(text).map(|at| &text[at + run.text.needle().len()..]);
+    let rest = content.and_then(|content| content.strip_prefix(expected.as_bytes()));
+    if !rest.is_some_and(|rest| rest.starts_with(b"\"")) {
+        return Err(malformed("the answer has not its tokens in their order"));
+    }
+    if run.finish.find(text).is_none() {
+        return Err(malformed("the answer has no finish reason"));
+    }
+    Ok(())
+}
+
 fn request(run: &Run, address: &str, serial: u64) -> String {
-    let Arguments { model, tokens, seed, prompt_bytes, shared_bytes, documents, .. } = &run.arguments;
+    let Arguments { model, tokens, seed, prompt_bytes, shared_bytes, documents, whole, .. } = &run.arguments;
     let shared = &run.documents[(serial % documents) as usize];
     let body = format!(
-        r#"{{"model":"{model}","messages":[{{"role":"user","content":"{shared}{}"}}],"max_tokens":{tokens},"stream":true}}"#,
-        words(seed.wrapping_shl(32) ^ serial, prompt_bytes.saturating_sub(*shared_bytes))
+        r#"{{"model":"{model}","messages":[{{"role":"user","content":"{shared}{}"}}],"max_tokens":{tokens},"stream":{}}}"#,
+        words(seed.wrapping_shl(32) ^ serial, prompt_bytes.saturating_sub(*shared_bytes)),
+        !whole
     );
     format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",

@@ -19,7 +19,12 @@ const ENDS: [&str; 4] = ["stop", "stop_token_ids", "min_tokens", "stream_options
 pub(super) fn prefill(endpoint: Endpoint, fields: &mut Fields) {
     one_token(endpoint, fields);
     fields.instead(PARAMS, PREFILL);
-    fields.instead("return_token_ids", true);
+    if endpoint == Endpoint::Completions {
+        fields.instead("return_token_ids", true);
+    } else {
+        // Chats do not go on by ids, and to read those of a long prompt costs more than all else of a hand-off.
+        fields.without("return_token_ids");
+    }
 }
 
 /// An answer of one token, whole, that ends by its length.

@@ -66,12 +66,13 @@ fn nixl_prefills_one_token_and_nothing_that_could_stop_it_is_said() {
         Protocol::Nixl,
         &Leg::Prefill(None),
         ChatCompletions,
-        r#"{"messages":[],"max_completion_tokens":9,"return_token_ids":false}"#,
+        r#"{"messages":[],"max_completion_tokens":9,"return_token_ids":true}"#,
     ))
     .unwrap();
     assert_eq!(
         (&chat["max_completion_tokens"], &chat["max_tokens"], &chat["return_token_ids"]),
-        (&json!(1), &json!(1), &json!(true))
+        (&json!(1), &json!(1), &Value::Null),
+        "chats do not go on by ids"
     );
 }
 

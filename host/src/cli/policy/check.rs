@@ -6,7 +6,10 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Role, SlotKind, admission, answer::Verdict};
+use dynamo_host_core::{
+    Role, SlotKind, admission,
+    answer::{MAX_HOLDS, Verdict},
+};
 use dynamo_host_policy::{AdmissionCall, Inspection, OutcomeRow, PolicyFault, PolicyVersion, Question, RouteCall};
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use serde_json::Value;
@@ -133,6 +136,11 @@ pub(super) fn report(file: String, bytes: &[u8], version: &Arc<PolicyVersion>, f
 trait Checked: Probed {
     /// What it answered to a probe, in words; what its author should know of that is found.
     fn describe(verdict: &Self::Verdict, probe: &Probe<Self>, report: &mut Report) -> String;
+
+    /// For how long the request is held, if it is, and what is asked after that.
+    fn held(&self, _: &Self::Verdict) -> Option<(u32, Self)> {
+        None
+    }
 }
 
 impl Checked for RouteCall {
@@ -155,7 +163,7 @@ impl Checked for RouteCall {
                 format!("place {} pairs of {}", pairs.len(), probe.rows)
             }
             Verdict::Hold { at_most_ms } => {
-                let message = format!("it holds a request although workers are there ({})", probe.name);
+                let message = format!("it holds a request whenever it is asked, although workers are there ({})", probe.name);
                 report.find(Level::Warning, "holds", message);
                 format!("hold for {at_most_ms} ms")
             }
@@ -165,6 +173,14 @@ impl Checked for RouteCall {
                 format!("reject with {}", rejection.status)
             }
         }
+    }
+
+    fn held(&self, verdict: &Verdict) -> Option<(u32, Self)> {
+        let Verdict::Hold { at_most_ms } = verdict else { return None };
+        let mut next = self.clone();
+        let request = Arc::make_mut(&mut next.request);
+        request.holds += 1;
+        (request.holds <= MAX_HOLDS).then_some((*at_most_ms, next))
     }
 }
 
@@ -219,9 +235,33 @@ impl Report {
         self.look_for_memory(version, &probes, &verdicts);
     }
 
-    /// Decides a probe twice, each on an instance that knows nothing of any other.
+    /// Decides a probe, and goes on asking while the request is held, as a host does. Returns the first answer.
     fn decide<Q: Checked>(&mut self, version: &Arc<PolicyVersion>, probe: &Probe<Q>) -> Option<Q::Verdict> {
-        let fresh = || version.trial().and_then(|mut trial| trial.decide(&probe.call));
+        let first = self.ask(version, probe, &probe.call)?;
+        let (mut last, mut fuel, mut holds) = (first.verdict.clone(), first.fuel, String::new());
+        let mut held = probe.call.held(&last);
+        while let Some((at_most_ms, call)) = held {
+            let again = self.ask(version, probe, &call)?;
+            if holds.is_empty() {
+                holds = format!("hold for {at_most_ms} ms, then ");
+            }
+            held = call.held(&again.verdict);
+            (last, fuel) = (again.verdict, fuel.max(again.fuel));
+        }
+        let answer = holds + &Q::describe(&last, probe, self);
+        let rows = Rows { of: Q::WORLD.rows, count: probe.rows };
+        self.decisions.push(Decided { probe: probe.name, rows, answer, fuel });
+        Some(first.verdict)
+    }
+
+    /// Asks twice, each time an instance that knows nothing of any other.
+    fn ask<Q: Checked>(
+        &mut self,
+        version: &Arc<PolicyVersion>,
+        probe: &Probe<Q>,
+        call: &Q,
+    ) -> Option<dynamo_host_policy::Decided<Q::Verdict>> {
+        let fresh = || version.trial().and_then(|mut trial| trial.decide(call));
         let decided = match fresh() {
             Ok(decided) => decided,
             Err(fault) => {
@@ -238,10 +278,7 @@ impl Report {
             Ok(_) => {}
             Err(fault) => self.failed(probe, &fault),
         }
-        let answer = Q::describe(&decided.verdict, probe, self);
-        let rows = Rows { of: Q::WORLD.rows, count: probe.rows };
-        self.decisions.push(Decided { probe: probe.name, rows, answer, fuel: decided.fuel });
-        Some(decided.verdict)
+        Some(decided)
     }
 
     fn failed<Q: Question>(&mut self, probe: &Probe<Q>, fault: &PolicyFault) {
