@@ -149,7 +149,9 @@ impl DisaggConditional {
         let settings = &self.settings;
         let prompt = known(request.prompt_tokens());
         let left = prompt - costs.cached[decode].min(prompt);
-        let is_short = left < settings.local_below_tokens as f32 && left <= settings.local_below_ratio * prompt;
+        let is_any_share = settings.local_below_ratio >= 1.0;
+        let is_small = is_any_share || left < settings.local_below_ratio * prompt;
+        let is_short = left < settings.local_below_tokens as f32 && is_small;
         let is_busy = known(candidates.active_uncached_tokens()[prefill]) > settings.prefill_busy_above_tokens as f32;
         match settings.rule {
             Rule::IslBounding => is_short,

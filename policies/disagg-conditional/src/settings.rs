@@ -10,7 +10,7 @@ use dynamo_policy_sdk::{
 #[serde(crate = "serde", rename_all = "snake_case")]
 #[schemars(crate = "schemars")]
 pub enum Rule {
-    /// Where little of the prompt is left to compute there: less than `local_below_tokens`, and no more than `local_below_ratio` of it.
+    /// Where little of the prompt is left to compute there: less than `local_below_tokens`, and less than `local_below_ratio` of it.
     #[default]
     IslBounding,
     /// Where the prefill worker is busy: it has more than `prefill_busy_above_tokens` to compute.
@@ -28,7 +28,7 @@ pub struct Settings {
     pub rule: Rule,
     /// Tokens of the prompt, without those that the decode worker holds, below which it may compute them itself.
     pub local_below_tokens: u32,
-    /// Their share of the prompt, 0 to 1, up to which it may; 1: whatever their share.
+    /// Their share of the prompt, 0 to 1, below which it may; 1: whatever their share.
     pub local_below_ratio: f32,
     /// Tokens that a prefill worker has to compute, above which it is busy.
     pub prefill_busy_above_tokens: u32,
