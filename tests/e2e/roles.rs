@@ -65,7 +65,8 @@ async fn a_pair_is_tried_before_its_first_request_and_its_link_is_shown() {
 async fn workers_of_mismatched_blocks_are_refused_and_requests_are_served_whole() {
     let prefill = start("prefill", &["block_size=16"]).await;
     let decode = start("decode", &["block_size=32"]).await;
-    let host = over(&[worker(&prefill, "prefill", ""), worker(&decode, "decode", "")]).await;
+    // A server that says how large its blocks are.
+    let host = over(&[worker(&prefill, "prefill", ",kind=vllm"), worker(&decode, "decode", ",kind=vllm")]).await;
     let row = row(&host, "decode", "it is refused", |row| row["handoff"]["state"] == "refused").await;
     let reason = row["handoff"]["reason"].as_str().unwrap();
     assert!(reason.contains("mismatched block sizes") && reason.contains("start both with the same"), "{reason}");
