@@ -87,7 +87,7 @@ async fn a_role_that_no_worker_has_is_said_and_how_to_add_it() {
     assert!(is_served_as(&host, "no_prefill").await);
     let list = host.cli(&["worker", "list"]).await;
     assert!(
-        list.succeeded().contains("no worker has role prefill or both, so requests are served whole; add one"),
+        list.succeeded().contains("no worker known to serve it has role prefill or both, so requests are served whole; add one"),
         "{}",
         list.stdout
     );

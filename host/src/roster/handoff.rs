@@ -256,10 +256,17 @@ impl Disaggregation {
         } else if prefill == 0 {
             (
                 Together::NoPrefill,
-                Some(format!("no worker has role prefill or both, so {served}; add one, or set role=aggregated")),
+                Some(format!(
+                    "no worker known to serve it has role prefill or both, so {served}; add one, or set role=aggregated"
+                )),
             )
         } else if decode == 0 {
-            (Together::NoDecode, Some(format!("no worker has role decode or both, so {served}; add one, or set role=aggregated")))
+            (
+                Together::NoDecode,
+                Some(format!(
+                    "no worker known to serve it has role decode or both, so {served}; add one, or set role=aggregated"
+                )),
+            )
         } else if ready(Role::prefills) == 0 {
             (Together::NoPrefill, Some(format!("none of its {prefill} prefill workers is ready, so {served} until one is")))
         } else if ready(Role::decodes) == 0 {
