@@ -153,8 +153,11 @@ impl Roster {
             end.learn_tokens().await;
         }
         let [one, other] = [prefill, decode].map(|end| end.member.standing().tokens);
-        if one.zip(other).is_some_and(|(one, other)| one != other) {
-            // They fit each other no more, which is said when it is published.
+        let have_other_tokens = one.zip(other).is_some_and(|(one, other)| one != other);
+        let (one, other) = (prefill.block_size().await, decode.block_size().await);
+        let have_other_blocks = one.zip(other).is_some_and(|(one, other)| one != other);
+        if have_other_tokens || have_other_blocks {
+            // They fit each other no more, which is said when it is published, or when their load has been read.
             for end in [prefill, decode] {
                 let mut standing = end.member.standing();
                 if !standing.proof.is_proven {
@@ -303,6 +306,16 @@ impl End {
             let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
             self.member.standing().tokens = Some(id::key(&bytes));
         }
+    }
+
+    /// Tokens of its KV blocks, if anybody says; its load may not have been read yet.
+    async fn block_size(&self) -> Option<u32> {
+        let known = self.worker.spec.block_size.or_else(|| self.worker.load.get_reported(Reported::BlockSize));
+        if known.is_some() {
+            return known;
+        }
+        let loads = tokio::time::timeout(TOKENIZE_PATIENCE, self.engine().load()).await.ok()?.ok()?;
+        loads.iter().find_map(|load| load.block_size)
     }
 
     /// Prompt tokens whose KV it has ever fetched, if it says.
