@@ -152,7 +152,8 @@ impl Stopping {
 
     /// Goes through the phases. Returns how long clients may take to read their last words, and the second signal if one came.
     pub(crate) async fn wind_down(&self, delay: Duration, grace: Duration, signals: &mut Signals) -> (Duration, Option<Signal>) {
-        self.advance(Phase::Leaving);
+        // Whoever reads that the host is not ready can rely on it: without a delay nothing lies between.
+        self.advance(if delay.is_zero() { Phase::Draining } else { Phase::Leaving });
         let until = Instant::now() + delay + grace;
         let phases = async {
             tokio::time::sleep(delay).await;
