@@ -29,7 +29,7 @@ use std::{
 };
 
 use axum::response::Response;
-use dynamo_engine_api::{Protocol, Usage, WholeReply};
+use dynamo_engine_api::{EngineError, Protocol, Usage, WholeReply};
 use dynamo_host_core::{RequestFacts, Role, Worker};
 use http::StatusCode;
 use metrics::{Counter, counter, histogram};
@@ -39,7 +39,7 @@ use tokio::{sync::Semaphore, task::AbortHandle};
 use self::staged::Staged;
 use crate::{
     account::{Account, Booking},
-    dispatch::{Dispatch, Given, Post},
+    dispatch::{Dispatch, Given, Post, answered, is_busy},
     error::RequestError,
     place::{Part, Placing, Way, place},
     request::Notes,
@@ -246,6 +246,15 @@ fn lost_lease() {
 /// Whether an engine's answer is its no to the request, and not its own trouble.
 fn is_refusal(reply: &WholeReply) -> bool {
     reply.status.is_client_error() && reply.status != StatusCode::TOO_MANY_REQUESTS
+}
+
+/// That an engine which was to decode answered with a status that is no answer: it is ill, or the hand-off came to nothing.
+fn no_answer(decode: Post<'_>, reply: &WholeReply) -> EngineError {
+    if is_busy(reply) {
+        return answered(decode, reply);
+    }
+    let message = format!("it answered {}", reply.status);
+    EngineError::InStream { engine: decode.name().to_owned(), message, refused: false }
 }
 
 /// What a whole answer says of its tokens.

@@ -205,8 +205,7 @@ fn asked_about(
             let beginning = snapshot.candidates_among(facts, Among::Beginning)?;
             let begins = |worker: &Worker| worker.spec.role != Role::Prefill || snapshot.reaches_any(facts, worker, links);
             let beginning = beginning.of(begins).unwrap_or(beginning);
-            let is_prefill = beginning.iter().all(|worker| worker.spec.role == Role::Prefill);
-            Ok((if is_prefill { Stage::Prefill } else { Stage::Whole }, beginning))
+            Ok((beginning.beginning_stage(), beginning))
         }
         Part::Beginning | Part::Whole => {
             let whole = snapshot.for_whole(facts)?;

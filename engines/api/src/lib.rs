@@ -13,7 +13,7 @@ pub mod conformance;
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-pub use dynamo_host_core::{Endpoint, EngineHash, KvEvent, StoredBlocks, Tier};
+pub use dynamo_host_core::{Endpoint, EngineHash, KvEvent, Role, StoredBlocks, Tier};
 use futures_core::{Stream, future::BoxFuture};
 pub use handoff::{Leg, Prefilled, Protocol, Ticket};
 use http::{HeaderMap, StatusCode};

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use dynamo_engine_api::{
     ChatContinuation, Chunk, Continues, Endpoint, Engine, EngineError, GenerateRequest, KvUpdates, Leg, ModelCard, RankLoad,
-    Reply, WholeReply,
+    Reply, Role, WholeReply,
 };
 use futures_core::{Stream, future::BoxFuture, ready};
 use futures_util::{StreamExt, stream};
@@ -26,7 +26,7 @@ pub use crate::driver::Stopped;
 use crate::{
     driver::{Driver, Outputs},
     faults::{self, DEAD_CORE, Faults, Step, Steps, Strike, Switches, Target, Tear},
-    handoff::{Handoff, Keep, Remote, Role, Transfer, Wanted, digest},
+    handoff::{Handoff, Keep, Remote, Transfer, Wanted, digest},
     model::{EngineModel, Snapshot},
     options::{MockOptions, OptionsError},
     publishing::Once,
@@ -183,7 +183,7 @@ impl MockEngine {
     fn check_transfer(&self, order: &mut Order) -> Result<(), ApiError> {
         let role = self.handoff.options().role;
         let refused = |why: &str| {
-            let message = format!("This engine was started with role={}: {why}.", role.name());
+            let message = format!("This engine was started with role={role}: {why}.");
             Err(ApiError::bad_request(Some("kv_transfer_params"), message))
         };
         match &order.transfer {

@@ -27,8 +27,8 @@ use std::{
 
 use tokio::{task::JoinSet, time::Instant};
 
+pub use self::options::HandoffOptions;
 pub(crate) use self::options::KEYS;
-pub use self::options::{HandoffOptions, Role};
 pub(crate) use self::{
     fetch::{PATH, Parcel, RefusedFetch, Wanted},
     leases::{Lease, Leases},

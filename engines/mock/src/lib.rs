@@ -30,6 +30,6 @@ pub mod tokens;
 
 pub use engine::{MockEngine, Stopped};
 pub use faults::{FaultError, Faults, FetchMoment, Refusal, Switches};
-pub use handoff::{HandoffOptions, Role};
+pub use handoff::HandoffOptions;
 pub use model::{Profile, ProfileError};
 pub use options::{MockOptions, OptionsError};

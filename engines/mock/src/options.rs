@@ -1,11 +1,12 @@
 //! Options: everything that a mock engine is told, as a plain struct and as the parameters of a `mock://` URL.
 
+use dynamo_engine_api::Role;
 use dynamo_engine_kv_events::{Form, PublisherOptions};
 use serde_json::{Map, Number, Value};
 
 use crate::{
     faults::{FaultError, Faults},
-    handoff::{self, HandoffOptions, Role},
+    handoff::{self, HandoffOptions},
     model::{Profile, ProfileError},
     tokens::Script,
 };
@@ -96,12 +97,13 @@ pub enum OptionsError {
     },
     /// A part in hand-offs, which takes a server that others can reach.
     #[error(
-        "mock engine parameter role={role:?} is not possible in this process, where no other engine can fetch from it; \
-         start `dynamo-host mock-engine --role {role}`, and give its http:// address"
+        "mock engine parameter role={:?} is not possible in this process, where no other engine can fetch from it; \
+         start `dynamo-host mock-engine --role {role}`, and give its http:// address",
+        role.to_string()
     )]
     Role {
         /// Which.
-        role: &'static str,
+        role: Role,
     },
     /// Values that do not fit together.
     #[error(transparent)]
@@ -129,7 +131,7 @@ impl MockOptions {
         }
         options.profile.validate()?;
         if options.handoff.role != Role::Aggregated {
-            return Err(OptionsError::Role { role: options.handoff.role.name() });
+            return Err(OptionsError::Role { role: options.handoff.role });
         }
         Ok(options)
     }

@@ -97,11 +97,7 @@ impl Parts {
         let whole = serves(&|role| matches!(role, Role::Aggregated | Role::Both))
             .or_else(|| serves(&|role| role == Role::Decode))
             .or_else(|| serves(&|role| role == Role::Prefill));
-        let has_partner = |of: &Worker| {
-            let is_partner =
-                |other: &Worker| other.spec.role.decodes() && other.id != of.id && other.handoff.group == of.handoff.group;
-            of.spec.role.prefills() && of.handoff.group.is_some() && rows.iter().any(|&row| is_partner(worker(row)))
-        };
+        let has_partner = |of: &Worker| of.spec.role.prefills() && rows.iter().any(|&row| of.hands_to(worker(row)));
         let decoders = some(&|worker| worker.spec.role.decodes());
         let (beginning, everyone) = if rows.iter().any(|&row| has_partner(worker(row))) {
             let begins = |worker: &Worker| match worker.spec.role {

@@ -14,10 +14,10 @@ use std::time::Instant;
 use dynamo_engine_api::{EngineError, Leg, Protocol};
 use dynamo_host_core::load::Reported;
 
-use super::{Decode, Handoff, Staged, fell_back, is_refusal, lost_lease, ms};
+use super::{Decode, Handoff, Staged, fell_back, is_refusal, lost_lease, ms, no_answer};
 use crate::{
     account::{Account, Booking},
-    dispatch::{Answer, Opened, Post, answered, is_busy},
+    dispatch::{Answer, Opened, Post},
     error::RequestError,
     relay,
 };
@@ -67,18 +67,13 @@ impl Handoff<'_, '_> {
                 }
                 return Ok(Decode::Answered(relay::whole(account, self.dispatch.permit().take(), head, reply)));
             }
-            Ok(Ok(Opened::Whole(reply))) if is_busy(&reply) => answered(post, &reply),
-            Ok(Ok(Opened::Whole(reply))) => {
-                let message = format!("it answered {}", reply.status);
-                EngineError::InStream { engine: post.name().to_owned(), message, refused: false }
-            }
+            Ok(Ok(Opened::Whole(reply))) => no_answer(post, &reply),
             Ok(Err(error)) => error,
             Err(late) => {
                 account.abandon();
                 return Err(late);
             }
         };
-        self.decode_failed(post, account, &error);
         let is_unsent = matches!(error, EngineError::Connect { .. });
         if is_unsent {
             staged.give_back(ticket);
@@ -86,8 +81,7 @@ impl Handoff<'_, '_> {
             tracing::debug!(after_ms = ms(sent.elapsed()), "the KV may be gone: it is prefilled anew");
             fell_back("decode_failed");
         }
-        let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
-        self.dispatch.failed(post, error, !is_refused)?;
+        self.decode_failed(post, account, error)?;
         Ok(if is_unsent { Decode::Unsent } else { Decode::Spent })
     }
 
@@ -112,9 +106,13 @@ impl Handoff<'_, '_> {
 
     /// A decode leg failed before its first token: its worker is blamed, or the link. One that is at no fault may still serve the
     /// request whole, if nobody else can.
-    pub(super) fn decode_failed(&mut self, post: Post<'_>, mut account: Account, error: &EngineError) {
+    ///
+    /// # Errors
+    /// What it failed with, if nobody else is to have it.
+    pub(super) fn decode_failed(&mut self, post: Post<'_>, mut account: Account, error: EngineError) -> Result<(), RequestError> {
+        let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
         let is_the_links = match error {
-            EngineError::InStream { refused, .. } => !refused,
+            EngineError::InStream { .. } => !is_refused,
             EngineError::Timeout { .. } => self.dispatch.lane.roster.snapshot().is_eligible(post.worker.id),
             EngineError::Connect { .. }
             | EngineError::Broken { .. }
@@ -129,10 +127,11 @@ impl Handoff<'_, '_> {
                 self.facts.failed_workers.retain(|&failed| failed != post.worker.id);
                 self.dispatch.keep_whole();
             }
-            return;
+        } else {
+            account.blame(&error);
+            account.abandon();
         }
-        account.blame(error);
-        account.abandon();
+        self.dispatch.failed(post, error, !is_refused)
     }
 
     /// Nothing failed, and it still cannot be tried again.

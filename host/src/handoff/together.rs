@@ -10,10 +10,10 @@ use dynamo_host_core::Worker;
 use futures_util::StreamExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{Beside, Given, Handoff, Placing, fell_back, is_refusal, usage_of};
+use super::{Beside, Given, Handoff, Placing, fell_back, is_refusal, no_answer, usage_of};
 use crate::{
     account::{Account, Booking},
-    dispatch::{Answer, Opened, Post, answered, is_busy, open},
+    dispatch::{Answer, Opened, Post, answered, open},
     error::RequestError,
     migrate::Vigil,
     relay::{self, Patience},
@@ -165,19 +165,13 @@ impl Handoff<'_, '_> {
                 }
                 return Ok(Given::Answered(relay::whole(account, self.dispatch.permit().take(), head, reply)));
             }
-            Ok(Ok(Ok(Opened::Whole(reply)))) if is_busy(&reply) => answered(post, &reply),
-            Ok(Ok(Ok(Opened::Whole(reply)))) => {
-                let message = format!("it answered {}", reply.status);
-                EngineError::InStream { engine: post.name().to_owned(), message, refused: false }
-            }
+            Ok(Ok(Ok(Opened::Whole(reply)))) => no_answer(post, &reply),
             Ok(Ok(Err(error))) => error,
         };
         // The other leg would wait for a worker that does not come.
         drop(beside);
-        self.decode_failed(post, account, &error);
         fell_back("decode_failed");
-        let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
-        self.dispatch.failed(post, error, !is_refused)?;
+        self.decode_failed(post, account, error)?;
         Ok(Given::Anew)
     }
 

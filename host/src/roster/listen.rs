@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dynamo_engine_api::{KvNote, KvUpdate};
 use dynamo_engine_openai::KvEvents;
-use dynamo_host_core::{Worker, load::Reported};
+use dynamo_host_core::Worker;
 use futures_util::{FutureExt, StreamExt};
 
 use super::Member;
@@ -72,8 +72,7 @@ fn take(member: &Member, update: &KvUpdate, now_ms: u64) {
                 };
                 return of_rank.iter().for_each(|(_, feed)| feed.other_model(name, events.len(), why));
             };
-            let block_size = worker.spec.block_size.or_else(|| worker.load.get_reported(Reported::BlockSize));
-            feed.apply(name, events, block_size, now_ms);
+            feed.apply(name, events, worker.block_size(), now_ms);
         }
     }
 }

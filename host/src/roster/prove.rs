@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use dynamo_engine_api::{Endpoint, Engine, EngineError, GenerateRequest, Leg, Prefilled, Reply, Ticket, WholeReply};
-use dynamo_host_core::{Role, Worker, WorkerId, WorkerState, id, load::Reported};
+use dynamo_host_core::{Role, Worker, WorkerId, WorkerState, id};
 use http::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -310,7 +310,7 @@ impl End {
 
     /// Tokens of its KV blocks, if anybody says; its load may not have been read yet.
     async fn block_size(&self) -> Option<u32> {
-        let known = self.worker.spec.block_size.or_else(|| self.worker.load.get_reported(Reported::BlockSize));
+        let known = self.worker.block_size();
         if known.is_some() {
             return known;
         }
@@ -335,8 +335,7 @@ impl End {
 
 /// A prompt that nobody has had before, longer than a block.
 fn prompt(prefill: &End) -> String {
-    let block = prefill.worker.spec.block_size.or_else(|| prefill.worker.load.get_reported(Reported::BlockSize));
-    let words = (block.unwrap_or(USUAL_BLOCK) + WORDS_BEYOND).min(MAX_WORDS);
+    let words = (prefill.worker.block_size().unwrap_or(USUAL_BLOCK) + WORDS_BEYOND).min(MAX_WORDS);
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0u8);
     (0..words).map(|word| (nonce % 1000 + u64::from(word) * (nonce % 7 + 1)).to_string()).collect::<Vec<_>>().join(" ")
 }

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
 };
 
-use dynamo_host_core::{Handoff, Role, Worker, WorkerState, load::Reported};
+use dynamo_host_core::{Handoff, Role, Worker, WorkerState};
 use serde::Serialize;
 
 use super::{
@@ -145,7 +145,7 @@ fn claim((worker, Seat { member, .. }): &(Worker, Seat)) -> Claim<'_> {
         role: worker.spec.role,
         shape: Shape {
             protocol: member.engine.handoff(),
-            block_size: worker.spec.block_size.or_else(|| worker.load.get_reported(Reported::BlockSize)),
+            block_size: worker.block_size(),
             tokens: standing.tokens,
             context: standing.max_model_len(model),
         },

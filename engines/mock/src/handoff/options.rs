@@ -1,58 +1,11 @@
 //! Options: an engine's part in hand-offs, as it is told.
 
-use std::{str::FromStr, time::Duration};
+use std::time::Duration;
 
-use dynamo_engine_api::handoff::LEASE;
+use dynamo_engine_api::{Role, handoff::LEASE};
 
 /// Longest lease and latency that are understood as such.
 const LONGEST_SECONDS: f64 = 86_400.0;
-
-/// Which part of requests an engine takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// All of it; it knows of no hand-offs.
-    #[default]
-    Aggregated,
-    /// All of it, or the prompt for others.
-    Prefill,
-    /// All of it, or what comes after a prompt of others.
-    Decode,
-    /// Each of these.
-    Both,
-}
-
-impl Role {
-    /// Whether it computes prompts for others.
-    #[must_use]
-    pub fn prefills(self) -> bool {
-        matches!(self, Self::Prefill | Self::Both)
-    }
-
-    /// Whether it goes on from prompts of others.
-    #[must_use]
-    pub fn decodes(self) -> bool {
-        matches!(self, Self::Decode | Self::Both)
-    }
-
-    /// Its name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Aggregated => "aggregated",
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-            Self::Both => "both",
-        }
-    }
-}
-
-impl FromStr for Role {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        [Self::Aggregated, Self::Prefill, Self::Decode, Self::Both].into_iter().find(|role| role.name() == name).ok_or(())
-    }
-}
 
 /// An engine's part in hand-offs.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,7 +51,7 @@ impl HandoffOptions {
             seconds.filter(|seconds| (0.0..=LONGEST_SECONDS).contains(seconds)).map(Duration::from_secs_f64)
         };
         match (key, value) {
-            ("role", _) => self.role = value.parse().map_err(|()| "aggregated, prefill, decode or both")?,
+            ("role", _) => self.role = value.parse().map_err(|_: String| "aggregated, prefill, decode or both")?,
             ("kv_lease_seconds", _) => self.lease = seconds(1.0).ok_or("seconds from 0 to 86400")?,
             ("kv_load_failure", "fail") => self.recomputes = false,
             ("kv_load_failure", "recompute") => self.recomputes = true,

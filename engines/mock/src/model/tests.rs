@@ -5,7 +5,7 @@ mod properties;
 use super::*;
 
 /// Times that are easy to add up: a prefill token is 1 ms, a pass with prefill 100 ms more, a decode pass 10 ms.
-fn profile() -> Profile {
+pub(super) fn profile() -> Profile {
     Profile {
         block_size: 4,
         kv_blocks: 1000,
@@ -24,7 +24,7 @@ fn profile() -> Profile {
 }
 
 /// A prompt of `length` tokens that shares nothing with one of another `kind`.
-fn sequence(kind: u32, length: u32, output_tokens: u32) -> Sequence {
+pub(super) fn sequence(kind: u32, length: u32, output_tokens: u32) -> Sequence {
     Sequence {
         prompt: (0..length).map(|i| kind * 10_000 + i).collect(),
         first_output_token: 1_000_000,

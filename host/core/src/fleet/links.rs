@@ -7,7 +7,9 @@ use crate::{
     column::LinkColumn,
     id::WorkerId,
     links::{Link, LinkBoard},
-    worker::Worker,
+    load::Reported,
+    request::Stage,
+    worker::{Role, Worker},
 };
 
 /// Where the KV of a request comes from, and what is known of the ways from there.
@@ -69,9 +71,21 @@ impl Candidates {
             self.iter().any(|worker| worker.spec.role != first)
         })
     }
+
+    /// The stage in which they are asked about where a request may begin with them: of all of it, unless all only prefill.
+    #[must_use]
+    pub fn beginning_stage(&self) -> Stage {
+        if self.iter().all(|worker| worker.spec.role == Role::Prefill) { Stage::Prefill } else { Stage::Whole }
+    }
 }
 
 impl Worker {
+    /// Tokens of its KV blocks: as configured, else as its engine reports it.
+    #[must_use]
+    pub fn block_size(&self) -> Option<u32> {
+        self.spec.block_size.or_else(|| self.load.get_reported(Reported::BlockSize))
+    }
+
     /// Whether its engine can hand KV to another's. Whether it should, [`LinkBoard`] knows.
     #[must_use]
     pub fn hands_to(&self, other: &Self) -> bool {

@@ -120,8 +120,7 @@ impl Run<'_> {
             (true, true) => Among::Everyone,
         };
         let candidates = self.fleet.candidates(MODEL, among)?;
-        let only_prefill = among == Among::Beginning && candidates.iter().all(|worker| worker.spec.role == Role::Prefill);
-        waiting.facts.stage = if only_prefill { Stage::Prefill } else { Stage::Whole };
+        waiting.facts.stage = if among == Among::Beginning { candidates.beginning_stage() } else { Stage::Whole };
         Some(candidates)
     }
 
@@ -134,10 +133,8 @@ impl Run<'_> {
     /// Who can go on from what a worker computes.
     pub(super) fn decoders(&self, from: &Worker) -> Option<Arc<Candidates>> {
         let (now_ms, slot) = (self.now_ms(), from.load.index());
-        let group = from.handoff.group?;
-        self.fleet
-            .candidates(MODEL, Among::Decoders)?
-            .of(|to| to.id != from.id && to.handoff.group == Some(group) && !self.links.is_avoided(slot, to.load.index(), now_ms))
+        let decoders = self.fleet.candidates(MODEL, Among::Decoders)?;
+        decoders.of(|to| from.hands_to(to) && !self.links.is_avoided(slot, to.load.index(), now_ms))
     }
 
     /// Gives a request, or the part of it that is due, to a worker.

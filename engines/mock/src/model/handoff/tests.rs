@@ -1,39 +1,13 @@
 use std::time::Duration;
 
 use crate::model::{
-    CacheEvent, Ended, EngineModel, Event, Fetch, FinishReason, KvLinks, Port, Profile, Sequence, SequenceId, Snapshot,
+    CacheEvent, Ended, EngineModel, Event, Fetch, KvLinks, Port, Profile, Sequence, SequenceId, Snapshot,
+    tests::{self, sequence},
 };
 
-/// A prefill token is 1 ms, a pass with prefill 100 ms more, a decode pass 10 ms.
+/// The usual times, and little memory.
 fn profile() -> Profile {
-    Profile {
-        block_size: 4,
-        kv_blocks: 20,
-        max_num_seqs: 4,
-        max_num_batched_tokens: 64,
-        max_model_len: 80,
-        kv_bytes_per_token: 1000,
-        prefill_ms_per_token_squared: 0.0,
-        prefill_ms_per_token: 1.0,
-        prefill_ms_base: 100.0,
-        decode_ms_base: 10.0,
-        decode_ms_per_sequence: 0.0,
-        decode_ms_per_context_token: 0.0,
-        speedup: 1.0,
-    }
-}
-
-/// A prompt of `length` tokens that shares nothing with one of another `kind`.
-fn sequence(kind: u32, length: u32, output_tokens: u32) -> Sequence {
-    Sequence {
-        prompt: (0..length).map(|i| kind * 10_000 + i).collect(),
-        first_output_token: 1_000_000,
-        output_tokens,
-        finish: FinishReason::Length,
-        salt: 0,
-        hold: false,
-        remote: false,
-    }
+    Profile { kv_blocks: 20, max_num_seqs: 4, max_model_len: 80, ..tests::profile() }
 }
 
 fn remote(kind: u32, length: u32, output_tokens: u32) -> Sequence {
