@@ -26,95 +26,32 @@
 //! what is waiting, running, or lately gone takes memory.
 
 mod audit;
+mod bounds;
+mod load;
+mod moves;
+mod order;
 mod pool;
 mod shares;
 mod slots;
+mod terms;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};
 
-use dynamo_host_core::{Admitted, admission::TIERS, id};
+use dynamo_host_core::admission::TIERS;
 
-pub use self::pool::{PoolLoad, Room};
+pub use self::{
+    bounds::Bounds,
+    pool::{PoolLoad, Room},
+    terms::{Action, Arrival, Demand, Refusal, Ticket},
+};
 use self::{
+    order::{sooner_first, standing},
     pool::Pool,
-    shares::{Shares, Standing},
+    shares::Shares,
     slots::{NONE, Request, Slots, Stage},
 };
-
-/// One request's place, from its arrival to its end. Never given twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Ticket {
-    number: u64,
-    slot: u32,
-}
-
-/// What a request asks for.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Demand {
-    /// Key of the pool that shall serve it.
-    pub pool: u64,
-    /// Key of its tenant; 0 for nobody's.
-    pub tenant: u64,
-    /// How it was let in.
-    pub admitted: Admitted,
-    /// Tokens of its prompt: what it takes of a queue's and of a pool's bound in tokens.
-    pub prompt_tokens: u32,
-    /// Tokens of work that it is expected to be, prompt and output: what fair shares are counted in.
-    pub work: u32,
-    /// When it must have been started, in milliseconds of the host's clock; or sooner, if it was admitted for less.
-    pub deadline_ms: u64,
-}
-
-/// How much the queue takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bounds {
-    /// Requests that wait at most.
-    pub max_requests: u32,
-    /// Tokens of prompts that wait at most.
-    pub max_tokens: u64,
-}
-
-/// What became of a request that arrived.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arrival {
-    /// It runs: there was room, and nobody before it.
-    Started(Ticket),
-    /// It waits.
-    Queued(Ticket),
-}
-
-/// Why a request cannot wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// Too many requests wait.
-    #[error("{max} requests wait already")]
-    Requests {
-        /// The bound.
-        max: u32,
-    },
-    /// Too many tokens wait.
-    #[error("the prompts of those that wait already, with this one, have more than {max} tokens")]
-    Tokens {
-        /// The bound.
-        max: u64,
-    },
-    /// Its deadline is over.
-    #[error("its deadline is over")]
-    Late,
-}
-
-/// What is to be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Let it run.
-    Start(Ticket),
-    /// Its deadline is over.
-    Expire(Ticket),
-    /// The queue is full, and another with a better claim has taken its place.
-    Refuse(Ticket),
-}
 
 /// The queue and what runs.
 #[derive(Debug)]
@@ -281,56 +218,6 @@ impl Flow {
         self.forget(ticket.slot);
     }
 
-    /// A pool's part.
-    #[must_use]
-    pub fn pool(&self, key: u64, now_ms: u64) -> PoolLoad {
-        let Some(pool) = self.pool_places.get(&key).map(|&place| self.at(place)) else {
-            return PoolLoad { free: Some(0), predicted_wait_ms: f32::NAN, ..PoolLoad::default() };
-        };
-        let oldest = (pool.oldest != NONE).then(|| now_ms.saturating_sub(self.slots.at(pool.oldest).since_ms));
-        PoolLoad {
-            running: pool.running,
-            free: pool.free(),
-            queued: pool.queued,
-            queued_tokens: pool.queued_tokens,
-            oldest_age_ms: oldest.unwrap_or(0).try_into().unwrap_or(u32::MAX),
-            predicted_wait_ms: pool.wait_ms(pool.queued_work as f64),
-        }
-    }
-
-    /// A pool's part, with the wait of a request of this standing.
-    #[must_use]
-    pub fn pool_for(&self, key: u64, tenant: u64, admitted: &Admitted, now_ms: u64) -> PoolLoad {
-        PoolLoad { predicted_wait_ms: self.predicted_wait_ms(key, tenant, admitted), ..self.pool(key, now_ms) }
-    }
-
-    /// What a request of this standing would wait in a pool, in milliseconds; NaN if that cannot be said yet.
-    #[must_use]
-    pub fn predicted_wait_ms(&self, pool: u64, tenant: u64, admitted: &Admitted) -> f32 {
-        self.pool_places.get(&pool).map_or(f32::NAN, |&place| {
-            let pool = self.at(place);
-            pool.wait_ms(self.shares.before(pool.root, &standing(admitted, tenant)))
-        })
-    }
-
-    /// Requests that wait.
-    #[must_use]
-    pub fn waiting(&self) -> u32 {
-        self.waiting
-    }
-
-    /// Tokens of their prompts.
-    #[must_use]
-    pub fn waiting_tokens(&self) -> u64 {
-        self.waiting_tokens
-    }
-
-    /// Requests that run.
-    #[must_use]
-    pub fn running(&self) -> u32 {
-        self.running
-    }
-
     fn at(&self, place: u32) -> &Pool {
         self.pools[place as usize].as_ref().expect("a pool is there while its requests are")
     }
@@ -350,14 +237,6 @@ impl Flow {
         self.pools[place] = Some(Pool::new(key, self.shares.add_pool()));
         self.pool_places.insert(key, place as u32);
         place as u32
-    }
-
-    /// What requests take of the queue: of its places and of its tokens.
-    fn part_of(&self, requests: u32, tokens: u64) -> u64 {
-        let Bounds { max_requests, max_tokens } = self.bounds;
-        // More than all of it cannot wait anyway, and sums of this cannot overflow.
-        let of_tokens = (u128::from(tokens) << 32) / u128::from(max_tokens.max(1));
-        u64::from(requests) * ((1 << 32) / u64::from(max_requests.max(1))) + of_tokens.min(1 << 32) as u64
     }
 
     /// The request that is next in a pool.
@@ -380,154 +259,4 @@ impl Flow {
             self.pools[place as usize] = None;
         }
     }
-
-    /// Requests of an arrival's own tier that have to make room for it, besides all that there is of later tiers.
-    fn yielding(&self, arrival: &Request) -> Result<Vec<u32>, Refusal> {
-        let Bounds { max_requests, max_tokens } = self.bounds;
-        let later = self.tiers[arrival.tier as usize + 1..].iter();
-        let (later_requests, later_tokens) = later.fold((0, 0), |sum, tier| (sum.0 + tier.0, sum.1 + tier.1));
-        let requests = (self.waiting - later_requests + 1).saturating_sub(max_requests);
-        let tokens = (self.waiting_tokens - later_tokens + u64::from(arrival.prompt_tokens)).saturating_sub(max_tokens);
-        if (requests, tokens) == (0, 0) {
-            return Ok(Vec::new());
-        }
-        let refusal = if requests > 0 { Refusal::Requests { max: max_requests } } else { Refusal::Tokens { max: max_tokens } };
-        // Where pools or classes are even, one's own may still have a tenant with more than its share.
-        (0..=2).find_map(|within| self.enough(arrival, within, requests, tokens)).ok_or(refusal)
-    }
-
-    /// Requests that yield so many places and tokens to an arrival, if there are enough.
-    fn enough(&self, arrival: &Request, within: usize, mut requests: u32, mut tokens: u64) -> Option<Vec<u32>> {
-        let mut slots = Vec::new();
-        let least_part = self.part_of(requests, tokens);
-        let mut yielding = self.shares.yielding(arrival.tenant, &arrival.item(), within, least_part)?;
-        while requests > 0 || tokens > 0 {
-            let slot = yielding.next(|slot| self.slots.at(slot).part)?;
-            requests = requests.saturating_sub(1);
-            tokens = tokens.saturating_sub(self.slots.at(slot).prompt_tokens.into());
-            slots.push(slot);
-        }
-        Some(slots)
-    }
-
-    /// Takes these requests out of the queue, and of later tiers what is over the bounds then.
-    fn make_way(&mut self, yielding: Vec<u32>) {
-        yielding.into_iter().for_each(|slot| self.displace(slot));
-        while self.waiting > self.bounds.max_requests || self.waiting_tokens > self.bounds.max_tokens {
-            let worst = self.shares.worst().expect("what is over the bounds waits");
-            self.displace(worst);
-        }
-    }
-
-    fn displace(&mut self, slot: u32) {
-        let (tenant, pool) = (self.slots.at(slot).tenant, self.slots.at(slot).pool);
-        self.unqueue(slot);
-        self.shares.release(tenant);
-        self.refresh(pool);
-        let request = self.slots.at_mut(slot);
-        request.stage = Stage::Displaced;
-        self.displaced.insert(request.ticket);
-    }
-
-    /// One that does not run is gone.
-    fn leave(&mut self, ticket: Ticket) {
-        match self.slots.get(ticket).map(|request| request.stage) {
-            Some(Stage::Waiting) => {
-                self.unqueue(ticket.slot);
-                self.forget(ticket.slot);
-            }
-            Some(Stage::Displaced) => {
-                self.displaced.remove(&ticket);
-                self.slots.remove(ticket.slot);
-            }
-            _ => (),
-        }
-    }
-
-    fn forget(&mut self, slot: u32) {
-        let &Request { tenant, pool, .. } = self.slots.at(slot);
-        self.slots.remove(slot);
-        self.shares.release(tenant);
-        self.refresh(pool);
-    }
-
-    fn run(&mut self, slot: u32, now_ms: u64) {
-        let request = *self.slots.at(slot);
-        let pool = self.at_mut(request.pool);
-        pool.running += 1;
-        pool.running_work += u64::from(request.work);
-        pool.prefill_tokens += u64::from(request.prompt_tokens);
-        self.running += 1;
-        let running = self.slots.at_mut(slot);
-        (running.stage, running.since_ms) = (Stage::Prefilling, now_ms);
-        self.refresh(request.pool);
-    }
-
-    fn queue(&mut self, slot: u32) {
-        let request = *self.slots.at(slot);
-        self.shares.push(request.tenant, &request.item());
-        self.deadlines.insert((request.deadline_ms, slot));
-        let pool = self.at_mut(request.pool);
-        let older = std::mem::replace(&mut pool.newest, slot);
-        if older == NONE {
-            pool.oldest = slot;
-        }
-        pool.queued += 1;
-        pool.queued_work += u64::from(request.work);
-        pool.queued_tokens += u64::from(request.prompt_tokens);
-        self.slots.at_mut(slot).older = older;
-        if older != NONE {
-            self.slots.at_mut(older).newer = slot;
-        }
-        self.waiting += 1;
-        self.waiting_tokens += u64::from(request.prompt_tokens);
-        let tier = &mut self.tiers[request.tier as usize];
-        *tier = (tier.0 + 1, tier.1 + u64::from(request.prompt_tokens));
-        self.refresh(request.pool);
-    }
-
-    fn unqueue(&mut self, slot: u32) {
-        let request = *self.slots.at(slot);
-        self.shares.pop(request.tenant, &request.item());
-        self.deadlines.remove(&(request.deadline_ms, slot));
-        let Request { older, newer, .. } = request;
-        let pool = self.at_mut(request.pool);
-        if older == NONE {
-            pool.oldest = newer;
-        }
-        if newer == NONE {
-            pool.newest = older;
-        }
-        pool.queued -= 1;
-        pool.queued_work -= u64::from(request.work);
-        pool.queued_tokens -= u64::from(request.prompt_tokens);
-        if older != NONE {
-            self.slots.at_mut(older).newer = newer;
-        }
-        if newer != NONE {
-            self.slots.at_mut(newer).older = older;
-        }
-        self.waiting -= 1;
-        self.waiting_tokens -= u64::from(request.prompt_tokens);
-        let tier = &mut self.tiers[request.tier as usize];
-        *tier = (tier.0 - 1, tier.1 - u64::from(request.prompt_tokens));
-    }
-}
-
-fn standing(admitted: &Admitted, tenant: u64) -> Standing {
-    Standing {
-        tier: admitted.tier.min(TIERS - 1),
-        class: admitted.class.as_deref().map_or(0, |class| id::key(class.as_bytes())),
-        class_weight: admitted.class_weight,
-        tenant,
-        tenant_weight: admitted.tenant_weight,
-    }
-}
-
-/// A rank by which higher priorities come first; what is no number is no priority.
-fn sooner_first(priority: f32) -> u64 {
-    // Without the sign of 0; and in the order of their bits, as IEEE 754 has it.
-    let bits = if priority.is_nan() { 0.0f32 } else { priority + 0.0 }.to_bits();
-    let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
-    u64::from(!ascending)
 }
