@@ -6,6 +6,7 @@
 
 mod meters;
 mod pool;
+mod pools;
 mod queue;
 mod room;
 mod verdict;

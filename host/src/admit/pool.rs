@@ -56,7 +56,8 @@ pub(super) struct Part {
 }
 
 impl Pool {
-    pub(super) fn new(model: &str) -> Self {
+    /// A model's pool, without a worker that is known.
+    pub(super) fn new(model: &str, now_ms: u64) -> Self {
         Self {
             key: key(model, Role::Aggregated),
             model: model.to_owned(),
@@ -64,7 +65,7 @@ impl Pool {
             least: AtomicU32::new(0),
             ready: AtomicU32::new(0),
             is_strained: AtomicBool::new(false),
-            empty_since_ms: AtomicU64::new(u64::MAX),
+            empty_since_ms: AtomicU64::new(now_ms),
             output: AtomicU32::new(f32::NAN.to_bits()),
             parts: Mutex::default(),
             lately: Mutex::default(),
@@ -94,6 +95,13 @@ impl Pool {
     /// Its workers by role were measured.
     pub(super) fn measured(&self, rows: Vec<Part>, now_ms: u64) {
         *lock(&self.parts) = Parts { rows, measured_ms: now_ms };
+    }
+
+    /// Its last worker is gone.
+    pub(super) fn left(&self) {
+        self.ready.store(0, Relaxed);
+        self.is_strained.store(false, Relaxed);
+        *lock(&self.parts) = Parts::default();
     }
 
     /// Its workers by role; none where all are aggregated.
@@ -167,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_a_request_will_be_is_learnt_and_never_more_than_it_asks_for() {
-        let pool = Pool::new("m");
+        let pool = Pool::new("m", 0);
         assert_eq!((pool.expected_output(None), pool.expected_output(Some(3)), pool.expected_output(Some(0))), (256, 3, 1));
         for _ in 0..500 {
             pool.answered(40.0);
@@ -181,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_policy_is_told_of_each_role_and_first_of_where_requests_begin() {
-        let pool = Pool::new("m");
+        let pool = Pool::new("m", 0);
         pool.lately().first_token(100.0, 0);
         pool.lately().tokens(10.0, 0);
         let load = PoolLoad { queued: 5, free: Some(3), predicted_wait_ms: 9.0, ..PoolLoad::default() };
@@ -203,6 +211,6 @@ mod tests {
 
     #[test]
     fn a_pools_key_is_that_of_the_contract() {
-        assert_eq!(Pool::new("m").key, id::key(b"m\0aggregated"));
+        assert_eq!(Pool::new("m", 0).key, id::key(b"m\0aggregated"));
     }
 }

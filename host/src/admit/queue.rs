@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -21,6 +21,7 @@ use tokio::sync::{Notify, oneshot};
 use super::{
     meters::{Meters, Waiting, Waits, class_label},
     pool::{Part, Pool, work},
+    pools::Pools,
     room::{Assumed, Limits, Lineup},
 };
 use crate::{
@@ -43,8 +44,7 @@ pub(crate) struct Queue {
     clock: Clock,
     roster: Arc<Roster>,
     settings: ArcSwap<Settings>,
-    /// By model.
-    pools: RwLock<HashMap<String, Arc<Pool>>>,
+    pools: Pools,
     limits: Limits,
     lineup: Mutex<Lineup>,
     /// Of the fleet that room was last measured for.
@@ -158,7 +158,7 @@ impl Queue {
             clock,
             roster: Arc::clone(roster),
             settings: ArcSwap::from_pointee(settings),
-            pools: RwLock::default(),
+            pools: Pools::default(),
             limits: Limits::new(config.limits.max_workers),
             lineup: Mutex::default(),
             generation: AtomicU64::new(u64::MAX),
@@ -187,11 +187,7 @@ impl Queue {
 
     /// A model's pool.
     pub(super) fn pool(&self, model: &str) -> Arc<Pool> {
-        if let Some(pool) = self.pools.read().unwrap_or_else(PoisonError::into_inner).get(model) {
-            return Arc::clone(pool);
-        }
-        let mut pools = self.pools.write().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(pools.entry(model.to_owned()).or_insert_with(|| Arc::new(Pool::new(model))))
+        self.pools.of(model, self.now_ms())
     }
 
     /// How much waits and runs in a pool.
@@ -290,6 +286,7 @@ impl Queue {
         // Read behind the lock: of two that measure at once, the later one has the later fleet.
         let snapshot = self.roster.snapshot();
         let gone = if lineup.is_of(&snapshot) { Vec::new() } else { lineup.take(&snapshot, |model| self.pool(model)) };
+        gone.iter().for_each(|pool| pool.left());
         let rooms = lineup.measure(settings.assumed(), &self.limits, now_ms);
         let mut state = lock(&self.state);
         for (pool, room) in gone.into_iter().map(|pool| (pool, Room::default())).chain(rooms) {
@@ -305,6 +302,8 @@ impl Queue {
         state.act(now_ms);
         let State { rooms, .. } = &mut *state;
         rooms.retain(|_, room| *room != Room::default());
+        drop(state);
+        self.pools.forget(now_ms);
         self.generation.store(snapshot.fleet().generation(), Relaxed);
     }
 
@@ -374,8 +373,7 @@ impl Queue {
     /// What waits, for people and tools.
     pub(crate) fn report(&self) -> QueueReport {
         let (settings, now_ms) = (self.settings(), self.now_ms());
-        let mut pools: Vec<Arc<Pool>> = self.pools.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        pools.sort_by(|a, b| a.model.cmp(&b.model));
+        let pools = self.pools.all();
         let state = lock(&self.state);
         let mut waiting: HashMap<u64, [BTreeMap<String, u32>; 2]> = HashMap::new();
         for waiter in state.waiting.values() {

@@ -248,7 +248,7 @@ mod tests {
     fn lineup(load: &[Arc<LoadSlot>], max_running: Option<u32>) -> Lineup {
         let place = |load: &Arc<LoadSlot>| Place { load: Arc::clone(load), role: Role::Aggregated, is_ready: true, max_running };
         let workers = load.iter().map(place).collect();
-        let of = OfPool { pool: Arc::new(Pool::new("m")), workers, begins: None, uncached: 1.0 };
+        let of = OfPool { pool: Arc::new(Pool::new("m", 0)), workers, begins: None, uncached: 1.0 };
         Lineup { generation: None, pools: vec![of], queueing: HashMap::new() }
     }
 
