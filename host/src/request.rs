@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// The header that names the model that served, where it is another than the one asked for.
-const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");
+pub(crate) const MODEL: HeaderName = HeaderName::from_static("x-dynamo-model");
 
 /// What requests need of the host.
 pub(crate) struct Lane {

@@ -8,7 +8,8 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use super::QUEUE_MS;
 use crate::{
     config::Cors,
-    relay::{POLICY, REQUEST_ID, WORKER},
+    relay::{POLICY, PREFILL_WORKER, REQUEST_ID, WORKER},
+    request::MODEL,
 };
 
 /// Answers preflights, and says on each answer which pages may read it. Credentials are keys in headers, never cookies.
@@ -22,6 +23,6 @@ pub(super) fn layer(cors: &Cors) -> CorsLayer {
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST])
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([REQUEST_ID, POLICY, WORKER, QUEUE_MS])
+        .expose_headers([REQUEST_ID, POLICY, WORKER, PREFILL_WORKER, MODEL, QUEUE_MS])
         .max_age(Duration::from_secs(u64::from(cors.max_age_s)))
 }
