@@ -1,9 +1,10 @@
 //! Carries rankings out: gives a request to worker after worker until one takes it.
 //!
 //! Invariants: a worker that failed the request is asked again only where there is no other, and it has been away; a request is
-//! given to few workers altogether, since it may be what breaks them; what an engine answered, if only an error, is the answer,
-//! unless it was that another worker would be a better choice and there is one. A whole answer is asked for again from the
-//! start, as long as nothing of it was sent: the client has none of it, so that nothing can be lost or doubled.
+//! given to few workers altogether, since it may be what breaks them (who could not be reached does not count: those are as many
+//! as there are workers at most, within the request's time and the budget of all retries); what an engine answered, if only an
+//! error, is the answer, unless it was that another worker would be a better choice and there is one. A whole answer is asked
+//! for again from the start, as long as nothing of it was sent: the client has none of it, so that nothing can be lost or doubled.
 
 use std::{
     sync::Arc,
@@ -325,10 +326,15 @@ impl<'a> Dispatch<'a> {
         let reason = plain(&error.to_string());
         tracing::warn!(worker = post.worker.spec.name, "worker failed before its first token: {reason}");
         self.lane.roster.report_failed(post.worker.id, post.engine(), &error);
+        let is_unsent = matches!(error, EngineError::Connect { .. });
+        if is_unsent {
+            // It cannot be what breaks engines that it never reached: as long as there are others, that costs no attempt.
+            self.attempts_left = self.migration.max_attempts.min(self.attempts_left + 1);
+        }
         if self.attempts_left == 0 || !is_worth_another || !self.lane.roster.take_retry() {
             return Err(error.into());
         }
-        self.is_lost_work |= !matches!(error, EngineError::Connect { .. });
+        self.is_lost_work |= !is_unsent;
         self.failure = Some(error);
         Ok(())
     }

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::{
     client::Reply,
     host::{Host, MockProcess, chat, streamed},
-    scripted::{Scripted, stream_answer, token_event, whole_answer},
+    scripted::{Scripted, end_events, stream_answer, token_event, whole_answer},
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -36,6 +36,30 @@ async fn a_request_that_breaks_engines_breaks_a_few_only() {
     ask(&host).await.is_error(502, "engine_broken");
     assert_eq!(asked(&engines), 5, "five engines, each asked once: their connections were made for it");
     assert_eq!(host.http.metric("dynamo_host_retries_total", &[("cause", "engine_broken")]).await, 4.0);
+}
+
+#[tokio::test]
+async fn engines_that_cannot_be_reached_cost_no_attempt() {
+    let well = Scripted::answering(stream_answer(&(token_event(0) + &end_events()))).await;
+    let mut gone = Vec::new();
+    for _ in 0..8 {
+        gone.push(Scripted::answering(String::new()).await);
+    }
+    let workers: Vec<String> = gone.iter().chain([&well]).map(Scripted::worker).collect();
+    let arguments: Vec<&str> = workers.iter().flat_map(|worker| ["--worker", worker]).collect();
+    // Its probes and readings notice late, so that requests do.
+    let slowly = "[migration]\nmax_attempts = 2\n[health]\ncanary = 'off'\nprobe_every_ms = 60000\n";
+    let host = Host::configured(slowly, &arguments).await;
+    drop(gone);
+    for _ in 0..9 {
+        let reply = ask(&host).await;
+        assert_eq!(reply.status.as_u16(), 200, "{}", reply.text());
+    }
+    assert_eq!(well.received().len(), 9);
+    // With nobody left, what they failed with is the answer.
+    drop(well);
+    let code = ask(&host).await.json()["error"]["code"].clone();
+    assert!(code == "engine_connect" || code == "no_worker", "{code}");
 }
 
 #[tokio::test]
