@@ -124,6 +124,16 @@ async fn a_model_that_is_required_and_missing_makes_it_not_ready() {
 }
 
 #[tokio::test]
+async fn an_idle_engine_that_is_gone_is_noticed_by_its_load_before_its_probe() {
+    let mut engine = MockProcess::start(&["speedup=50"]).await;
+    let seldom = "[health]\ncanary = 'off'\nprobe_every_ms = 3600000\n";
+    let host = Host::configured(seldom, &["--worker", &format!("{},model=m,kind=vllm", engine.url())]).await;
+    engine.process.kill();
+    host.workers_are("unreachable").await;
+    assert_eq!(host.http.get("/ready").await.status, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
 async fn an_engine_that_hangs_is_given_up_and_used_again_when_it_goes_on() {
     let engine = MockProcess::start(&["decode_ms_base=20"]).await;
     let host = Host::start(&["--worker", &format!("{},model=m", engine.url())]).await;

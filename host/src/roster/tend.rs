@@ -157,6 +157,10 @@ impl Roster {
             }
             Err(error) => {
                 metrics::counter!("dynamo_host_load_failures_total", "cause" => error.label()).increment(1);
+                // Who may be gone is not left to the next probe.
+                if sign(&error) == NoSign::Nobody {
+                    member.probe_now.notify_one();
+                }
                 let trouble = plain(&error.to_string());
                 let mut standing = member.standing();
                 if standing.load_trouble.as_ref() != Some(&trouble) {
