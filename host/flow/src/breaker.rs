@@ -101,6 +101,8 @@ pub enum Stand {
 pub struct Attempt {
     epoch: u64,
     is_trial: bool,
+    /// Whether a trial takes one of the places of those that are tried at once.
+    takes_place: bool,
 }
 
 /// How an attempt ended.
@@ -184,7 +186,13 @@ impl Breaker {
     pub fn begin(&mut self, now_ms: u64) -> Attempt {
         let is_trial = self.stand(now_ms) == Stand::HalfOpen;
         self.running_trials += u32::from(is_trial);
-        Attempt { epoch: self.epoch, is_trial }
+        Attempt { epoch: self.epoch, is_trial, takes_place: true }
+    }
+
+    /// The worker is asked for something that is nobody's request: it tells as much as one, and keeps none from being tried.
+    pub fn begin_beside(&mut self, now_ms: u64) -> Attempt {
+        let is_trial = self.stand(now_ms) == Stand::HalfOpen;
+        Attempt { epoch: self.epoch, is_trial, takes_place: false }
     }
 
     /// It came to a token: a trial has been passed, though the request may take long still.
@@ -259,7 +267,7 @@ impl Breaker {
     /// Takes an attempt out of the trials; returns whether it was one of those that run now.
     fn leave_trial(&mut self, attempt: &mut Attempt) -> bool {
         let is_running = std::mem::take(&mut attempt.is_trial) && attempt.epoch == self.epoch;
-        self.running_trials -= u32::from(is_running);
+        self.running_trials -= u32::from(is_running && attempt.takes_place);
         is_running
     }
 

@@ -4,6 +4,7 @@
 //! or that is half-open and gets none, is asked for one token; and so is one that has requests and has made no token for as
 //! long, which whole answers cannot tell from work. If it makes none, whole answers are asked of another (`migrate::vigil`).
 //! That is fair only where the token need not wait for what runs: an engine that says it is full, or has a queue, is left alone.
+//! Where a worker is half-open it tries it as a request would, and takes no request's trial: one that hangs would keep all others away.
 //! It is no request of anybody's: no policy, account, receipt or
 //! metric of requests knows it. A worker that refuses it as a request (embeddings only) is asked no more.
 //! One of an engine that serves its part of requests only hands over to another, or takes over from one, that is seen to work.
@@ -127,7 +128,7 @@ impl Roster {
         endpoint: Endpoint,
         is_half_open: bool,
     ) -> Option<Endpoint> {
-        let begin = || vitals.begin(self.clock.now_ms());
+        let begin = || vitals.begin_beside(self.clock.now_ms());
         let mut ticket = begin();
         let made = worker.load.output_tokens();
         let mut endpoint = endpoint;

@@ -160,8 +160,13 @@ impl Vitals {
         self.show(&mut inner, now_ms);
     }
 
-    pub(super) fn begin(&self, now_ms: u64) -> flow::Attempt {
+    fn begin(&self, now_ms: u64) -> flow::Attempt {
         self.inner().breaker.begin(now_ms)
+    }
+
+    /// It is asked by a canary.
+    pub(super) fn begin_beside(&self, now_ms: u64) -> flow::Attempt {
+        self.inner().breaker.begin_beside(now_ms)
     }
 
     fn progress(&self, attempt: &mut flow::Attempt, rules: &flow::BreakerRules, now_ms: u64) {

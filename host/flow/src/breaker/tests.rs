@@ -50,6 +50,26 @@ fn a_share_of_failures_opens_it_once_there_were_enough_and_what_is_old_is_forgot
 }
 
 #[test]
+fn what_is_nobodys_request_is_a_trial_and_takes_no_place_of_one() {
+    let mut breaker = Breaker::default();
+    fails(&mut breaker, 5, 0);
+    let rules = BreakerRules { trials: 1, ..RULES };
+    let canary = breaker.begin_beside(1000);
+    assert!(breaker.has_room(&rules, 1000), "a canary that hangs keeps no request from being tried");
+    let request = breaker.begin(1000);
+    assert!(!breaker.has_room(&rules, 1000));
+    breaker.end(request, Ended::Untold, &rules, 1000);
+    assert!(breaker.has_room(&rules, 1000));
+    breaker.end(canary, Ended::Well, &rules, 1100);
+    assert_eq!(breaker.stand(1100), Stand::Closed, "its token is as good as a request's");
+    fails(&mut breaker, 5, 1200);
+    let Stand::Open { until_ms } = breaker.stand(1200) else { panic!("it is open") };
+    let canary = breaker.begin_beside(until_ms);
+    breaker.end(canary, Ended::Failed(Failure::Timeout), &rules, until_ms);
+    assert!(matches!(breaker.stand(until_ms), Stand::Open { .. }), "and so is its failure");
+}
+
+#[test]
 fn nobody_there_opens_it_at_once_and_a_sign_of_life_closes_it() {
     let mut breaker = Breaker::default();
     ends(&mut breaker, Ended::Failed(Failure::Connect), 0);
