@@ -392,6 +392,8 @@ impl Drop for Account {
         if matches!(self.blamed, Some(EngineError::InStream { refused: true, .. })) {
             self.end = End::Rejected;
         }
+        // It was taken from a worker that drains for longer than it may: that says nothing of the worker.
+        let is_moved = self.end == End::Failed && self.attempt.is_moved();
         if self.is_served {
             self.meters.in_flight.decrement(1.0);
         }
@@ -404,8 +406,8 @@ impl Drop for Account {
         };
         let error = match self.end {
             End::Done | End::Rejected => 0.0,
-            End::Failed => 1.0,
-            End::Cancelled => f32::NAN,
+            End::Failed if !is_moved => 1.0,
+            End::Failed | End::Cancelled => f32::NAN,
         };
         let uncached_tokens = match self.part {
             Part::Decode => 0,
@@ -415,9 +417,9 @@ impl Drop for Account {
         let failure = failure.or_else(|| self.status.is_server_error().then_some(Failure::Unhealthy));
         let ended = match (self.end, failure) {
             (End::Done | End::Rejected, _) => Ended::Well,
-            (End::Failed, Some(failure)) => Ended::Failed(failure),
-            // Its client left, or its time was over.
-            (End::Cancelled, _) | (End::Failed, None) => Ended::Untold,
+            (End::Failed, Some(failure)) if !is_moved => Ended::Failed(failure),
+            // Its client left, its time was over, or it was moved.
+            (End::Cancelled | End::Failed, _) => Ended::Untold,
         };
         self.attempt.end(Outcome { ended, ttft_ms, itl_ms, uncached_tokens });
         let load = self.in_flight.slot();

@@ -318,8 +318,10 @@ async fn what_an_engine_says_no_to_is_not_held_against_it() {
 }
 
 #[tokio::test]
-async fn what_outlives_a_drains_grace_is_given_up() {
-    let host = Host::over_mocks(&["a", "b"], "decode_ms_base=20", &[]).await;
+async fn what_outlives_a_drains_grace_is_given_up_and_is_not_held_against_its_worker() {
+    let strict = "[health]\ncanary = 'off'\n[health.breaker]\nfailures_in_a_row = 1\n";
+    let mocks = ["mock://a?model=m&decode_ms_base=20", "mock://b?model=m&decode_ms_base=20"];
+    let host = Host::configured(strict, &["--worker", mocks[0], "--worker", mocks[1]]).await;
     let mut streams = Vec::new();
     for _ in 0..2 {
         let mut stream = host.http.open(COMPLETIONS, &streamed(completion(30_000))).await;
@@ -332,6 +334,16 @@ async fn what_outlives_a_drains_grace_is_given_up() {
     host.cli(&["worker", "drain", "a", "--grace", "0"]).await.succeeded();
     host.process.logs("worker is given up").await;
     assert_eq!(host.http.metric("dynamo_host_given_up_total", &[("cause", "drained")]).await, 1.0);
+    workers_until(&host, "both streams are b's", |rows| {
+        rows.iter().all(|row| row["active_requests"] == if row["name"] == "b" { 2 } else { 0 })
+    })
+    .await;
+    for stream in &mut streams {
+        stream.event().await;
+    }
+    assert_eq!(host.http.metric("dynamo_host_breaker_opens_total", &[]).await, 0.0);
+    host.cli(&["worker", "resume", "a"]).await.succeeded();
+    workers_until(&host, "it serves again", |rows| rows.iter().all(|row| row["state"] == "healthy")).await;
     let refused = host.admin.post("/v1/workers/a/drain?grace_s=soon", "").await;
     assert_eq!(refused.status, StatusCode::BAD_REQUEST, "{}", refused.text());
 }

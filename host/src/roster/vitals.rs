@@ -241,6 +241,11 @@ pub(crate) struct Outcome {
 }
 
 impl Attempt {
+    /// Whether what its worker has is given to others since that drains, and not since it failed.
+    pub(crate) fn is_moved(&self) -> bool {
+        *self.member.given_up.borrow() == GivenUp::Drained
+    }
+
     /// It came to its first token.
     pub(crate) fn progress(&mut self) {
         if let Some(ticket) = &mut self.ticket {
