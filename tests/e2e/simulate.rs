@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{components, process::run};
 
@@ -87,6 +87,24 @@ async fn prefill_and_decode_pools_hand_kv_over_and_the_report_says_how_much() {
     let of = &report["policies"][1]["handoffs"];
     let shares = ["remote_share", "local_share", "aggregated_share"].map(|share| of[share].as_f64().unwrap());
     assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{of}");
+}
+
+#[tokio::test]
+async fn the_report_names_what_let_requests_in() {
+    let directory = tempfile::tempdir().unwrap();
+    let json = directory.path().join("report.json").to_str().unwrap().to_owned();
+    let bucket = format!("admission={},{{\"tenants\":{{}}}}", components::policy("token-bucket"));
+    let more = ["--queue", "--policy", "routing=native", "--json", &json];
+    let finished = run(&[&["simulate", "--trace", "synthetic:requests=3", "--policy", &bucket], &more[..]].concat()).await;
+    let label = format!("token-bucket@{}", env!("CARGO_PKG_VERSION"));
+    let said = format!("let in by token-bucket {{\"tenants\":{{}}}} ({label})");
+    assert!(finished.succeeded().contains(&said), "{}", finished.stdout);
+    let report: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let named = json!({ "name": "token-bucket {\"tenants\":{}}", "policy": label });
+    assert_eq!(report["policies"][0]["queue"]["admission"], named);
+    let without = run(&["simulate", "--trace", "synthetic:requests=3", "--queue", "--output", "json"]).await;
+    let report: Value = serde_json::from_str(without.succeeded()).unwrap();
+    assert!(report["policies"][0]["queue"]["tenants"].is_array() && report["policies"][0]["queue"]["admission"].is_null());
 }
 
 #[tokio::test]

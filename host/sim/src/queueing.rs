@@ -33,7 +33,7 @@ pub struct Queueing {
 /// A component for the slot `admission`.
 #[derive(Clone, Debug)]
 pub struct AdmissionPolicy {
-    /// Its name in errors.
+    /// Its name in errors and in the report.
     pub name: String,
     /// The component.
     pub bytes: Vec<u8>,

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 pub use self::{
     pools::{HandoffRow, PoolRow},
-    service::{FaultRow, QueueRow, ShareRow, TenantRow},
+    service::{AdmissionRow, FaultRow, QueueRow, ShareRow, TenantRow},
 };
 
 use crate::{

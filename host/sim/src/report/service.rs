@@ -11,12 +11,24 @@ use crate::{
 /// What the queue came to.
 #[derive(Clone, Debug, Serialize)]
 pub struct QueueRow {
+    /// The admission policy before it, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admission: Option<AdmissionRow>,
     /// The most requests that waited at once.
     pub longest: u32,
     /// Classes, by name; what has none is of the class `""`.
     pub classes: Vec<ShareRow>,
     /// Tenants, in the order in which they were given.
     pub tenants: Vec<TenantRow>,
+}
+
+/// What let requests in.
+#[derive(Clone, Debug, Serialize)]
+pub struct AdmissionRow {
+    /// Its name, as it was given.
+    pub name: String,
+    /// `name@version`.
+    pub policy: String,
 }
 
 /// A class's or tenant's part of the work.
@@ -112,8 +124,16 @@ impl QueueRow {
             wait: tenant.waits(),
             ttft: tenant.ttft(),
         });
-        Self { longest: tally.longest, classes: classes.collect(), tenants: tenants.collect() }
+        let admission = tally.admission.clone().map(|(name, policy)| AdmissionRow { name, policy });
+        Self { admission, longest: tally.longest, classes: classes.collect(), tenants: tenants.collect() }
     }
+}
+
+/// What let requests in before the queue, for the heading: it is the same for all that are compared.
+pub(super) fn admission(report: &Report) -> String {
+    let queue = report.policies.first().and_then(|row| row.queue.as_ref());
+    let admission = queue.and_then(|queue| queue.admission.as_ref());
+    admission.map_or_else(String::new, |AdmissionRow { name, policy }| format!(", let in by {name} ({policy})"))
 }
 
 /// A column of the queues' table: what stands above it, and what it says of a tenant.

@@ -50,9 +50,10 @@ pub(super) fn table(report: &Report) -> String {
 /// What was simulated.
 pub(super) fn heading(report: &Report) -> String {
     let Report { trace, requests, speed, workers, seed, engine, .. } = report;
-    let (blocks, size, roles) = (engine.kv_blocks, engine.block_size, pools::roles(report));
+    let (blocks, size, roles, admission) =
+        (engine.kv_blocks, engine.block_size, pools::roles(report), service::admission(report));
     format!(
-        "{trace}: {requests} requests at {speed}× on {workers} workers{roles} of {blocks} blocks of {size} tokens, seed {seed}; times in ms"
+        "{trace}: {requests} requests at {speed}× on {workers} workers{roles} of {blocks} blocks of {size} tokens{admission}, seed {seed}; times in ms"
     )
 }
 

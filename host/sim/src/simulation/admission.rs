@@ -40,6 +40,11 @@ impl Admission {
         })
     }
 
+    /// `name@version` of the policy.
+    pub(super) fn label(&self) -> &str {
+        self.version.label()
+    }
+
     /// How a request is let in; `None`: not at all.
     pub(super) fn ask(
         &mut self,

@@ -38,6 +38,8 @@ pub struct QueueTally {
     pub tenants: Vec<TenantTally>,
     /// The longest that the queue was, in requests.
     pub longest: u32,
+    /// The admission policy before it, as it was given and as `name@version`; `None`: requests are let in as their tenants have it.
+    pub admission: Option<(String, String)>,
 }
 
 /// What a tenant's requests came to.
@@ -131,6 +133,8 @@ impl<'a> Service<'a> {
             admitted: tenant.admitted.clone(),
             ..TenantTally::default()
         });
+        let named = queueing.admission.as_ref().zip(admission.as_ref());
+        let named = named.map(|(given, loaded)| (given.name.clone(), loaded.label().to_string()));
         Ok(Self {
             admission,
             options: queueing,
@@ -147,7 +151,7 @@ impl<'a> Service<'a> {
                 queueing.tenants.iter().filter(|tenant| tenant.admitted.tier as usize == tier).count() as u32
             }),
             wrong: None,
-            tally: QueueTally { tenants: tenants.collect(), longest: 0 },
+            tally: QueueTally { tenants: tenants.collect(), longest: 0, admission: named },
         })
     }
 
