@@ -191,7 +191,6 @@ impl Account {
     ) -> Self {
         let Booking { in_flight, cached_tokens } = booking;
         lane.meters.in_flight.increment(1.0);
-        metrics::counter!("dynamo_host_worker_requests_total", "worker" => worker.spec.name.clone()).increment(1);
         let tokens = facts.prompt.tokens;
         Self {
             meters: lane.meters.clone(),

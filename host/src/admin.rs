@@ -29,7 +29,6 @@ use http::{
     StatusCode,
     header::{AUTHORIZATION, ORIGIN},
 };
-use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -38,6 +37,7 @@ pub(crate) use self::audited::{audit_quarantines, standings};
 use crate::{
     admit::Queue,
     audit::{Audit, Who},
+    exposition::Exposition,
     listener::Peer,
     policies::{ChangeError, Policies},
     reload::ConfigStatus,
@@ -62,7 +62,7 @@ pub(crate) struct Admin {
     pub(crate) config: ConfigStatus,
     pub(crate) started: Instant,
     pub(crate) token: Option<Arc<str>>,
-    pub(crate) prometheus: PrometheusHandle,
+    pub(crate) metrics: Exposition,
 }
 
 /// The admin API's paths.
@@ -77,7 +77,7 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/v1/slots/{slot}/on-error", put(set_on_error))
         .route("/v1/audit", get(audited::list))
         .merge(workers::routes())
-        .route("/metrics", get(|State(admin): State<Admin>| async move { admin.prometheus.render() }))
+        .route("/metrics", get(|State(admin): State<Admin>| async move { admin.metrics.render() }))
         .fallback(nothing_here)
         .method_not_allowed_fallback(nothing_here)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

@@ -18,7 +18,6 @@ use axum::{
 use dynamo_engine_api::Endpoint;
 use dynamo_host_core::id;
 use http::{HeaderMap, HeaderName, HeaderValue, header::ALLOW, request::Parts};
-use metrics_exporter_prometheus::PrometheusHandle;
 use opentelemetry::trace::TraceContextExt as _;
 use serde_json::json;
 use tracing::{Instrument, Span};
@@ -28,6 +27,7 @@ use crate::{
     auth::Gate,
     config::Cors,
     error::{Audience, Dialect, RequestError},
+    exposition::Exposition,
     listener::TakenBy,
     relay::{POLICY, REQUEST_ID},
     request::{self, Arrival, Lane, Notes},
@@ -57,7 +57,7 @@ const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 pub(crate) struct Door {
     pub(crate) lane: Arc<Lane>,
     pub(crate) gate: Gate,
-    pub(crate) prometheus: PrometheusHandle,
+    pub(crate) metrics: Exposition,
     /// Where spans are exported, if they are.
     pub(crate) traces: Option<Arc<Traces>>,
 }

@@ -19,6 +19,7 @@ mod dispatch;
 mod door;
 mod error;
 mod exchange;
+mod exposition;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod handoff;

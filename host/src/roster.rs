@@ -49,7 +49,7 @@ pub(crate) use self::{
     connect::{check, engine},
     drained::DrainedError,
     member::{GivenUp, Kept},
-    report::WorkerReport,
+    report::{WorkerReport, WorkerTally},
     snapshot::Snapshot,
     sources::check_all,
     vitals::{Attempt, Outcome, Signs, failure},

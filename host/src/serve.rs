@@ -24,6 +24,7 @@ use crate::{
     config::{Config, DoorConfig},
     cores::Cores,
     door::{self, Door},
+    exposition::Exposition,
     handoff::Handoffs,
     kv,
     listener::{self, Server},
@@ -149,7 +150,8 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
         // Another run decides with other seeds.
         decisions: AtomicU64::new(unix_ms() << 20),
     });
-    let (upkeep, of_roster) = (prometheus.clone(), Arc::clone(&roster));
+    let metrics = Exposition::new(prometheus.clone(), Arc::clone(&roster));
+    let (upkeep, of_roster) = (prometheus, Arc::clone(&roster));
     tasks::spawn("metrics upkeep", async move {
         loop {
             tokio::time::sleep(meters::UPKEEP).await;
@@ -163,12 +165,12 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
     let admin = Admin {
         policies: Arc::clone(&policies),
         roster,
+        metrics: metrics.clone(),
         audit: audit.clone(),
         queue,
         config: reload.status(),
         started: Instant::now(),
         token: config.admin_token.as_deref().map(Arc::from),
-        prometheus: prometheus.clone(),
     };
 
     reload.start();
@@ -178,7 +180,7 @@ pub(crate) async fn run(config: Config) -> Result<u8, ServeError> {
     announce("front door", &door_listener, door_tls.is_some());
     announce("admin", &admin_listener, admin_tls.is_some());
     let limits = &config.limits;
-    let door = door::router(Door { lane, gate, prometheus, traces: traces.clone() }, config.door.cors.as_ref());
+    let door = door::router(Door { lane, gate, metrics, traces: traces.clone() }, config.door.cors.as_ref());
     let cores =
         Cores::start().map_err(|error| ServeError::Failed { what: "start of a thread per core", reason: error.to_string() })?;
     let door = Server { what: "front door", listener: door_listener, router: door, tls: door_tls, cores, names_peers: false };

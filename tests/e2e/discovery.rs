@@ -59,6 +59,30 @@ async fn a_worker_comes_with_its_file_and_goes_with_it_when_its_streams_have_end
 }
 
 #[tokio::test]
+async fn metrics_forget_the_workers_that_are_gone_and_no_others() {
+    let (host, directory) = over(&["--worker", "mock://stays?model=m&speedup=50"]).await;
+    let given = async |worker: &str| host.http.metric("dynamo_host_worker_requests_total", &[("worker", worker)]).await;
+    for pod in ["pod-1", "pod-2", "pod-3"] {
+        put(directory.path(), "pod.toml", &format!("name = '{pod}'\nurl = 'mock://{pod}?model=m&speedup=50'\n"));
+        workers_until(&host, "the pod is another", |rows| {
+            rows.len() == 2 && rows.iter().any(|row| row["name"] == pod && row["state"] == "healthy")
+        })
+        .await;
+        eventually("both were asked", async || {
+            let kept = given("stays").await;
+            host.serves(2).await;
+            assert!(given("stays").await >= kept, "counters of those who stay go on");
+            (given(pod).await >= 1.0 && kept >= 1.0).then_some(())
+        })
+        .await;
+    }
+    let page = host.http.get("/metrics").await.text();
+    assert!(page.contains("worker=\"stays\"") && page.contains("worker=\"pod-3\""), "{page}");
+    assert!(!page.contains("pod-1") && !page.contains("pod-2"), "{page}");
+    assert_eq!(host.admin.metric("dynamo_host_worker_requests_total", &[("worker", "pod-3")]).await, given("pod-3").await);
+}
+
+#[tokio::test]
 async fn a_broken_file_leaves_its_worker_and_is_shown() {
     let (host, directory) = over(&["--worker", "mock://fixed?model=other"]).await;
     put(directory.path(), "a.toml", "url = 'mock://a?model=m&speedup=50'\n");

@@ -134,5 +134,5 @@ fn troubles(workers: Vec<WorkerReport>) -> Value {
 
 pub(super) async fn metrics(State(door): State<Arc<Door>>) -> Response {
     let text = [(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"))];
-    (text, Body::from(door.prometheus.render())).into_response()
+    (text, Body::from(door.metrics.render())).into_response()
 }

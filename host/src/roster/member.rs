@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU32, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -58,6 +58,8 @@ pub(super) struct Member {
     pub(super) given_up: Arc<watch::Sender<GivenUp>>,
     /// Prompts whose KV it keeps for whoever decodes.
     kept: Arc<AtomicU32>,
+    /// Requests that it was ever given.
+    given: Arc<AtomicU64>,
     /// What looks after it; ended when it goes.
     pub(super) task: OnceLock<AbortHandle>,
     standing: Mutex<Standing>,
@@ -68,6 +70,7 @@ pub(super) struct Member {
 struct Shared {
     given_up: Arc<watch::Sender<GivenUp>>,
     kept: Arc<AtomicU32>,
+    given: Arc<AtomicU64>,
 }
 
 /// One prompt whose KV a worker keeps for whoever decodes. Dropped, it has been fetched, or nobody comes for it.
@@ -212,7 +215,8 @@ impl Member {
         };
         let is_rotated = !Arc::ptr_eq(&self.engine, &connection.engine);
         let previous = if is_rotated { Some(Arc::clone(&self.engine)) } else { self.previous.clone() };
-        let shared = Shared { given_up: Arc::clone(&self.given_up), kept: Arc::clone(&self.kept) };
+        let (given_up, kept, given) = (Arc::clone(&self.given_up), Arc::clone(&self.kept), Arc::clone(&self.given));
+        let shared = Shared { given_up, kept, given };
         Self::with(config, origin, connection, previous, shared, standing, home)
     }
 
@@ -226,10 +230,11 @@ impl Member {
         home: &Home<'_>,
     ) -> Self {
         let Connection { engine, credentials } = connection;
-        let Shared { given_up, kept } = shared;
+        let Shared { given_up, kept, given } = shared;
         let (probe_now, relisten, task) = (Notify::new(), Notify::new(), OnceLock::new());
         let standing = Mutex::new(standing);
-        let member = Self { config, origin, engine, credentials, previous, probe_now, relisten, given_up, kept, task, standing };
+        let member =
+            Self { config, origin, engine, credentials, previous, probe_now, relisten, given_up, kept, given, task, standing };
         member.standing().make_workers(&member.config, home);
         member
     }
@@ -391,6 +396,16 @@ impl Member {
     /// Prompts whose KV it keeps.
     pub(super) fn kept(&self) -> u32 {
         self.kept.load(Relaxed)
+    }
+
+    /// It is given a request.
+    pub(super) fn note_given(&self) {
+        self.given.fetch_add(1, Relaxed);
+    }
+
+    /// Requests that it was ever given.
+    pub(super) fn given(&self) -> u64 {
+        self.given.load(Relaxed)
     }
 
     /// Requests on all its workers.

@@ -47,6 +47,16 @@ pub(crate) struct WorkerReport {
     pub(crate) load_trouble: Option<String>,
 }
 
+/// What metrics say of one engine's workers.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkerTally {
+    pub(crate) worker: String,
+    /// Requests that it was ever given.
+    pub(crate) requests: u64,
+    /// How the worst of its breakers stands: 0 closed, 1 half-open, 2 open; `None`: none ever opened.
+    pub(crate) breaker: Option<u8>,
+}
+
 /// What is wrong with a source of workers.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct SourceProblem {
@@ -62,6 +72,17 @@ impl Roster {
         let (now_ms, is_checked) = (self.clock.now_ms(), self.health().check_handoffs);
         let members: Vec<_> = self.members().values().cloned().collect();
         members.iter().flat_map(|member| report_of(member, is_checked, now_ms)).collect()
+    }
+
+    /// What metrics say of the workers that there are now, by name.
+    pub(crate) fn tallies(&self) -> Vec<WorkerTally> {
+        let members: Vec<_> = self.members().values().cloned().collect();
+        let of = |member: &Member| WorkerTally {
+            worker: member.config.name.clone(),
+            requests: member.given(),
+            breaker: member.standing().vitals.iter().filter_map(|vitals| vitals.shown()).max(),
+        };
+        members.iter().map(|member| of(member)).collect()
     }
 
     /// One engine's workers; `None` if there is no such engine.

@@ -53,8 +53,9 @@ impl Signs {
 struct Inner {
     breaker: Breaker,
     ejection: Ejection,
-    /// What metrics last said.
+    /// What the log last said.
     shown: Shown,
+    ever_opened: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -121,6 +122,12 @@ impl Vitals {
         self.inner().breaker.stand(now_ms) == Stand::HalfOpen
     }
 
+    /// How its breaker stands, as metrics have it; `None`: it never opened.
+    pub(super) fn shown(&self) -> Option<u8> {
+        let inner = self.inner();
+        inner.ever_opened.then_some(inner.shown as u8)
+    }
+
     /// Its engine is another, or back from where nobody reached it.
     pub(super) fn recover(&self, now_ms: u64) {
         let mut inner = self.inner();
@@ -181,7 +188,7 @@ impl Vitals {
         self.show(&mut inner, now_ms);
     }
 
-    /// Brings the breaker's stand to metrics and log, if it is another; returns whether it is.
+    /// Brings the breaker's stand to metrics and log, if it is another.
     pub(super) fn show_now(&self, now_ms: u64) {
         self.show(&mut self.inner(), now_ms);
     }
@@ -197,8 +204,7 @@ impl Vitals {
             return;
         }
         inner.shown = now;
-        // Only of workers that ever tripped.
-        metrics::gauge!("dynamo_host_worker_breaker", "worker" => self.name.clone()).set(f64::from(now as u8));
+        inner.ever_opened = true;
         let cause = inner.breaker.cause();
         match stand {
             Stand::Closed => tracing::info!(worker = self.name, "worker's breaker is closed"),
@@ -208,14 +214,6 @@ impl Vitals {
                 metrics::counter!("dynamo_host_breaker_opens_total", "cause" => label).increment(1);
                 tracing::warn!(worker = self.name, ms = until_ms.saturating_sub(now_ms), "worker's breaker is open: {text}");
             }
-        }
-    }
-}
-
-impl Drop for Vitals {
-    fn drop(&mut self) {
-        if self.inner().shown != Shown::Closed {
-            metrics::gauge!("dynamo_host_worker_breaker", "worker" => self.name.clone()).set(0.0);
         }
     }
 }
@@ -288,6 +286,7 @@ impl Roster {
     pub(crate) fn attempt(self: &Arc<Self>, snapshot: &Snapshot, worker: WorkerId) -> Attempt {
         let seat = snapshot.seat(worker);
         let ticket = seat.vitals.begin(self.clock.now_ms());
+        seat.member.note_given();
         Attempt {
             roster: Arc::clone(self),
             member: Arc::clone(&seat.member),
