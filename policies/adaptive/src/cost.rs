@@ -173,20 +173,25 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Three values of each worker in one loop, since the terms are what takes time: by these, its role, and what the third is before.
+    /// Three values of each worker in one loop, since the terms are what takes time: by these, its role, and what the third is before. The
+    /// first is returned.
     pub(crate) fn fill(
         &self,
         profiles: &Profiles,
         roles: &[u32],
-        [a, b, c]: [&mut [f32]; 3],
+        [b, c]: [&mut [f32]; 2],
         values: impl Fn(Terms, u32, f32) -> [f32; 3],
-    ) {
-        let rows = self.rows().zip(roles).zip(a.iter_mut().zip(b).zip(c));
-        let write = |terms, role: &u32, ((a, b), c): ((&mut f32, &mut f32), &mut f32)| [*a, *b, *c] = values(terms, *role, *c);
+    ) -> Vec<f32> {
+        let rows = self.rows().zip(roles).zip(b.iter_mut().zip(c));
+        let write = |terms, role: &u32, (b, c): (&mut f32, &mut f32)| {
+            let a;
+            [a, *b, *c] = values(terms, *role, *c);
+            a
+        };
         match profiles {
-            Profiles::One(speed) => rows.for_each(|((row, role), out)| write(self.terms(row, speed), role, out)),
+            Profiles::One(speed) => rows.map(|((row, role), out)| write(self.terms(row, speed), role, out)).collect(),
             Profiles::Each(columns) => {
-                rows.zip(columns.rows()).for_each(|(((row, role), out), speed)| write(self.terms(row, &speed), role, out));
+                rows.zip(columns.rows()).map(|(((row, role), out), speed)| write(self.terms(row, &speed), role, out)).collect()
             }
         }
     }

@@ -139,15 +139,13 @@ impl<'a> Handoff<'a> {
 
     /// All of them, in one loop over the workers.
     fn ways(&self) -> Ways {
-        let none = || vec![NONE; self.roles.len()];
-        let mut ways = Ways { whole: none(), prefill: none(), continued: self.kept_free() };
-        self.fill(&mut ways.whole, &mut ways.prefill, &mut ways.continued);
-        ways
+        let (mut prefill, mut continued) = (vec![NONE; self.roles.len()], self.kept_free());
+        Ways { whole: self.fill(&mut prefill, &mut continued), prefill, continued }
     }
 
     /// A function of its own, so that the columns are known to be apart: else the loop is no SIMD.
     #[inline(never)]
-    fn fill(&self, whole: &mut [f32], prefill: &mut [f32], continued: &mut [f32]) {
+    fn fill(&self, prefill: &mut [f32], continued: &mut [f32]) -> Vec<f32> {
         let late_ms = self.late_ms;
         // The longer, the more.
         let late = |ms: f32| ms + ms * ms / late_ms;
@@ -168,7 +166,7 @@ impl<'a> Handoff<'a> {
             let only = |does: bool, cost: f32| if does { cost } else { NONE };
             [only(!prefills_only, whole), only(prefills, leg), only(decodes, continued)]
         };
-        self.costs.fill(self.profiles, self.roles, [whole, prefill, continued], values);
+        self.costs.fill(self.profiles, self.roles, [prefill, continued], values)
     }
 
     /// The ways from a row, or from the worker that prefills by now. What a hand-off is expected to take is in the cost of the prefill.

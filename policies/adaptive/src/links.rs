@@ -96,13 +96,29 @@ impl Judge {
         if way.reachable == 1 { cost } else { f32::INFINITY }
     }
 
-    /// By the quickest way that there could be: at most what it is.
-    #[inline(always)]
-    fn bound(&self) -> impl Fn(f32, f32) -> f32 {
+    /// What of a cost and of a lacking token no way is quicker than, so that who lies above `highest` by these need not be looked at.
+    fn bound(&self) -> Bound {
         let LinkSpeed { host, rack, zone, elsewhere, unknown } = self.token_ms;
-        let token_ms = [host, rack, zone, elsewhere].into_iter().fold(unknown, least);
-        let (scale, base_ms, expected_ms) = (least(self.all, BY_FAR * self.best), self.base_ms, self.expected_ms);
-        move |cost, lacking| cost + scale * (base_ms + token_ms * lacking) - expected_ms
+        let scale = least(self.all, BY_FAR * self.best);
+        let token_ms = scale * [host, rack, zone, elsewhere].into_iter().fold(unknown, least);
+        Bound { token_ms, base_ms: scale * self.base_ms - self.expected_ms, slack: scale * self.base_ms + self.expected_ms }
+    }
+}
+
+/// The quickest way that there could be.
+struct Bound {
+    token_ms: f32,
+    base_ms: f32,
+    /// What numbers are rounded by is a small share of this and the cost.
+    slack: f32,
+}
+
+impl Bound {
+    /// The sum of cost and tokens' time above which no worker costs at most `highest`. Errors make more of a cost above 0, and less of
+    /// one below.
+    fn highest(&self, highest: f32) -> f32 {
+        let highest = most(highest, 0.0);
+        highest - self.base_ms + 1e-5 * (highest + self.slack)
     }
 }
 
@@ -193,10 +209,9 @@ impl<'a> Links<'a> {
         let mut lowest = Lowest::finite(seed);
         let (blocks, rest) = costs.as_chunks::<{ Lowest::BLOCK }>();
         for (block, (costs, lacking)) in blocks.iter().zip(lacking.as_chunks::<{ Lowest::BLOCK }>().0).enumerate() {
-            // Errors make more of what is above 0, and less of what is below.
-            let highest = most(lowest.highest(), 0.0);
-            let is_above = |(&cost, &lacking)| u32::from(bound(cost, lacking) > highest);
-            if costs.iter().zip(lacking).map(is_above).fold(1, |all, is_above| all & is_above) == 0 {
+            let highest = bound.highest(lowest.highest());
+            let may = |(&cost, &lacking)| u32::from(cost + bound.token_ms * lacking <= highest);
+            if costs.iter().zip(lacking).map(may).fold(0, |any, may| any | may) != 0 {
                 let first = block * Lowest::BLOCK;
                 lowest.add_block(first as u32, &self.block(first, costs, lacking));
             }
