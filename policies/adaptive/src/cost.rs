@@ -15,7 +15,7 @@
 use dynamo_policy_sdk::{Candidates, Request, UNKNOWN, explain, explain_wanted, role, stage};
 
 use crate::{
-    Settings,
+    Settings, TierCredit,
     profile::{Profiles, Speed},
 };
 
@@ -36,8 +36,6 @@ const PROMPT_TOKENS: f32 = 1000.0;
 
 /// A term, and its name in receipts.
 type Named = (&'static str, fn(Terms) -> f32);
-/// What a token of a tier saves, and the column of those that a worker can load.
-type Tiered = (f32, fn(&Candidates) -> &[u32]);
 
 /// What the costs are made of: columns as they are, and the request.
 pub(crate) struct Costs<'a> {
@@ -117,7 +115,18 @@ impl<'a> Costs<'a> {
 
     /// Tokens to be computed where most is cached.
     pub(crate) fn fewest_uncached(&self) -> f32 {
-        self.uncached.iter().copied().fold(f32::INFINITY, least)
+        // By their bits, which are ordered as they are above 0, and whose minimum is SIMD.
+        self.uncached.iter().map(|tokens| tokens.to_bits()).min().map_or(f32::INFINITY, f32::from_bits)
+    }
+
+    /// Tokens that each worker would have to compute, or to fetch.
+    pub(crate) fn uncached(&self) -> &[f32] {
+        &self.uncached
+    }
+
+    /// Whether workers differ in what they do, or may.
+    pub(crate) fn is_apart(&self) -> bool {
+        self.apart > 0.0
     }
 
     /// Tokens of the prompt.
@@ -158,7 +167,32 @@ impl<'a> Costs<'a> {
     pub(crate) fn each(&self, profiles: &Profiles, value: impl Fn(Terms) -> f32) -> Vec<f32> {
         match profiles {
             Profiles::One(speed) => self.rows().map(|row| value(self.terms(row, speed))).collect(),
-            Profiles::Each(speeds) => self.rows().zip(speeds).map(|(row, speed)| value(self.terms(row, speed))).collect(),
+            Profiles::Each(columns) => {
+                self.rows().zip(columns.rows()).map(|(row, speed)| value(self.terms(row, &speed))).collect()
+            }
+        }
+    }
+
+    /// Three values of each worker in one loop, since the terms are what takes time: by these, its role, and what the third is before. The
+    /// first is returned.
+    pub(crate) fn fill(
+        &self,
+        profiles: &Profiles,
+        roles: &[u32],
+        [b, c]: [&mut [f32]; 2],
+        values: impl Fn(Terms, u32, f32) -> [f32; 3],
+    ) -> Vec<f32> {
+        let rows = self.rows().zip(roles).zip(b.iter_mut().zip(c));
+        let write = |terms, role: &u32, (b, c): (&mut f32, &mut f32)| {
+            let a;
+            [a, *b, *c] = values(terms, *role, *c);
+            a
+        };
+        match profiles {
+            Profiles::One(speed) => rows.map(|((row, role), out)| write(self.terms(row, speed), role, out)).collect(),
+            Profiles::Each(columns) => {
+                rows.zip(columns.rows()).map(|(((row, role), out), speed)| write(self.terms(row, &speed), role, out)).collect()
+            }
         }
     }
 
@@ -265,26 +299,19 @@ pub(crate) fn most(a: f32, b: f32) -> f32 {
 /// token is computed again.
 fn uncached(settings: &Settings, prompt: f32, candidates: &Candidates) -> Vec<f32> {
     let known = |tokens: u32| if tokens == UNKNOWN { 0.0 } else { tokens as f32 };
-    let credit = &settings.tier_credit;
-    let mut uncached: Vec<f32> = candidates.cached_device_tokens().iter().map(|&tokens| prompt - known(tokens)).collect();
-    let tiers: [Tiered; 3] = [
-        (credit.host, Candidates::cached_host_tokens),
-        (credit.disk, Candidates::cached_disk_tokens),
-        (credit.remote, Candidates::cached_remote_tokens),
-    ];
-    for (credit, column) in tiers.into_iter().filter(|(credit, _)| *credit > 0.0) {
-        for (uncached, &tokens) in uncached.iter_mut().zip(column(candidates)) {
-            *uncached -= credit * known(tokens);
-        }
-    }
-    for uncached in &mut uncached {
-        *uncached = most(*uncached, 1.0);
-    }
-    uncached
+    let TierCredit { host, disk, remote } = settings.tier_credit;
+    let near = candidates.cached_device_tokens().iter().zip(candidates.cached_host_tokens());
+    let far = candidates.cached_disk_tokens().iter().zip(candidates.cached_remote_tokens());
+    near.zip(far)
+        .map(|((&on_device, &on_host), (&on_disk, &on_remote))| {
+            let tokens = prompt - known(on_device) - host * known(on_host) - disk * known(on_disk) - remote * known(on_remote);
+            most(tokens, 1.0)
+        })
+        .collect()
 }
 
 /// Whether workers differ in what they do, or may.
-pub(crate) fn is_apart(candidates: &Candidates) -> bool {
+fn is_apart(candidates: &Candidates) -> bool {
     // In one go, which is SIMD.
     candidates.role().iter().fold(role::AGGREGATED, |all, of| all | of) != role::AGGREGATED
 }

@@ -8,7 +8,7 @@
 //! | prefill | the first token's time with the hand-off, what it stalls, `cache`, `memory` |
 //! | decode | `decode`, `memory`, what waits to be prefilled there, what is left to be fetched |
 //!
-//! The first token's time counts more the longer it is ([`late`](Handoff::late)): it is the long prompts that make the tail, and a
+//! The first token's time counts more the longer it is (`late`): it is the long prompts that make the tail, and a
 //! short one can wait behind them. What a prefill stalls is priced by how many gaps between tokens would be stalled if
 //! nobody handed over ([`Demand`]): below the share that an operator does not mind it costs what it costs an aggregated
 //! fleet, and above it much more. A worker that does both is kept free of decoding by its place: as many as there is
@@ -18,12 +18,14 @@
 //! are answered for workers that do both, since placed alone they would serve it whole; else the prefill is placed, and
 //! the host asks again who goes on when it is done, and more is known.
 
+use std::cell::OnceCell;
+
 use dynamo_policy_sdk::{Candidates, Decision, Request, UNKNOWN, endpoint, entropy, explain, explain_wanted, rank, role, stage};
 
 use crate::{
     Settings,
-    cost::{self, Costs, Terms, least, most},
-    links::Links,
+    cost::{Costs, Terms, least, most},
+    links::{Links, Places},
     profile::Profiles,
 };
 
@@ -42,14 +44,19 @@ const NONE: f32 = f32::INFINITY;
 struct Start {
     row: u32,
     cost: f32,
+    /// Of the first that goes on; unknown of a start that is there to fall back on.
     onward: f32,
     next: Vec<u32>,
 }
 
-/// What going on costs on each worker, but for the way of the KV.
-struct Continued {
-    costs: Vec<f32>,
-    lacking: Vec<f32>,
+/// What each worker costs.
+struct Ways {
+    /// To serve all of it.
+    whole: Vec<f32>,
+    /// To prefill.
+    prefill: Vec<f32>,
+    /// To go on, but for the way of the KV.
+    continued: Vec<f32>,
 }
 
 /// What the costs of hand-offs are made of.
@@ -60,6 +67,8 @@ pub(crate) struct Handoff<'a> {
     costs: &'a Costs<'a>,
     roles: &'a [u32],
     demand: Demand,
+    /// Asked for once somebody could hand over.
+    places: OnceCell<Places>,
     /// Milliseconds of a first token's time that count double.
     late_ms: f32,
 }
@@ -76,7 +85,7 @@ impl<'a> Handoff<'a> {
         let roles = candidates.role();
         let is_apart = match request.stage() {
             stage::DECODE => true,
-            stage::WHOLE => cost::is_apart(candidates) && roles.iter().any(|&of| prefills(of)) && may_hand_over(request),
+            stage::WHOLE => costs.is_apart() && roles.iter().any(|&of| prefills(of)) && may_hand_over(request),
             _ => false,
         };
         let target = request.slo_ttft_ms();
@@ -88,115 +97,114 @@ impl<'a> Handoff<'a> {
             costs,
             roles,
             demand: Demand::of(settings, candidates, profiles, costs),
+            places: OnceCell::new(),
             late_ms,
         })
     }
 
     /// Where it goes on, when it was prefilled or while it is.
     pub(crate) fn decode(&self) -> Decision {
-        let costs = self.onward(&self.continued(), None);
-        explain("onward_ms", || costs.clone());
-        Decision::Place(finite(&costs).unwrap_or_else(|| rank::lowest_rows(self.costs.total(self.profiles), entropy::next())))
+        let continued = self.ways().continued;
+        let links = self.links(None);
+        explain("onward_ms", || links.costs(&continued, self.costs.uncached()));
+        let rows: Vec<u32> = self.onward(&links, &continued, entropy::next()).into_iter().map(|(row, _)| row).collect();
+        // If there is no way to anybody, the host knows what to do.
+        Decision::Place(if rows.is_empty() { rank::lowest_rows(self.costs.total(self.profiles), entropy::next()) } else { rows })
     }
 
     /// Where it goes.
     pub(crate) fn place(&self) -> Decision {
-        let whole = self.whole();
-        let prefill = self.prefill();
-        let continued = self.continued();
-        let starts = self.starts(&prefill, &continued);
+        let ways = self.ways();
+        let starts = self.starts(&ways);
         let pair = starts.iter().find(|start| self.roles[start.row as usize] == role::BOTH);
         let single = starts.iter().find(|start| self.roles[start.row as usize] == role::PREFILL);
         let onward = single.map_or(NONE, |start| start.onward);
-        let placed: Vec<f32> = (whole.iter().zip(&prefill).zip(self.roles))
-            .map(|((&whole, &prefill), &of)| if of == role::PREFILL { prefill + onward } else { whole })
-            .collect();
-        self.explain(&whole, &prefill, &continued, &starts);
-        let least_placed = placed.iter().copied().fold(NONE, least);
+        self.explain(&ways, &starts);
+        let Ways { whole, prefill, .. } = ways;
+        let mut placed = whole;
+        for ((placed, &prefill), &of) in placed.iter_mut().zip(&prefill).zip(self.roles) {
+            // Added in all rows, since a choice of numbers is SIMD, and a choice of what to do is not.
+            let single = prefill + onward;
+            *placed = if of == role::PREFILL { single } else { *placed };
+        }
+        let rows = rank::lowest_finite_rows(&placed, entropy::next());
+        let least_placed = rows.first().map_or(NONE, |&row| placed[row as usize]);
         match pair {
             Some(pair) if pair.cost + pair.onward < least_placed => Decision::PlaceDisaggregated(self.pairs(&starts)),
-            _ => match finite(&placed) {
-                Some(rows) => Decision::Place(rows),
-                // Only those are left that prefill, and KV gets nowhere from there at present: the host knows what to do then.
-                None => rank::lowest(prefill),
-            },
+            _ if !rows.is_empty() => Decision::Place(rows),
+            // Only those are left that prefill, and KV gets nowhere from there at present: the host knows what to do then.
+            _ => rank::lowest(prefill),
         }
     }
 
-    /// The first token's time as it counts: the longer, the more.
-    fn late(&self, ms: f32) -> f32 {
-        ms + ms * ms / self.late_ms
+    /// All of them, in one loop over the workers.
+    fn ways(&self) -> Ways {
+        let (mut prefill, mut continued) = (vec![NONE; self.roles.len()], self.kept_free());
+        Ways { whole: self.fill(&mut prefill, &mut continued), prefill, continued }
     }
 
-    /// Costs of a prefill: the first token's time, which is `handoff` later, and what is no concern of roles.
-    fn begin(&self, handoff: f32, others: impl Fn(Terms) -> f32) -> Vec<f32> {
-        let cost = |terms: Terms| {
-            let first = self.late(terms.wait + terms.prefill + handoff);
-            (first + terms.interference + terms.cache + terms.memory + others(terms)) * terms.factor
-        };
-        let mut costs = self.costs.each(self.profiles, cost);
-        let price = self.settings.handoff.stall;
-        let stalls = self.costs.each(self.profiles, |terms| price * terms.stall * terms.decoding * terms.factor);
-        for ((cost, stall), &of) in costs.iter_mut().zip(stalls).zip(self.roles) {
-            *cost += stall * if of == role::DECODE { DEDICATED } else { self.demand.pressure };
-        }
-        costs
-    }
-
-    fn whole(&self) -> Vec<f32> {
-        let mut costs = self.begin(0.0, |terms| terms.decode);
-        self.level(&mut costs);
-        self.keep_free(&mut costs);
-        self.only(&mut costs, |of| of != role::PREFILL);
-        costs
-    }
-
-    fn prefill(&self) -> Vec<f32> {
-        let mut costs = self.begin(self.settings.handoff.expected_ms(self.costs.prompt()), |_| 0.0);
-        self.only(&mut costs, prefills);
-        costs
-    }
-
-    /// Leaves the costs of workers of some roles; for the others it is no way.
-    fn only(&self, costs: &mut [f32], does: impl Fn(u32) -> bool) {
-        for (cost, &of) in costs.iter_mut().zip(self.roles) {
-            if !does(of) {
-                *cost = NONE;
-            }
-        }
-    }
-
-    /// Costs of going on, wherever the KV comes from, and the tokens that are not there yet.
-    fn continued(&self) -> Continued {
-        let cost = |terms: Terms| (terms.wait + terms.decode + terms.memory) * terms.factor;
-        let mut costs = self.costs.each(self.profiles, cost);
-        self.level(&mut costs);
-        self.keep_free(&mut costs);
-        Continued { costs, lacking: self.costs.each(self.profiles, |terms| terms.uncached) }
-    }
-
-    /// Costs of going on, from a row or from the worker that prefills by now. What a hand-off is expected to take is in the cost of
-    /// the prefill.
-    fn onward(&self, continued: &Continued, from: Option<u32>) -> Vec<f32> {
-        let links = Links::of(self.settings, self.candidates, from);
+    /// A function of its own, so that the columns are known to be apart: else the loop is no SIMD.
+    #[inline(never)]
+    fn fill(&self, prefill: &mut [f32], continued: &mut [f32]) -> Vec<f32> {
+        let late_ms = self.late_ms;
+        // The longer, the more.
+        let late = |ms: f32| ms + ms * ms / late_ms;
         let expected = self.settings.handoff.expected_ms(self.costs.prompt());
-        let cost = |(row, (&cost, &lacking)): (usize, (&f32, &f32))| {
-            if links.is_reachable(row) { (cost + links.ms(row, lacking) - expected) * links.tries(row) } else { NONE }
+        let (price, pressure) = (self.settings.handoff.stall, self.demand.pressure);
+        let values = |terms: Terms, of: u32, kept: f32| {
+            let Terms { wait, prefill, interference, decode, cache, memory, factor, .. } = terms;
+            let (decodes_only, prefills_only) = (of == role::DECODE, of == role::PREFILL);
+            let stall = price * terms.stall * terms.decoding * factor * if decodes_only { DEDICATED } else { pressure };
+            // Contexts of workers that decode and do nothing else are kept level: the longest make the slowest tokens. On others
+            // stalls do, and being few matters more.
+            let level = if decodes_only { terms.level * factor } else { 0.0 };
+            let whole = (late(wait + prefill) + interference + cache + memory + decode) * factor + stall + level + kept;
+            let leg = (late(wait + prefill + expected) + interference + cache + memory) * factor + stall;
+            let continued = (wait + decode + memory) * factor + level + kept;
+            let prefills = prefills_only | (of == role::BOTH);
+            let decodes = !prefills_only & (of != role::AGGREGATED);
+            let only = |does: bool, cost: f32| if does { cost } else { NONE };
+            [only(!prefills_only, whole), only(prefills, leg), only(decodes, continued)]
         };
-        continued.costs.iter().zip(&continued.lacking).enumerate().map(cost).collect()
+        self.costs.fill(self.profiles, self.roles, [prefill, continued], values)
     }
 
-    /// The best ones to begin on from which KV gets somewhere.
-    fn starts(&self, prefill: &[f32], continued: &Continued) -> Vec<Start> {
+    /// The ways from a row, or from the worker that prefills by now. What a hand-off is expected to take is in the cost of the prefill.
+    fn links(&self, from: Option<u32>) -> Links<'_> {
+        let settings = &self.settings.handoff;
+        let places = self.places.get_or_init(|| Places::of(self.candidates));
+        Links::of(settings, self.candidates, places, from, settings.expected_ms(self.costs.prompt()))
+    }
+
+    /// Where going on costs the least, by these ways.
+    fn onward(&self, links: &Links, continued: &[f32], seed: u64) -> Vec<(u32, f32)> {
+        links.lowest(continued, self.costs.uncached(), seed)
+    }
+
+    /// The best ones to begin on from which KV gets somewhere. In full the first one to be placed alone and the first one of pairs; of
+    /// others, which are there to fall back on, who goes on from those found so far.
+    fn starts(&self, ways: &Ways) -> Vec<Start> {
         let mut starts: Vec<Start> = Vec::new();
-        for row in finite(prefill).unwrap_or_default().into_iter().take(STARTS) {
-            let onward = self.onward(continued, Some(row));
-            if let Some(mut next) = finite(&onward) {
-                next.truncate(NEXTS);
-                starts.push(Start { row, cost: prefill[row as usize], onward: onward[next[0] as usize], next });
+        for row in rank::lowest_finite_rows(&ways.prefill, entropy::next()).into_iter().take(STARTS) {
+            let (cost, seed) = (ways.prefill[row as usize], entropy::next());
+            let like = starts.iter().find(|start| self.roles[start.row as usize] == self.roles[row as usize]);
+            if let Some(next) = like.map(|like| self.reached(row, &like.next)).filter(|next| !next.is_empty()) {
+                starts.push(Start { row, cost, onward: NONE, next });
+                continue;
+            }
+            let mut next = self.onward(&self.links(Some(row)), &ways.continued, seed);
+            next.truncate(NEXTS);
+            if let Some(&(_, onward)) = next.first() {
+                starts.push(Start { row, cost, onward, next: next.into_iter().map(|(row, _)| row).collect() });
             }
         }
         starts
+    }
+
+    /// Of these, the ones to which KV gets from a row.
+    fn reached(&self, from: u32, next: &[u32]) -> Vec<u32> {
+        let reachable = self.candidates.links().reachable(from);
+        next.iter().copied().filter(|&row| reachable[row as usize] == 1).collect()
     }
 
     /// All that the best start can go on to, then the best of the others.
@@ -206,46 +214,38 @@ impl<'a> Handoff<'a> {
         first.chain(of_both().skip(1).map(|start| (start.row, start.next[0]))).collect()
     }
 
-    /// Keeps the contexts of workers level that decode and do nothing else: the longest make the slowest tokens. On others
-    /// stalls do, and being few matters more.
-    fn level(&self, costs: &mut [f32]) {
-        if !self.roles.contains(&role::DECODE) {
-            return;
-        }
-        let levels = self.costs.each(self.profiles, |terms| terms.level * terms.factor);
-        for ((cost, level), &of) in costs.iter_mut().zip(levels).zip(self.roles) {
-            if of == role::DECODE {
-                *cost += level;
-            }
-        }
-    }
-
-    /// What decoding costs on workers that are to prefill.
-    fn keep_free(&self, costs: &mut [f32]) {
+    /// What decoding costs on each worker for being one that is to prefill.
+    fn kept_free(&self) -> Vec<f32> {
+        let mut kept = vec![0.0; self.roles.len()];
         let Demand { prefill, pressure, pass } = self.demand;
         if pressure == 0.0 || prefill <= 0.0 {
-            return;
+            return kept;
         }
         // As many as have work, and some that arrivals are not spread evenly.
         let needed = prefill + self.settings.handoff.spare * prefill.sqrt();
         let price = pressure * self.settings.handoff.keep_free * pass;
         let mut place = 0.0;
-        for (cost, &of) in costs.iter_mut().zip(self.roles) {
+        for (kept, &of) in kept.iter_mut().zip(self.roles) {
             if of == role::BOTH {
-                *cost += price * least(most((needed - place) / FADE, 0.0), 1.0);
+                *kept = price * least(most((needed - place) / FADE, 0.0), 1.0);
                 place += 1.0;
+                if place >= needed {
+                    break;
+                }
             }
         }
+        kept
     }
 
-    fn explain(&self, whole: &[f32], prefill: &[f32], continued: &Continued, starts: &[Start]) {
+    fn explain(&self, ways: &Ways, starts: &[Start]) {
         if !explain_wanted() {
             return;
         }
-        explain("whole_ms", || whole.to_vec());
-        explain("prefill_leg_ms", || prefill.to_vec());
+        explain("whole_ms", || ways.whole.clone());
+        explain("prefill_leg_ms", || ways.prefill.clone());
         explain("onward_ms", || {
-            starts.first().map_or_else(|| vec![NONE; whole.len()], |start| self.onward(continued, Some(start.row)))
+            let onward = |start: &Start| self.links(Some(start.row)).costs(&ways.continued, self.costs.uncached());
+            starts.first().map_or_else(|| vec![NONE; ways.whole.len()], onward)
         });
     }
 }
@@ -265,7 +265,6 @@ impl Demand {
     fn of(settings: &Settings, candidates: &Candidates, profiles: &Profiles, costs: &Costs) -> Self {
         let speed = profiles.first();
         let profile = &speed.profile;
-        let sum = |column: &[u32]| column.iter().filter(|&&value| value != UNKNOWN).map(|&value| value as f32).sum::<f32>();
         let context = sum(candidates.active_decode_tokens());
         let prefilling = sum(candidates.active_prefill_tokens());
         let decoding = sum(candidates.active_requests()) * context / most(context + prefilling, 1.0);
@@ -291,6 +290,20 @@ impl Demand {
     }
 }
 
+/// The sum of what is known of a column. In lanes, which is SIMD.
+fn sum(column: &[u32]) -> f32 {
+    const LANES: usize = 4;
+    let known = |value: u32| if value == UNKNOWN { 0.0 } else { value as f32 };
+    let (chunks, rest) = column.as_chunks::<LANES>();
+    let mut sums = [0.0f32; LANES];
+    for chunk in chunks {
+        for (sum, &value) in sums.iter_mut().zip(chunk) {
+            *sum += known(value);
+        }
+    }
+    sums.into_iter().chain(rest.iter().map(|&value| known(value))).sum()
+}
+
 /// Whether engines do that for such a request.
 fn may_hand_over(request: &Request) -> bool {
     matches!(request.endpoint(), endpoint::CHAT_COMPLETION | endpoint::TEXT_COMPLETION)
@@ -302,13 +315,6 @@ fn may_hand_over(request: &Request) -> bool {
 
 fn prefills(of: u32) -> bool {
     of == role::PREFILL || of == role::BOTH
-}
-
-/// The rows of lowest cost without those that are no way; `None` if none is.
-fn finite(costs: &[f32]) -> Option<Vec<u32>> {
-    let mut rows = rank::lowest_rows(costs.iter().copied(), entropy::next());
-    rows.retain(|&row| costs[row as usize] < NONE);
-    (!rows.is_empty()).then_some(rows)
 }
 
 #[cfg(test)]

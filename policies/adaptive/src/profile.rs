@@ -10,6 +10,8 @@ use dynamo_policy_sdk::{
     serde::{self, Deserialize},
 };
 
+use crate::cost::most;
+
 /// The speed of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(crate = "serde", default, deny_unknown_fields)]
@@ -101,7 +103,37 @@ impl Speed {
 /// The profiles of all candidates. One for all is the usual case, and the quick one.
 pub(crate) enum Profiles {
     One(Speed),
-    Each(Vec<Speed>),
+    Each(Columns),
+}
+
+/// Profiles that differ, a column for each of the [`FIELDS`]: loops over them become SIMD.
+pub(crate) struct Columns([Vec<f32>; FIELDS.len()]);
+
+impl Columns {
+    /// One after the other, in row order.
+    #[inline(always)]
+    pub(crate) fn rows(&self) -> impl Iterator<Item = Speed> {
+        let [squared, per_token, base, decode, per_sequence, per_context, batched] = &self.0;
+        let prefill = squared.iter().zip(per_token).zip(base);
+        let decode = decode.iter().zip(per_sequence).zip(per_context);
+        prefill.zip(decode).zip(batched).map(
+            |((((&squared, &per_token), &base), ((&decode, &per_sequence), &per_context)), &max_batched_tokens)| {
+                Speed::of(Profile {
+                    prefill_ms_per_token_squared: squared,
+                    prefill_ms_per_token: per_token,
+                    prefill_ms_base: base,
+                    decode_ms_base: decode,
+                    decode_ms_per_sequence: per_sequence,
+                    decode_ms_per_context_token: per_context,
+                    max_batched_tokens,
+                })
+            },
+        )
+    }
+
+    fn first(&self) -> Speed {
+        self.rows().next().expect("there is at least one candidate")
+    }
 }
 
 /// A field of a profile, and the signal that it comes from.
@@ -120,49 +152,48 @@ const FIELDS: [Field; 7] = [
 /// Before the signals' names in [`FIELDS`]: by how much an engine is faster than its profile says.
 const SPEEDUP: &str = "profile.speedup";
 
+/// Of these, how many are times, and so shorter by [`SPEEDUP`]: all but the last.
+const TIMES: usize = FIELDS.len() - 1;
+
 impl Profiles {
     /// From the candidates' signals, and `default` where a worker has none.
     pub(crate) fn read(candidates: &Candidates, default: &Profile) -> Self {
-        let columns = FIELDS.map(|(signal, field)| (candidates.signal(signal), field));
+        let signals = FIELDS.map(|(signal, _)| candidates.signal(signal));
         let speedup = candidates.signal(SPEEDUP);
-        let profile = |row: usize| {
-            let mut profile = *default;
-            for (column, field) in &columns {
+        let mut default = *default;
+        let is_one = signals.iter().flatten().chain(&speedup).all(|column| is_one_value(column));
+        let count = if is_one { 1 } else { candidates.count() as usize };
+        let mut nth = 0;
+        let columns = signals.map(|column| {
+            let (field, is_time) = (*(FIELDS[nth].1)(&mut default), nth < TIMES);
+            nth += 1;
+            let mut values = match column {
                 // What cannot be (and so NaN, for unknown) leaves the default. Of infinities, costs would be no numbers.
-                if let Some(&value) =
-                    column.as_ref().map(|column| &column[row]).filter(|&&value| value.is_finite() && value >= 0.0)
-                {
-                    *field(&mut profile) = value;
+                Some(column) => column[..count]
+                    .iter()
+                    .map(|&value| if (0.0..f32::INFINITY).contains(&value) { value } else { field })
+                    .collect(),
+                None => vec![field; count],
+            };
+            if !is_time {
+                values.iter_mut().for_each(|tokens| *tokens = most(*tokens, 1.0));
+            } else if let Some(speedup) = &speedup {
+                for (value, &speedup) in values.iter_mut().zip(speedup) {
+                    let is_known = speedup > 0.0 && speedup < f32::INFINITY;
+                    *value /= if is_known { speedup } else { 1.0 };
                 }
             }
-            profile.max_batched_tokens = profile.max_batched_tokens.max(1.0);
-            let speedup = speedup.as_ref().map(|speedup| speedup[row]);
-            if let Some(speedup) = speedup.filter(|speedup| speedup.is_finite() && *speedup > 0.0) {
-                profile.speed_up(speedup);
-            }
-            profile
-        };
-        let columns = || columns.iter().filter_map(|(column, _)| column.as_ref()).chain(&speedup);
-        if columns().all(|column| is_one_value(column)) {
-            Self::One(Speed::of(profile(0)))
-        } else {
-            Self::Each((0..candidates.count() as usize).map(|row| Speed::of(profile(row))).collect())
-        }
+            values
+        });
+        let columns = Columns(columns);
+        if is_one { Self::One(columns.first()) } else { Self::Each(columns) }
     }
 
     /// The first one's: what is decided before there is a worker goes by that.
-    pub(crate) fn first(&self) -> &Speed {
+    pub(crate) fn first(&self) -> Speed {
         match self {
-            Self::One(speed) => speed,
-            Self::Each(speeds) => &speeds[0],
-        }
-    }
-}
-
-impl Profile {
-    fn speed_up(&mut self, factor: f32) {
-        for (_, field) in &FIELDS[..6] {
-            *field(self) /= factor;
+            Self::One(speed) => *speed,
+            Self::Each(columns) => columns.first(),
         }
     }
 }

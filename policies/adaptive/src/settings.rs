@@ -62,7 +62,7 @@ pub struct HandoffSettings {
 }
 
 /// Tokens of prompt whose KV comes over in a second, by the closest domain that both workers share.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(crate = "serde", default, deny_unknown_fields)]
 #[schemars(crate = "schemars")]
 pub struct LinkSpeed {
