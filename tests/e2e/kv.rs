@@ -8,6 +8,7 @@ use crate::{
     harness::{
         components, eventually,
         host::{Host, MockProcess},
+        own_address,
     },
     workers::{workers, workers_until},
 };
@@ -31,7 +32,15 @@ async fn fill(engine: &MockProcess, prompts: impl IntoIterator<Item = u32>) {
 }
 
 async fn engine(profile: &[&str]) -> MockProcess {
-    MockProcess::start(&[&["speedup=100"], profile].concat()).await
+    engine_at(&own_address(), profile).await
+}
+
+/// One that publishes, if it does, where it listens.
+async fn engine_at(address: &str, profile: &[&str]) -> MockProcess {
+    let (ip, _) = address.split_once(':').unwrap();
+    let profile: Vec<String> = profile.iter().map(|it| it.replace("127.0.0.1:0", &format!("{ip}:0"))).collect();
+    let profile = profile.iter().map(String::as_str).chain(["speedup=100"]);
+    MockProcess::start_at(address, &profile.collect::<Vec<_>>()).await
 }
 
 /// A host over engines `a`, `b`, …, with a policy that goes by what is cached; of equals it takes any.
@@ -101,13 +110,9 @@ async fn an_engine_that_restarts_is_forgotten_and_learnt_again() {
         let sources = b.http.get_json("/kv_event_sources").await;
         b.process.kill();
         let told = |key: &str| sources["0"][key].as_str().unwrap().to_owned();
-        let same = [
-            format!("kv_events={}", told("endpoint")),
-            format!("kv_replay={}", told("replay_endpoint")),
-            "speedup=100".to_owned(),
-        ];
+        let same = [format!("kv_events={}", told("endpoint")), format!("kv_replay={}", told("replay_endpoint"))];
         let same: Vec<&str> = same.iter().map(String::as_str).collect();
-        b = MockProcess::start_at(&address, if round == 0 { &[PUBLISHES, "speedup=100"] } else { &same }).await;
+        b = engine_at(&address, if round == 0 { &[PUBLISHES] } else { &same }).await;
         // It says more than the one before had said, so that numbers alone would not tell.
         fill(&b, [2, 4, 5, 6, 7]).await;
         let row = knows(&host, "b", u64::from(5 * BLOCKS)..=u64::from(5 * BLOCKS + 15)).await;

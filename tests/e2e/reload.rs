@@ -11,6 +11,7 @@ use crate::{
         components, eventually,
         host::{Host, completion, streamed},
         process::run,
+        replace,
     },
     workers::{workers, workers_until},
 };
@@ -36,7 +37,7 @@ impl Scene {
     }
 
     fn write(&self, text: &str) {
-        fs::write(&self.file, text).unwrap();
+        replace(&self.file, text);
     }
 
     async fn config(&self) -> Value {
