@@ -8,7 +8,6 @@ use crate::{
     harness::{
         components, eventually,
         host::{Host, MockProcess},
-        own_address,
     },
     workers::{workers, workers_until},
 };
@@ -31,16 +30,9 @@ async fn fill(engine: &MockProcess, prompts: impl IntoIterator<Item = u32>) {
     }
 }
 
+/// At 127.0.0.1, where it publishes too.
 async fn engine(profile: &[&str]) -> MockProcess {
-    engine_at(&own_address(), profile).await
-}
-
-/// One that publishes, if it does, where it listens.
-async fn engine_at(address: &str, profile: &[&str]) -> MockProcess {
-    let (ip, _) = address.split_once(':').unwrap();
-    let profile: Vec<String> = profile.iter().map(|it| it.replace("127.0.0.1:0", &format!("{ip}:0"))).collect();
-    let profile = profile.iter().map(String::as_str).chain(["speedup=100"]);
-    MockProcess::start_at(address, &profile.collect::<Vec<_>>()).await
+    MockProcess::start_at("127.0.0.1:0", &[&["speedup=100"], profile].concat()).await
 }
 
 /// A host over engines `a`, `b`, …, with a policy that goes by what is cached; of equals it takes any.
@@ -110,9 +102,13 @@ async fn an_engine_that_restarts_is_forgotten_and_learnt_again() {
         let sources = b.http.get_json("/kv_event_sources").await;
         b.process.kill();
         let told = |key: &str| sources["0"][key].as_str().unwrap().to_owned();
-        let same = [format!("kv_events={}", told("endpoint")), format!("kv_replay={}", told("replay_endpoint"))];
+        let same = [
+            format!("kv_events={}", told("endpoint")),
+            format!("kv_replay={}", told("replay_endpoint")),
+            "speedup=100".to_owned(),
+        ];
         let same: Vec<&str> = same.iter().map(String::as_str).collect();
-        b = engine_at(&address, if round == 0 { &[PUBLISHES] } else { &same }).await;
+        b = MockProcess::start_at(&address, if round == 0 { &[PUBLISHES, "speedup=100"] } else { &same }).await;
         // It says more than the one before had said, so that numbers alone would not tell.
         fill(&b, [2, 4, 5, 6, 7]).await;
         let row = knows(&host, "b", u64::from(5 * BLOCKS)..=u64::from(5 * BLOCKS + 15)).await;

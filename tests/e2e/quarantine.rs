@@ -63,8 +63,9 @@ async fn a_policy_that_keeps_failing_is_left_alone_and_let_back_when_it_is_good_
     let skipped = host.http.metric("dynamo_host_policy_fallbacks_total", &[("cause", "quarantined")]).await;
     assert_eq!(Some(skipped), slot["active"]["fallbacks"]["quarantined"].as_f64(), "each is counted, here and there");
     assert!(host.cli(&["policy", "list"]).await.succeeded().contains("was quarantined 1 time"));
-    let log = host.process.log();
     for said in ["policy is quarantined", "policy decides again", "policy failed"] {
+        host.process.logs(said).await;
+        let log = host.process.log();
         assert_eq!(log.lines().filter(|line| line.contains(said)).count(), 1, "{said:?} once: {log}");
     }
 }
