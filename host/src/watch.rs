@@ -44,8 +44,9 @@ pub(crate) fn files<E: Display>(
     paths: Vec<PathBuf>,
     reload: impl Fn() -> Result<(), E> + Send + 'static,
 ) -> AbortHandle {
+    // Looked at here: what is changed once the caller goes on is a change, however late the task begins.
+    let mut seen: Vec<_> = paths.iter().map(|path| Stamp::at(path)).collect();
     tasks::spawn(what, async move {
-        let mut seen = look(&paths).await;
         let mut complaint = None;
         loop {
             tokio::time::sleep(LOOK_EVERY).await;

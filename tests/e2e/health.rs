@@ -15,6 +15,7 @@ use crate::{
     harness::{
         components, eventually,
         host::{Host, MockProcess, chat, completion, streamed},
+        replace,
         scripted::{STREAM_END, STREAM_HEAD, Scripted, end_events, http_chunk, stream_answer, token_event, whole_answer},
         soon,
     },
@@ -84,7 +85,8 @@ async fn with_all_workers_dead_it_is_not_ready_refuses_at_once_and_serves_when_t
     assert_eq!(health["status"], "degraded", "{health}");
     let pool = &health["models"]["m"];
     assert_eq!((&pool["total"], &pool["ready"], &pool["unreachable"]), (&json!(2), &json!(1), &json!(1)), "{health}");
-    assert!(!health.to_string().contains("127.0.0.1"), "anybody may ask: {health}");
+    let is_told = |address: &String| health.to_string().contains(address.split(':').next().unwrap());
+    assert!(!addresses.iter().any(is_told), "anybody may ask: {health}");
 }
 
 #[tokio::test]
@@ -100,7 +102,7 @@ async fn requests_wait_for_a_worker_that_is_starting() {
     assert_eq!(host.http.get("/ready").await.status, StatusCode::SERVICE_UNAVAILABLE);
     host.http.post(CHAT, chat(3).to_string()).await.is_error(503, "no_worker");
     // The hold counts as soon as the file is read again.
-    std::fs::write(&file, config).unwrap();
+    replace(&file, &config);
     eventually("the file is read again", async || {
         (host.admin.get_json("/v1/status").await["config"]["reloads"] == 1).then_some(())
     })
@@ -156,9 +158,13 @@ async fn a_worker_that_fails_its_requests_is_passed_over_and_comes_back_by_trial
     let engine = breaking(&is_broken).await;
     let worker = format!("{},name=bad", engine.worker());
     let host = Host::configured(SOON, &["--worker", &worker, "--worker", "mock://good?model=m&speedup=50"]).await;
-    becomes(&host, "bad", &["tripped"]).await;
-    let row = workers_until(&host, "it is tripped", |rows| rows.iter().any(|row| row["state"] == "tripped")).await;
-    let trouble = row.iter().find(|row| row["name"] == "bad").unwrap()["trouble"].as_str().unwrap().to_owned();
+    // Its pauses are short: what is said of it is looked at with its state.
+    let trouble = eventually("it is tripped", async || {
+        host.http.post(CHAT, streamed(chat(6)).to_string()).await;
+        let row = workers(&host).await.into_iter().find(|row| row["name"] == "bad")?;
+        (row["state"] == "tripped").then(|| row["trouble"].as_str().unwrap().to_owned())
+    })
+    .await;
     assert!(trouble.contains("breaker is open") && trouble.contains("5xx"), "{trouble}");
     assert!(host.http.metric("dynamo_host_breaker_opens_total", &[("cause", "unhealthy")]).await >= 1.0);
     assert_eq!(host.http.get("/ready").await.status, StatusCode::OK);
@@ -295,14 +301,15 @@ async fn a_whole_answer_that_a_mute_engine_has_comes_from_another() {
     let routing = components::policy("round-robin");
     let arguments = ["--routing", &routing, "--worker", &mute.worker(), "--worker", "mock://well?model=m&speedup=50"];
     let host = Host::configured(config, &arguments).await;
-    // Nothing was ever seen of the engine that has one of them, and it answers its probe.
-    for _ in 0..2 {
+    // Nothing was ever seen of the engine that has some of them, and it answers its probe. A canary may be there before the first.
+    eventually("a request was taken from it", async || {
         let reply = host.http.ask(CHAT, &chat(3)).await;
         assert_eq!(reply.json()["usage"]["completion_tokens"], 3);
-    }
+        (host.http.metric("dynamo_host_retries_total", &[("cause", "engine_unhealthy")]).await >= 1.0).then_some(())
+    })
+    .await;
     host.process.logs("answers its probe and makes no token").await;
     assert!(mute.received().iter().any(|request| request.json()["max_tokens"] == 1), "it was asked for a token");
-    assert_eq!(host.http.metric("dynamo_host_retries_total", &[("cause", "engine_unhealthy")]).await, 1.0);
 }
 
 #[tokio::test]

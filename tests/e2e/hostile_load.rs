@@ -9,7 +9,7 @@ use std::{
             Ordering::{Acquire, Release},
         },
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::Instant,
 };
 
 use dynamo_engine_mock::tokens;
@@ -24,7 +24,7 @@ use crate::harness::{
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CLIENTS: usize = 16;
-/// What hostile guests misbehave at, and what every client asks for.
+/// What hostile guests misbehave at, and what every client asks for while they do.
 const PROVOCATION: u32 = 13;
 
 /// Streams that each policy has to live through, at least; `DYNAMO_HOST_HOSTILE_STREAMS` asks for more.
@@ -64,6 +64,8 @@ const MODES: &[(&str, Option<&str>, bool)] = &[
 #[derive(Default)]
 struct Progress {
     completed: AtomicU64,
+    /// Clients ask for what no guest misbehaves at.
+    is_harmless: AtomicBool,
     is_over: AtomicBool,
 }
 
@@ -105,7 +107,7 @@ async fn no_request_fails_whatever_a_policy_does() {
         lines.push(format!("{mode:<16} {:>7} calls, did not decide: {}", active["calls"], active["fallbacks"]));
     }
 
-    recovers(&host).await;
+    recovers(&host, &progress).await;
     let good = format!("round-robin@{VERSION}");
     host.activate(&components::policy("round-robin"), &json!({})).await;
     completed(2 * CLIENTS as u64).await;
@@ -126,10 +128,8 @@ async fn no_request_fails_whatever_a_policy_does() {
 }
 
 /// Under load, a policy that is bad for a while is quarantined, tried, and decides again.
-async fn recovers(host: &Host) {
-    let until = SystemTime::now() + Duration::from_millis(1500);
-    let until = until.duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
-    host.activate(&components::guest("hostile"), &json!({ "mode": "trap", "until_unix_ms": until })).await;
+async fn recovers(host: &Host, progress: &Progress) {
+    host.activate(&components::guest("hostile"), &json!({ "mode": "trap" })).await;
     let is = async |state: &str| {
         eventually(&format!("it is {state}"), async || {
             let slot = host.slot().await;
@@ -138,6 +138,7 @@ async fn recovers(host: &Host) {
         .await
     };
     is("quarantined").await;
+    progress.is_harmless.store(true, Release);
     let slot = is("ready").await;
     let calls = |slot: &Value| slot["active"]["calls"].as_u64().unwrap();
     let before = calls(&slot);
@@ -166,7 +167,8 @@ async fn each_fallback_is_counted(host: &Host, served: &Served) {
 async fn client(host: Client, progress: Arc<Progress>) -> (Served, Vec<String>) {
     let (mut served, mut failures) = (Served::new(), Vec::new());
     while !progress.is_over.load(Acquire) {
-        match one_stream(&host).await {
+        let tokens = if progress.is_harmless.load(Acquire) { PROVOCATION - 1 } else { PROVOCATION };
+        match one_stream(&host, tokens).await {
             Ok(by) => *served.entry(by).or_default() += 1,
             Err(failure) => failures.push(failure),
         }
@@ -175,9 +177,9 @@ async fn client(host: Client, progress: Arc<Progress>) -> (Served, Vec<String>) 
     (served, failures)
 }
 
-async fn one_stream(host: &Client) -> Result<String, String> {
-    let answer = host.try_open("/v1/chat/completions", &streamed(chat(PROVOCATION))).await?.streamed().await?;
-    if tokens::count(&answer.text())? != PROVOCATION || answer.finish_reasons() != ["length"] {
+async fn one_stream(host: &Client, count: u32) -> Result<String, String> {
+    let answer = host.try_open("/v1/chat/completions", &streamed(chat(count))).await?.streamed().await?;
+    if tokens::count(&answer.text())? != count || answer.finish_reasons() != ["length"] {
         return Err(format!("incomplete: {:?}", answer.events));
     }
     Ok(answer.header("x-dynamo-policy").to_owned())

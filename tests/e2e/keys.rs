@@ -11,6 +11,7 @@ use crate::harness::{
     components, eventually,
     host::{Host, chat, completion},
     process::run,
+    replace,
     scripted::{Scripted, whole_answer},
     soon,
 };
@@ -163,13 +164,13 @@ async fn a_running_host_learns_of_new_and_revoked_keys_and_keeps_what_it_has_if_
     eventually("the new key is let in", async || (status(&second).await == 200).then_some(())).await;
 
     let good = fs::read_to_string(keys.path()).unwrap();
-    fs::write(keys.path(), format!("{good}[[key]]\ntenant = 7\n")).unwrap();
+    replace(&keys.path(), &format!("{good}[[key]]\ntenant = 7\n"));
     host.process.logs("what was read before stays in force").await;
     assert_eq!((status(&first).await, status(&second).await), (200, 200));
     assert_eq!(host.http.metric("dynamo_host_reload_failures_total", &[("what", "API keys")]).await, 1.0);
 
     let revoked = good.split_inclusive("[[key]]").nth(2).map(|second| format!("[[key]]{second}")).unwrap();
-    fs::write(keys.path(), revoked).unwrap();
+    replace(&keys.path(), &revoked);
     eventually("the revoked key is refused", async || (status(&first).await == 401).then_some(())).await;
     assert_eq!(status(&second).await, 200);
 }

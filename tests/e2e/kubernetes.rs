@@ -54,14 +54,15 @@ impl ApiServer {
         Self { url, cluster, requests, _tasks: tasks }
     }
 
-    /// Makes or changes a slice: `(pod, port, ready)` of each endpoint, all on this machine.
+    /// Makes or changes a slice: `(pod, URL, ready)` of each endpoint, all of one port.
     fn put(&self, name: &str, annotations: Value, endpoints: &[(&str, &str, bool)]) {
         let port = endpoints.first().map_or(1, |(_, url, _)| url.rsplit(':').next().unwrap().parse::<u16>().unwrap());
         let endpoints: Vec<Value> = endpoints
             .iter()
-            .map(|(pod, _, ready)| {
+            .map(|(pod, url, ready)| {
+                let address = url.strip_prefix("http://").unwrap().split(':').next().unwrap();
                 json!({
-                    "addresses": ["127.0.0.1"], "conditions": { "ready": ready }, "nodeName": "n1",
+                    "addresses": [address], "conditions": { "ready": ready }, "nodeName": "n1",
                     "targetRef": { "kind": "Pod", "name": pod },
                 })
             })

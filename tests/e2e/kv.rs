@@ -30,8 +30,9 @@ async fn fill(engine: &MockProcess, prompts: impl IntoIterator<Item = u32>) {
     }
 }
 
+/// At 127.0.0.1, where it publishes too.
 async fn engine(profile: &[&str]) -> MockProcess {
-    MockProcess::start(&[&["speedup=100"], profile].concat()).await
+    MockProcess::start_at("127.0.0.1:0", &[&["speedup=100"], profile].concat()).await
 }
 
 /// A host over engines `a`, `b`, …, with a policy that goes by what is cached; of equals it takes any.

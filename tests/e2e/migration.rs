@@ -18,6 +18,9 @@ const COMPLETIONS: &str = "/v1/completions";
 
 /// Tokens 20 ms apart.
 const PACE: &[&str] = &["decode_ms_base=20"];
+/// How many times as slow engines are until one of them is lost: a request is under way for as long as it takes to find out
+/// where, be the machine as busy as it may.
+const HELD_BACK: f64 = 15.0;
 
 /// Mock engines as processes, and a host over them.
 async fn over(engines: usize, parameters: &[&str]) -> (Vec<MockProcess>, Host) {
@@ -53,6 +56,13 @@ async fn busy(engines: &[MockProcess]) -> usize {
     .await
 }
 
+/// Sets how many times as long all engines but one take.
+async fn slow_down(engines: &[MockProcess], times: f64, but: Option<usize>) {
+    for (_, engine) in engines.iter().enumerate().filter(|(at, _)| Some(*at) != but) {
+        engine.http.ask("/mock/faults", &json!({ "slow": times })).await;
+    }
+}
+
 /// Opens a stream, reads some of it, and has its engine lost; the rest must come as if nothing were.
 async fn streamed_over_a_loss(
     engines: &mut [MockProcess],
@@ -61,10 +71,12 @@ async fn streamed_over_a_loss(
     body: &Value,
     lose: impl Fn(&mut MockProcess),
 ) -> Streamed {
+    slow_down(engines, HELD_BACK, None).await;
     let mut stream = host.http.open(path, body).await;
     let mut events = vec![stream.event().await, stream.event().await, stream.event().await];
     let at = busy(engines).await;
     lose(&mut engines[at]);
+    slow_down(engines, 1.0, Some(at)).await;
     let rest = stream.streamed().await.unwrap();
     events.extend(rest.events);
     Streamed { headers: rest.headers, events }
@@ -194,11 +206,13 @@ async fn engines_that_break_off_in_any_way_lose_no_token() {
 #[tokio::test]
 async fn a_whole_answer_whose_engine_is_killed_is_made_by_another() {
     let (mut engines, host) = over(2, PACE).await;
+    slow_down(&engines, HELD_BACK, None).await;
     let mut waiting = tokio::task::JoinSet::new();
     let client = host.http.clone();
     waiting.spawn(async move { client.post(CHAT, chat(40).to_string()).await });
     let at = busy(&engines).await;
     dies(&mut engines[at]);
+    slow_down(&engines, 1.0, Some(at)).await;
     let reply = waiting.join_next().await.unwrap().unwrap();
     assert_eq!(reply.status, 200, "{}", reply.text());
     let answer = reply.json();

@@ -61,6 +61,7 @@ async fn a_policy_that_cannot_learn_decides_all_the_same_and_is_told_of_once() {
         assert_eq!((&slot["active"]["state"], &slot["active"]["quarantines"]), (&json!("ready"), &json!(0)), "{mode}: {slot}");
         assert_eq!(host.serves(PROVOCATION).await.header("x-dynamo-policy"), policy, "{mode}");
     }
+    host.process.logs("failed to learn").await;
     let log = host.process.log();
     assert_eq!(
         log.lines().filter(|line| line.contains("failed to learn") && line.contains("configured to panic")).count(),

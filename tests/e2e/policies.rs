@@ -67,7 +67,8 @@ async fn each_misbehaviour_is_served_natively_and_counted_under_its_own_name() {
         assert!(answer.header("x-dynamo-policy").starts_with("native; fallback="), "{mode}: {:?}", answer.headers);
         assert_eq!(host.serves(3).await.header("x-dynamo-policy"), policy, "after {mode}");
     }
-    assert!(host.process.log().contains("configured to panic"), "the guest's own words are for the operator");
+    // The guest's own words are for the operator.
+    host.process.logs("configured to panic").await;
     host.is_well().await;
 }
 
@@ -145,7 +146,7 @@ async fn a_component_of_200_mb_is_refused_by_api_and_command_in_bounded_memory()
     crate::harness::process::run(&["policy", "check", path]).await.failed(1, &["214748364800 bytes", "strip it"]);
     host.cli(&["policy", "activate", "routing", path]).await.failed(1, &["214748364800 bytes"]);
     let seeded = Host::over_mocks(&["a"], "speedup=50", &["--routing", path]).await;
-    assert!(seeded.process.log().contains("214748364800 bytes"), "{}", seeded.process.log());
+    seeded.process.logs("214748364800 bytes").await;
     host.is_well().await;
 }
 

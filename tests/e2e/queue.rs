@@ -9,7 +9,7 @@ use crate::harness::{
     components, eventually,
     host::{Host, MockProcess, chat, completion, streamed},
     process::run,
-    soon,
+    replace, soon,
     sse::Events,
 };
 
@@ -296,9 +296,9 @@ async fn bounds_change_in_a_running_host_and_impossible_ones_change_nothing() {
         eventually(&format!("{bound} may wait"), is_so).await;
     };
     bound(7).await;
-    std::fs::write(&file, "[queue]\nmax_requests = 8").unwrap();
+    replace(&file, "[queue]\nmax_requests = 8");
     bound(8).await;
-    std::fs::write(&file, "[queue]\nmax_requests = 0").unwrap();
+    replace(&file, "[queue]\nmax_requests = 0");
     let trouble = eventually("it is said", async || {
         host.admin.get_json("/v1/status").await["config"]["trouble"].as_str().map(str::to_owned)
     })

@@ -191,6 +191,7 @@ async fn a_place_that_cannot_be_written_costs_receipts_and_no_request() {
         (host.http.metric("dynamo_host_receipts_dropped_total", &[("cause", "disk")]).await == 20.0).then_some(())
     })
     .await;
+    host.process.logs("receipts cannot be written").await;
     assert_eq!(host.process.log().matches("receipts cannot be written").count(), 1, "{}", host.process.log());
     // Once there is room again, they are written again.
     fs::remove_file(directory.path().join("receipts")).unwrap();

@@ -82,16 +82,16 @@ async fn a_flag_that_names_no_policy_is_said_clearly_and_native_serves() {
         fs::write(&file, components::refused(cause)).unwrap();
         let host = Host::over_mocks(&["a"], "speedup=50", &["--routing", file.to_str().unwrap()]).await;
         assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native", "{cause}");
-        assert!(host.process.log().contains(says), "{cause}: {}", host.process.log());
+        host.process.logs(says).await;
     }
     let host = Host::over_mocks(&["a"], "speedup=50", &["--routing", "/nowhere/policy.wasm"]).await;
     assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native");
-    assert!(host.process.log().contains("/nowhere/policy.wasm"), "{}", host.process.log());
+    host.process.logs("/nowhere/policy.wasm").await;
     let file = components::policy("least-loaded");
     let refused = ["--routing", &file, "--routing-settings", r#"{"request": -1}"#];
     let host = Host::over_mocks(&["a"], "speedup=50", &refused).await;
     assert_eq!(host.serves(2).await.header("x-dynamo-policy"), "native");
-    assert!(host.process.log().contains("request is -1"), "{}", host.process.log());
+    host.process.logs("request is -1").await;
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use crate::{
         components, eventually,
         host::{Host, completion, streamed},
         process::run,
+        replace,
     },
     workers::{workers, workers_until},
 };
@@ -36,7 +37,7 @@ impl Scene {
     }
 
     fn write(&self, text: &str) {
-        fs::write(&self.file, text).unwrap();
+        replace(&self.file, text);
     }
 
     async fn config(&self) -> Value {
@@ -54,6 +55,7 @@ async fn workers_names_and_limits_change_without_a_restart_and_running_requests_
     let stream = scene.host.http.open(COMPLETIONS, &streamed(completion(150))).await;
     scene.write("[models]\ngpt = \"n\"\n[limits]\nmax_output_tokens = 5\n[[worker]]\nurl = \"mock://b?model=n&speedup=50\"\n");
     workers_until(&scene.host, "b is there", |rows| rows.iter().any(|row| row["name"] == "b" && row["state"] == "healthy")).await;
+    scene.config_until("all of it is taken over", |config| config["reloads"].as_u64() >= Some(1)).await;
     let mut body = completion(3);
     body["model"] = "gpt".into();
     assert_eq!(scene.host.http.ask(COMPLETIONS, &body).await.header("x-dynamo-model"), "n");
@@ -75,6 +77,7 @@ async fn a_file_that_cannot_be_run_changes_nothing_and_is_told_once() {
     assert_eq!(workers(&scene.host).await[0]["name"], "a");
     scene.host.serves(1).await;
     assert_eq!(scene.host.http.metric("dynamo_host_config_reload_failures_total", &[]).await, 1.0);
+    scene.host.process.logs("cannot be run").await;
     assert_eq!(scene.host.process.log().matches("cannot be run").count(), 1, "{}", scene.host.process.log());
     let status = scene.host.cli(&["status"]).await;
     assert!(status.succeeded().contains("max_chioces"), "{}", status.stdout);

@@ -94,7 +94,7 @@ async fn which_engine_failed_is_told_only_where_workers_are_exposed() {
     let address = engines[0].address.to_string();
     let message = ask(&host).await.is_error(502, "engine_broken");
     assert!(!message.contains(&address), "{message}");
-    assert!(host.process.log().contains(&address), "{}", host.process.log());
+    host.process.logs(&address).await;
     let exposed = Host::start(&["--worker", &engines[0].worker(), "--expose-worker"]).await;
     let message = ask(&exposed).await.is_error(502, "engine_broken");
     assert!(message.contains(&address), "{message}");

@@ -1,13 +1,16 @@
 //! A graceful stop: not ready at once, what runs ends well, what outlives its time is told so, and nobody is cut in silence.
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::watch,
+};
 
 use crate::harness::{
     client::{Client, read_raw},
     eventually,
     host::{Host, chat, completion, streamed},
-    scripted::Scripted,
+    scripted::{STREAM_END, STREAM_HEAD, Scripted, end_events, http_chunk, token_event},
     soon,
     sse::Events,
 };
@@ -15,6 +18,7 @@ use crate::harness::{
 const CHAT: &str = "/v1/chat/completions";
 /// A token each 50 ms or so.
 const SLOW: &str = "mock://a?model=m&decode_ms_base=50";
+const QUICK: &str = "mock://a?model=m&speedup=50";
 
 async fn is_stopping(host: &Host) {
     eventually("it is not ready", async || (host.http.get("/ready").await.status.as_u16() == 503).then_some(())).await;
@@ -30,8 +34,18 @@ async fn begun(client: &Client, path: &str, tokens: u32) -> Events {
 
 #[tokio::test]
 async fn while_it_drains_it_is_not_ready_refuses_what_is_new_and_serves_what_it_has() {
-    let mut host = Host::start(&["--worker", SLOW]).await;
-    let stream = begun(&host.http, "/v1/completions", 60).await;
+    let (end, may_end) = watch::channel(false);
+    let engine = Scripted::start(move |mut connection| {
+        let mut may_end = may_end.clone();
+        async move {
+            connection.write(format!("{STREAM_HEAD}{}", http_chunk(&token_event(0)))).await;
+            drop(may_end.wait_for(|may| *may).await);
+            connection.write(http_chunk(&end_events()) + STREAM_END).await;
+        }
+    })
+    .await;
+    let mut host = Host::start(&["--worker", &engine.worker()]).await;
+    let stream = begun(&host.http, CHAT, 1).await;
     let mut idle = host.http.socket().await;
     idle.write_all(b"GET /live HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
     read_raw(&mut idle, "live").await;
@@ -54,6 +68,7 @@ async fn while_it_drains_it_is_not_ready_refuses_what_is_new_and_serves_what_it_
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("shutting_down"), "{answer}");
     // The admin API works on.
     assert_eq!(host.admin.get("/v1/status").await.status, 200);
+    end.send_replace(true);
     let answer = stream.streamed().await.unwrap();
     assert_eq!(answer.finish_reasons(), ["length"]);
     assert_eq!(host.process.ended().await.code(), Some(0));
@@ -101,11 +116,18 @@ async fn a_stream_of_anthropics_api_ends_with_an_error_in_its_shape() {
 
 #[tokio::test]
 async fn with_a_delay_all_is_served_until_balancers_have_seen_that_it_is_not_ready() {
-    let config = "[limits]\nstop_delay_s = 2\ndrain_s = 20\n";
-    let mut host = Host::configured(config, &["--worker", "mock://a?model=m&speedup=50"]).await;
+    let mut host = Host::configured("[limits]\nstop_delay_s = 600\n", &["--worker", QUICK]).await;
     host.process.signal("TERM");
     is_stopping(&host).await;
     assert_eq!(host.serves(3).await.header("connection"), "close");
+    host.process.signal("TERM");
+    assert_eq!(host.process.ended().await.code(), Some(143));
+}
+
+#[tokio::test]
+async fn when_the_delay_is_over_it_drains_and_ends() {
+    let mut host = Host::configured("[limits]\nstop_delay_s = 1\n", &["--worker", QUICK]).await;
+    host.process.signal("TERM");
     assert_eq!(host.process.ended().await.code(), Some(0));
 }
 

@@ -70,7 +70,7 @@ async fn a_drained_worker_finishes_what_it_has_and_gets_nothing_new() {
     // One stream on each.
     let mut streams = Vec::new();
     for _ in 0..2 {
-        streams.push(host.http.open(COMPLETIONS, &streamed(completion(60))).await);
+        streams.push(host.http.open(COMPLETIONS, &streamed(completion(250))).await);
     }
     workers_until(&host, "each has a stream", |rows| rows.iter().all(|row| row["active_requests"] == 1)).await;
     let drained: Value = serde_json::from_str(host.cli(&["worker", "drain", "a", "--output", "json"]).await.succeeded()).unwrap();
@@ -79,7 +79,7 @@ async fn a_drained_worker_finishes_what_it_has_and_gets_nothing_new() {
         assert_eq!(host.serves(1).await.header("x-dynamo-worker"), "b");
     }
     for stream in streams {
-        assert_eq!(tokens::count(&stream.streamed().await.unwrap().text()), Ok(60));
+        assert_eq!(tokens::count(&stream.streamed().await.unwrap().text()), Ok(250));
     }
     let waited = host.cli(&["worker", "drain", "a", "--wait", "60"]).await;
     assert!(waited.succeeded().contains("draining"), "{}", waited.stdout);

@@ -1,6 +1,6 @@
 //! All engines dead, and back.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::StatusCode;
 
@@ -11,6 +11,8 @@ use crate::{
 };
 
 const TOKENS: u32 = 10;
+/// Streams when an outage begins.
+const CLIENTS: usize = 6;
 
 async fn ready(engines: &crate::harness::host::Host) -> StatusCode {
     engines.http.get("/ready").await.status
@@ -43,15 +45,18 @@ async fn streams_that_had_begun_wait_for_the_first_that_is_back() {
     let mut engines = Engines::start(2, &STEADY).await;
     let host = engines.host("").await;
     let expected = Expected::of(engines.http(0), 60).await;
-    let began = tokio::time::Duration::from_millis(400);
     let outage = async {
-        tokio::time::sleep(began).await;
+        eventually("all streams have begun", async || {
+            let begun = host.http.metric("dynamo_host_time_to_first_token_seconds_count", &[]).await;
+            (begun >= CLIENTS as f64).then_some(())
+        })
+        .await;
         engines.kill(0);
         engines.kill(1);
-        tokio::time::sleep(began).await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
         engines.restart(0).await;
     };
     let asks = [Ask::ChatStream, Ask::CompletionStream, Ask::ChatStreamOfTwo];
-    let (report, ()) = tokio::join!(load::run(&host.http, &asks, 6, &expected, Instant::now()), outage);
+    let (report, ()) = tokio::join!(load::run(&host.http, &asks, CLIENTS, &expected, Instant::now()), outage);
     report.is_good("an outage of less than the hold");
 }

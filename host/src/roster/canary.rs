@@ -168,8 +168,8 @@ impl Roster {
             }
             if failures == 2 {
                 let name = &member.config.name;
-                tracing::warn!(worker = name, "worker answers its probe and makes no token: {failure}");
                 vitals.is_mute(failure, &self.health().breaker_rules(), self.clock.now_ms());
+                tracing::warn!(worker = name, "worker answers its probe and makes no token: {failure}");
                 break;
             }
             ticket = begin();

@@ -71,7 +71,10 @@ impl Roster {
         self.publish();
         let (now_ms, is_checked) = (self.clock.now_ms(), self.health().check_handoffs);
         let members: Vec<_> = self.members().values().cloned().collect();
-        members.iter().flat_map(|member| report_of(member, is_checked, now_ms)).collect()
+        let report = members.iter().flat_map(|member| report_of(member, is_checked, now_ms)).collect();
+        // What changed while it was written is in it, and must hold for the next request all the same.
+        self.publish();
+        report
     }
 
     /// What metrics say of the workers that there are now, by name.
@@ -89,7 +92,9 @@ impl Roster {
     pub(crate) fn report_of(&self, name: &str) -> Option<Vec<WorkerReport>> {
         self.publish();
         let member = self.members().get(name).cloned()?;
-        Some(report_of(&member, self.health().check_handoffs, self.clock.now_ms()))
+        let report = report_of(&member, self.health().check_handoffs, self.clock.now_ms());
+        self.publish();
+        Some(report)
     }
 
     /// What is wrong with the sources.

@@ -98,12 +98,11 @@ impl Roster {
             }
             Err(error) => {
                 pulse.look(member.output_tokens(), self.clock.now_ms());
-                match pulse.failed(sign(&error), self.health().probe_tries, begun_ms, self.clock.now_ms()) {
+                let is_dead = match pulse.failed(sign(&error), self.health().probe_tries, begun_ms, self.clock.now_ms()) {
                     Finding::Alive => return,
                     Finding::Unsure => return member.probe_now.notify_one(),
-                    Finding::Out { is_dead: true } => member.give_up(GivenUp::Unresponsive),
-                    Finding::Out { is_dead: false } => {}
-                }
+                    Finding::Out { is_dead } => is_dead,
+                };
                 if sign(&error) == NoSign::Nobody {
                     member.standing().is_fresh = true;
                 }
@@ -111,7 +110,13 @@ impl Roster {
                 // Nobody was there, and now somebody says that it cannot serve yet.
                 let is_starting = sign(&error) == NoSign::Refusal && member.standing().is_fresh;
                 let state = if is_starting { WorkerState::Starting } else { WorkerState::Unreachable };
-                return self.settle_as(member, state, Some(error.to_string()), is_other);
+                self.settle_as(member, state, Some(error.to_string()), is_other);
+                if is_dead {
+                    // Who goes on elsewhere must not find it among the workers, and neither must whoever reads that it is given up.
+                    self.publish();
+                    member.give_up(GivenUp::Unresponsive);
+                }
+                return;
             }
         };
         if let Some(loads) = loads {

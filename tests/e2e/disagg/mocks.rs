@@ -147,11 +147,16 @@ async fn a_prefill_pool_that_dies_costs_no_request_and_comes_back() {
 async fn a_decode_engine_killed_within_the_stream_is_gone_on_from() {
     let mut pools = Pools::start(&["decode_ms_base=20"]).await;
     let host = pools.host(&[]).await;
+    // It is within its stream for as long as it takes to kill it.
+    for engine in &pools.decode {
+        engine.http.ask("/mock/faults", &json!({ "slow": 10.0 })).await;
+    }
     let mut stream = host.http.open(CHAT, &streamed(long(chat(40), 0))).await;
     let mut events = vec![stream.event().await, stream.event().await, stream.event().await];
     let worker = stream.headers["x-dynamo-worker"].to_str().unwrap().to_owned();
     let at = pools.decode.iter().position(|engine| engine.url().ends_with(&worker)).unwrap();
     pools.decode[at].process.kill();
+    pools.decode[1 - at].http.ask("/mock/faults", &json!({})).await;
     let rest = stream.streamed().await.unwrap();
     events.extend(rest.events);
     let text: String = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
@@ -162,9 +167,12 @@ async fn a_decode_engine_killed_within_the_stream_is_gone_on_from() {
 
 #[tokio::test]
 async fn a_client_that_leaves_leaves_nothing_behind() {
-    let pools = Pools::start(&["prefill_ms_base=300", "decode_ms_base=20"]).await;
+    let pools = Pools::start(&["prefill_ms_base=100", "decode_ms_base=20"]).await;
     let host = pools.host(&[]).await;
-    // Within the prefill.
+    // Within the prefill, which takes 3 s.
+    for engine in &pools.prefill {
+        engine.http.ask("/mock/faults", &json!({ "slow": 30.0 })).await;
+    }
     let http = host.http.clone();
     let mut asked = tokio::task::JoinSet::new();
     asked.spawn(async move { http.try_open(CHAT, &streamed(long(chat(400), 1))).await });
@@ -177,6 +185,9 @@ async fn a_client_that_leaves_leaves_nothing_behind() {
     })
     .await;
     asked.shutdown().await;
+    for engine in &pools.prefill {
+        engine.http.ask("/mock/faults", &json!({})).await;
+    }
     // By the lease alone its KV would go later than that.
     within_the_lease(pools.are_idle()).await;
     // Within the stream.

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{
     client::{Client, Reply},
-    eventually,
+    eventually, own_address,
     process::{Finished, Process, dynamo_host, run},
 };
 
@@ -124,9 +124,9 @@ pub(crate) struct MockProcess {
 }
 
 impl MockProcess {
-    /// Starts one on a free port, with `--profile` parameters.
+    /// Starts one on a free port of an address of its own, with `--profile` parameters.
     pub(crate) async fn start(profile: &[&str]) -> Self {
-        Self::start_at("127.0.0.1:0", profile).await
+        Self::start_at(&own_address(), profile).await
     }
 
     pub(crate) async fn start_at(address: &str, profile: &[&str]) -> Self {

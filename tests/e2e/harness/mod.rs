@@ -11,12 +11,32 @@ pub(crate) mod process;
 pub(crate) mod scripted;
 pub(crate) mod sse;
 
-use std::time::Duration;
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::Duration,
+};
 
 use tokio::time::{Instant, sleep};
 
 /// Longer than anything here takes on a busy machine; a wait that reaches it has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A free port of a loopback address that nobody else here binds: whoever comes back to it, or is expected to be gone from it,
+/// finds no other program there, as at a port of 127.0.0.1 that was given up and handed out again.
+pub(crate) fn own_address() -> String {
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    let number = TAKEN.fetch_add(1, Relaxed);
+    format!("127.{}.{}.{}:0", 1 + std::process::id() % 250, number / 250 % 250, 1 + number % 250)
+}
+
+/// Puts another text in a file's place, all of it at once: whoever reads a file that is being written finds half of it.
+pub(crate) fn replace(file: &Path, text: &str) {
+    let beside = file.with_extension("new");
+    fs::write(&beside, text).unwrap();
+    fs::rename(beside, file).unwrap();
+}
 
 /// How often a level is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(5);

@@ -15,6 +15,8 @@ use tokio::{
     task::JoinSet,
 };
 
+use super::own_address;
+
 /// The engine: it serves model `m`, is healthy, and plays a script at each request for tokens. It ends when it is dropped.
 pub(crate) struct Scripted {
     pub(crate) address: SocketAddr,
@@ -55,7 +57,7 @@ impl Scripted {
         Played: Future<Output = ()> + Send + 'static,
     {
         let models: Arc<str> = models.to_string().into();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(own_address()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let received: Arc<Mutex<Vec<Received>>> = Arc::default();
         let requests = Arc::clone(&received);

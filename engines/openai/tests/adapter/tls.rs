@@ -145,12 +145,9 @@ async fn a_server_that_does_not_encrypt_is_said_to_be_so() {
     let server = Scripted::answering(whole_answer("400 Bad Request", "{}")).await;
     // It waits for lines, and a handshake has none.
     let url = format!("https://localhost:{}", server.address.port());
-    let options = OpenAiOptions {
-        ca_file: Some(authority.file()),
-        connect_timeout: std::time::Duration::from_millis(100),
-        ..Default::default()
-    };
-    let error = error_of(&OpenAiEngine::new(&url, options.clone()).unwrap()).await;
+    let options = OpenAiOptions { ca_file: Some(authority.file()), ..Default::default() };
+    let hasty = OpenAiOptions { connect_timeout: std::time::Duration::from_millis(100), ..options.clone() };
+    let error = error_of(&OpenAiEngine::new(&url, hasty).unwrap()).await;
     assert_eq!(error.to_string(), format!("cannot connect to {url}: no connection within 100 ms"));
     let server =
         Scripted::start(|mut connection| async move { connection.write("HTTP/1.1 400 Bad Request\r\n\r\n").await }).await;
