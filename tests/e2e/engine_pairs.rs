@@ -31,7 +31,13 @@ fn chat(says: &str, max_tokens: u32) -> Value {
 
 /// A host over these workers, once all of them can hand over.
 async fn over(workers: &[String]) -> Host {
-    let arguments: Vec<&str> = workers.iter().flat_map(|worker| ["--worker", worker]).collect();
+    with_arguments(&[], workers).await
+}
+
+/// The same with more arguments.
+async fn with_arguments(more: &[&str], workers: &[String]) -> Host {
+    let mut arguments = more.to_vec();
+    arguments.extend(workers.iter().flat_map(|worker| ["--worker", worker]));
     let host = Host::start(&arguments).await;
     eventually("all workers can hand over", async || {
         let status = host.admin.get_json("/v1/status").await;

@@ -42,7 +42,7 @@ impl Merge {
             let mut answer: Map<String, Value> = serde_json::from_slice(answer).ok()?;
             let mut made = answer.remove("choices")?;
             number(&mut made, part);
-            choices.extend(made.as_array_mut()?.drain(..));
+            choices.append(made.as_array_mut()?);
             if let Some(Value::Object(said)) = answer.get("usage") {
                 self.add(&mut usage, said, part);
             }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{CHAT, COMPLETIONS, chat, completion, over, prefilled, sglang, streamed};
+use super::{CHAT, COMPLETIONS, chat, completion, over, prefilled, sglang, streamed, with_arguments};
 use crate::{
     doubles::{REFUSED_SEED, Sglang, text_by, text_of},
-    harness::{eventually, host::Host},
+    harness::{eventually, host::Host, process::run},
 };
 
 /// What each choice of a stream says, and how it ends.
@@ -132,6 +132,52 @@ async fn a_part_that_fails_fails_all() {
     eventually("the others are given up", async || (network.abandoned() >= before + 2).then_some(())).await;
     eventually("nobody is busy", async || (in_flight(&host).await == 0.0).then_some(())).await;
     assert_eq!(network.faults(), [""; 0]);
+}
+
+#[tokio::test]
+async fn where_somebody_serves_whole_requests_nothing_is_taken_apart() {
+    let (network, prefill, _decode, workers) = sglang().await;
+    let host = over(&workers).await;
+    let asked = with(chat("two of them", 5), &json!({ "n": 2, "temperature": 1 }));
+    assert_eq!(said_whole(&host.http.ask(CHAT, &asked).await.json()).len(), 2);
+    let before = prefilled(&host, "remote").await;
+    drop(host);
+    let all = [&workers[..], &["mock://whole?model=m".to_owned()]].concat();
+    let arguments: Vec<&str> = all.iter().flat_map(|worker| ["--worker", worker]).collect();
+    let host = Host::start(&arguments).await;
+    eventually("those who hand over can", async || {
+        let status = host.admin.get_json("/v1/status").await;
+        let ready = status["workers"].as_array().unwrap().iter().filter(|worker| worker["handoff"]["state"] == "ready");
+        (ready.count() == workers.len()).then_some(())
+    })
+    .await;
+    let asked_before: usize = prefill.iter().map(Sglang::asked).sum();
+    assert_eq!(said_whole(&host.http.ask(CHAT, &asked).await.json()).len(), 2);
+    assert_eq!((before, prefilled(&host, "remote").await, prefilled(&host, "aggregated").await), (2.0, 0.0, 1.0));
+    assert_eq!(prefill.iter().map(Sglang::asked).sum::<usize>(), asked_before);
+    assert_eq!(network.faults(), [""; 0]);
+}
+
+#[tokio::test]
+async fn each_part_has_receipts_and_the_request_is_admitted_once() {
+    let (_network, _prefill, _decode, workers) = sglang().await;
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().to_str().unwrap();
+    let host = with_arguments(&["--state-dir", state], &workers).await;
+    host.http.ask(CHAT, &with(chat("two of them", 5), &json!({ "n": 2 }))).await;
+    let decisions = eventually("the decisions for both parts are written", async || {
+        if !directory.path().join("receipts").is_dir() {
+            return None;
+        }
+        let all = run(&["receipts", "export", "--state-dir", state]).await;
+        let lines = all.succeeded().lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let decisions: Vec<Value> = lines.filter(|line| line["kind"] == "decision").collect();
+        (decisions.len() >= 4).then_some(decisions)
+    })
+    .await;
+    assert_eq!(decisions.len(), 4, "who prefills and who decodes, for each: {decisions:?}");
+    assert!(decisions.iter().all(|decision| decision["request"] == decisions[0]["request"]));
+    assert_eq!(host.http.metric("dynamo_host_admission_total", &[]).await, 1.0);
 }
 
 #[tokio::test]
