@@ -1,5 +1,7 @@
 //! Keeps the account of one request on one worker: tokens, latencies, load, and what came of it.
 
+mod client;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -14,6 +16,7 @@ use dynamo_host_flow::{Ended, Failure};
 use dynamo_host_policy::{OutcomeRow, PolicyVersion};
 use http::StatusCode;
 
+pub(crate) use self::client::{Client, Sum};
 use crate::{
     admit::Heard,
     clock::{Clock, unix_ms},
@@ -70,8 +73,8 @@ pub(crate) struct Account {
     prompt_tokens: u32,
     /// What the worker is believed to hold of the prompt.
     cached_tokens: u32,
-    /// When the client's request came.
-    accepted: Instant,
+    /// The client's request.
+    client: Client,
     /// When this worker was given it.
     dispatched: Instant,
     first_token: Option<Instant>,
@@ -89,7 +92,7 @@ pub(crate) struct Account {
     is_answer: bool,
     /// Which part of the request its worker has.
     part: Part,
-    /// Whether it is one of the requests that are being served: the second worker that works on one at the same time is not.
+    /// Whether it is one of the requests that are being served: the second worker that works on one at the same time is not, and neither is a part.
     is_served: bool,
 }
 
@@ -109,7 +112,7 @@ pub(crate) struct Books {
     pub(crate) span: tracing::Span,
     endpoint: Endpoint,
     model: String,
-    accepted: Instant,
+    client: Client,
     prompt_tokens: u32,
     output_tokens: u32,
 }
@@ -124,7 +127,7 @@ impl Books {
             span: account.span.clone(),
             endpoint: account.endpoint,
             model: account.spec.model.clone(),
-            accepted: account.accepted,
+            client: account.client.clone(),
             prompt_tokens: account.usage.map_or(account.prompt_tokens, |usage| usage.prompt_tokens),
             output_tokens: account.output_tokens,
         }
@@ -143,9 +146,13 @@ impl Books {
 
 impl Drop for Books {
     fn drop(&mut self) {
-        self.meters.prompt_tokens.increment(u64::from(self.prompt_tokens));
-        self.meters.output_tokens.increment(u64::from(self.output_tokens));
-        self.meters.seconds.record(self.accepted.elapsed());
+        let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.output_tokens);
+        if self.client.is_summed(Usage { prompt_tokens, completion_tokens, prompt_tokens_details: None }) {
+            return;
+        }
+        self.meters.prompt_tokens.increment(u64::from(prompt_tokens));
+        self.meters.output_tokens.increment(u64::from(completion_tokens));
+        self.meters.seconds.record(self.client.accepted.elapsed());
         // Its stream had begun.
         count_request(self.endpoint.label(), &self.model, StatusCode::OK);
         tracing::debug!(parent: &self.span, status = 200, tokens = self.output_tokens, "request ended");
@@ -187,10 +194,13 @@ impl Account {
         worker: &Worker,
         booking: Booking,
         heard: Option<Arc<Heard>>,
-        accepted: Instant,
+        client: Client,
     ) -> Self {
         let Booking { in_flight, cached_tokens } = booking;
-        lane.meters.in_flight.increment(1.0);
+        let is_served = !client.is_part();
+        if is_served {
+            lane.meters.in_flight.increment(1.0);
+        }
         let tokens = facts.prompt.tokens;
         Self {
             meters: lane.meters.clone(),
@@ -210,7 +220,7 @@ impl Account {
             endpoint: facts.endpoint,
             prompt_tokens: tokens,
             cached_tokens,
-            accepted,
+            client,
             dispatched: Instant::now(),
             first_token: None,
             last_token: None,
@@ -222,7 +232,7 @@ impl Account {
             is_part: false,
             is_answer: true,
             part: Part::Whole,
-            is_served: true,
+            is_served,
         }
     }
 
@@ -244,6 +254,7 @@ impl Account {
     /// It works beside another one, in which the client's request is counted.
     pub(crate) fn be_beside(&mut self) {
         self.be_part(false);
+        self.client.let_go();
         if std::mem::take(&mut self.is_served) {
             self.meters.in_flight.decrement(1.0);
         }
@@ -331,7 +342,7 @@ impl Account {
         let now = Instant::now();
         self.first_token = Some(now);
         self.attempt.progress();
-        self.meters.ttft.record(now - self.accepted);
+        self.client.first_token(&self.meters, now);
     }
 
     /// All that a whole answer says of its tokens.
@@ -360,7 +371,7 @@ impl Account {
                     self.attempt.progress();
                     // A continuation's first token is the client's next one.
                     if !self.is_part {
-                        self.meters.ttft.record(now - self.accepted);
+                        self.client.first_token(&self.meters, now);
                     }
                 }
                 Some(last) => self.meters.itl.record((now - last) / summary.tokens),
@@ -437,10 +448,11 @@ impl Drop for Account {
         if self.relayed > Duration::ZERO {
             self.meters.relay.record(self.relayed);
         }
-        if !self.is_part {
+        let is_counted = !self.is_part && !self.client.is_summed(usage);
+        if is_counted {
             self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
             self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
-            self.meters.seconds.record(self.accepted.elapsed());
+            self.meters.seconds.record(self.client.accepted.elapsed());
             count_request(self.endpoint.label(), &self.spec.model, self.status);
         }
         if let Some(reported) = reported
@@ -482,7 +494,7 @@ impl Drop for Account {
         if let Some(version) = self.version.take() {
             self.observer.tell(version, row);
         }
-        if !self.is_part {
+        if is_counted {
             let (status, tokens) = (self.status.as_u16(), usage.completion_tokens);
             tracing::debug!(parent: &self.span, status, tokens, ttft_ms, itl_ms, "request ended");
         }

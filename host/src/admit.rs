@@ -13,7 +13,7 @@ mod verdict;
 
 use std::{
     fmt,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -35,8 +35,9 @@ const RETRY_AFTER_MS: u32 = 1000;
 /// The latest that is said: what the queue will be like then nobody knows.
 const MAX_RETRY_AFTER_MS: u32 = 60_000;
 
-/// One request's place among those that run, over all its attempts. Dropped, another may take it.
-pub(crate) struct Permit(Option<Place>);
+/// One request's place among those that run, over all its attempts and parts. Dropped, with all that share it, another may take it.
+#[derive(Clone)]
+pub(crate) struct Permit(Option<Arc<Mutex<Place>>>);
 
 struct Place {
     queue: Arc<Queue>,
@@ -116,7 +117,7 @@ pub(crate) async fn enter(lane: &Lane, facts: &mut RequestFacts) -> Result<Permi
         Ok((ticket, waited)) => {
             meters.admitted.increment(1);
             let heard = heard.map(|heard| Arc::new(heard.after(ms(waited))));
-            Ok(Permit(Some(Place::new(queue, pool, ticket, facts, waited, heard))))
+            Ok(Permit(Some(Arc::new(Mutex::new(Place::new(queue, pool, ticket, facts, waited, heard))))))
         }
         Err(why) => {
             meters.shed.increment(1);
@@ -260,29 +261,32 @@ impl Place {
 
 impl Permit {
     /// Tokens of output came; the first ones tell that the prompt is computed.
-    pub(crate) fn output(&mut self, tokens: u32) {
-        if let Some(place) = &mut self.0
-            && tokens > 0
-        {
+    pub(crate) fn output(&self, tokens: u32) {
+        if let Some(mut place) = self.place().filter(|_| tokens > 0) {
             place.output(tokens);
         }
     }
 
     /// The prompt is computed, and no token of output has come yet.
     pub(crate) fn prefilled(&self) {
-        if let Some(place) = &self.0 {
+        if let Some(place) = self.place() {
             place.queue.prefilled(place.ticket);
         }
     }
 
     /// The admission policy that wants to hear of each of its request's attempts.
     pub(crate) fn heard(&self) -> Option<Arc<Heard>> {
-        self.0.as_ref()?.heard.clone()
+        self.place()?.heard.clone()
     }
 
     /// How long its request waited.
     pub(crate) fn waited(&self) -> Duration {
-        self.0.as_ref().map_or(Duration::ZERO, |place| place.waited)
+        self.place().map_or(Duration::ZERO, |place| place.waited)
+    }
+
+    /// Nobody else has it for long: the parts of a request run in one task.
+    fn place(&self) -> Option<MutexGuard<'_, Place>> {
+        self.0.as_ref().map(|place| place.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -301,6 +305,6 @@ impl Drop for Place {
 
 impl fmt::Debug for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Permit").field(&self.0.as_ref().map(|place| place.ticket)).finish()
+        f.debug_tuple("Permit").field(&self.place().map(|place| place.ticket)).finish()
     }
 }

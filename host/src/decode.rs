@@ -5,6 +5,7 @@
 //! and spelling. Every string of the client's ends here or in the forwarded body: facts hold hashes and counts.
 
 mod fields;
+mod parts;
 mod prompt;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use dynamo_host_core::{Endpoint, RequestFacts};
 use serde_json::{error::Category, value::RawValue};
 
+pub(crate) use self::parts::{Parts, parts};
 use self::{fields::Fields, prompt::Prompt};
 use crate::error::RequestError;
 

@@ -20,7 +20,7 @@ use futures_util::StreamExt;
 use http::StatusCode;
 
 use crate::{
-    account::{Account, Booking},
+    account::{Account, Booking, Client},
     admit::{Heard, Permit},
     config::Migration,
     error::RequestError,
@@ -53,7 +53,7 @@ pub(crate) struct Dispatch<'a> {
     migration: Arc<Migration>,
     /// Until the answer has it.
     permit: Option<Permit>,
-    accepted: Instant,
+    client: Client,
     pub(crate) patience: Patience,
     /// Workers, or pairs of them, that it may still be given to.
     attempts_left: u32,
@@ -128,7 +128,7 @@ impl<'a> Dispatch<'a> {
         lane: &'a Arc<Lane>,
         asked: Asked,
         permit: Permit,
-        accepted: Instant,
+        client: Client,
         patience: Patience,
         migration: Arc<Migration>,
     ) -> Self {
@@ -140,7 +140,7 @@ impl<'a> Dispatch<'a> {
             asked,
             migration,
             permit,
-            accepted,
+            client,
             patience,
             attempts_left,
             may_be_split: true,
@@ -239,7 +239,7 @@ impl<'a> Dispatch<'a> {
         facts: &mut RequestFacts,
     ) -> Result<Given, RequestError> {
         let Post { placing, worker } = post;
-        let mut account = Account::open(self.lane, facts, placing, worker, booking, self.heard(), self.accepted);
+        let mut account = Account::open(self.lane, facts, placing, worker, booking, self.heard(), self.client());
         let head = self.head(post, None);
         tracing::debug!(worker = worker.spec.name, policy = head.policy, "dispatch");
         let mut vigil = self.vigil(post);
@@ -356,8 +356,8 @@ impl<'a> Dispatch<'a> {
         &mut self.permit
     }
 
-    pub(crate) fn accepted(&self) -> Instant {
-        self.accepted
+    pub(crate) fn client(&self) -> Client {
+        self.client.clone()
     }
 
     /// What it takes to go on elsewhere, should the worker be lost that has it now.
@@ -373,7 +373,7 @@ impl<'a> Dispatch<'a> {
             ask: ask.clone(),
             recorder: recorder.clone(),
             patience: self.patience,
-            accepted: self.accepted,
+            client: self.client(),
             heard: self.heard(),
             returns_ids: *returns_ids,
         })

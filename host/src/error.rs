@@ -44,8 +44,8 @@ pub(crate) enum RequestError {
     #[error("no worker of model {model:?} is ready; try again, or see GET /health")]
     NoWorker { model: String },
     #[error(
-        "the workers of model {model:?} only prefill or decode for each other, which they do for one prompt with one answer by chat or \
-         completion; send several requests, or have the operator add a worker of role aggregated"
+        "the workers of model {model:?} only prefill or decode for each other, which they do for chats and completions alone; ask one of \
+         those, or have the operator add a worker of role aggregated"
     )]
     OnlyPairs { model: String },
     #[error("the models of some workers are not known yet, and {model:?} may be among them; try again, or see GET /health")]

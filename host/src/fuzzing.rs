@@ -19,7 +19,7 @@ use dynamo_engine_openai::{OpenAiEngine, OpenAiOptions};
 
 use crate::{
     config::{WorkerConfig, written},
-    decode::{Bounds, decode},
+    decode::{Bounds, decode, parts},
 };
 
 /// A function that panics where a promise is broken.
@@ -90,6 +90,16 @@ pub fn request(data: &[u8]) {
             let again = decode(endpoint, "id".to_owned(), decoded.body.clone(), BOUNDS).expect("what is forwarded is valid");
             assert_eq!(again.body, decoded.body, "nothing of the host's is left in it");
             assert_eq!(again.stream, decoded.stream);
+            let (prompts, choices) = (decoded.facts.prompts, decoded.facts.choices);
+            if choices > 1
+                && let Ok(parts) = parts(&decoded.body, prompts, choices, BOUNDS.max_choices, 1 << 20)
+            {
+                assert_eq!(parts.bodies.len(), choices as usize, "each choice is a part");
+                // A prompt that is none is found when it is alone.
+                for part in parts.bodies.into_iter().filter_map(|body| decode(endpoint, "id".to_owned(), body, BOUNDS).ok()) {
+                    assert_eq!((part.facts.prompts, part.facts.choices), (1, 1), "a part has one answer");
+                }
+            }
         }
     }
 }

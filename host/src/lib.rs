@@ -29,6 +29,7 @@ mod meters;
 mod migrate;
 mod models;
 mod observe;
+mod parts;
 mod place;
 mod policies;
 mod prefixes;

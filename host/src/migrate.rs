@@ -42,7 +42,9 @@ pub(crate) use self::{
     record::Record,
     vigil::{LOOK_EVERY, Lost, Vigil},
 };
-use crate::{admit::Heard, config::Migration, error::RequestError, receipts::Recorder, relay::Patience, request::Lane};
+use crate::{
+    account::Client, admit::Heard, config::Migration, error::RequestError, receipts::Recorder, relay::Patience, request::Lane,
+};
 
 /// What it takes to give a request to another worker.
 #[derive(Clone)]
@@ -57,7 +59,7 @@ pub(crate) struct Course {
     pub(crate) ask: GenerateRequest,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) patience: Patience,
-    pub(crate) accepted: Instant,
+    pub(crate) client: Client,
     /// The admission policy that wants to hear of each attempt.
     pub(crate) heard: Option<Arc<Heard>>,
     /// Whether the client asked for token ids itself.

@@ -93,7 +93,7 @@ impl Patience {
 }
 
 /// A whole answer, as the engine gave it.
-pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head, reply: WholeReply) -> Response {
+pub(crate) fn whole(mut account: Account, permit: Option<Permit>, head: Head, reply: WholeReply) -> Response {
     #[derive(Deserialize)]
     struct WithUsage {
         usage: Usage,
@@ -107,7 +107,7 @@ pub(crate) fn whole(mut account: Account, mut permit: Option<Permit>, head: Head
     if end == End::Done
         && let Ok(WithUsage { usage }) = serde_json::from_slice(&reply.body)
     {
-        if let Some(permit) = &mut permit {
+        if let Some(permit) = &permit {
             permit.output(usage.completion_tokens);
         }
         account.usage(usage);
@@ -174,7 +174,7 @@ pub(crate) fn stream(
 /// A stream of events that is there as a whole: what an engine gave as a whole answer, to a client that wants a stream.
 pub(crate) fn finished(
     mut account: Account,
-    mut permit: Option<Permit>,
+    permit: Option<Permit>,
     head: Head,
     events: Bytes,
     usage: Option<Usage>,
@@ -182,7 +182,7 @@ pub(crate) fn finished(
     account.answer(StatusCode::OK, Some(End::Done));
     account.first_token();
     if let Some(usage) = usage {
-        if let Some(permit) = &mut permit {
+        if let Some(permit) = &permit {
             permit.output(usage.completion_tokens);
         }
         account.usage(usage);
@@ -283,7 +283,7 @@ impl Relay {
         }
         self.last = begun;
         account.chunk(&chunk, begun);
-        if let Some(permit) = &mut self.permit {
+        if let Some(permit) = &self.permit {
             permit.output(chunk.summary.tokens);
         }
         let bytes = match &mut self.movable {
@@ -402,7 +402,7 @@ impl Relay {
         match ready!(rest.poll_next_unpin(context)) {
             Some(Ok(Rest::Frames(frames, tokens))) => {
                 books.tokens(tokens);
-                if let Some(permit) = &mut self.permit {
+                if let Some(permit) = &self.permit {
                     permit.output(tokens);
                 }
                 Poll::Ready(Some(frames))

@@ -22,6 +22,7 @@ use dynamo_host_policy::{AdmissionSlot, RoutingSlot};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{
+    account::Client,
     admit::{self, Permit, Queue},
     auth::Caller,
     body,
@@ -34,6 +35,7 @@ use crate::{
     meters::RequestMeters,
     models::Resolved,
     observe::Observer,
+    parts::{self, Several},
     place::place,
     prefixes::Prefixes,
     receipts::Receipts,
@@ -136,7 +138,7 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
         let renamed = resolve(&snapshot, &mut facts, &mut body)?;
         notes.model = snapshot.fleet().models().get(&facts.model).cloned();
         // For nobody, nothing is computed.
-        if !snapshot.has_way(&facts, lane.roster.links()) {
+        if parts::of(lane, &snapshot, &facts, &body, &limits)?.is_none() && !snapshot.has_way(&facts, lane.roster.links()) {
             return Err(snapshot.no_worker(&facts));
         }
         let begun = Instant::now();
@@ -157,25 +159,51 @@ pub(crate) async fn serve(lane: &Arc<Lane>, arrival: Arrival, notes: &mut Notes)
     let ask = GenerateRequest { headers, priority, wants_token_ids, ..GenerateRequest::new(endpoint, body, stream, request_id) };
     let recorder = lane.receipts.sample();
     let asked = Asked { ask, pinned, prompt, recorder, returns_ids };
-    let mut dispatch = Dispatch::new(lane, asked, permit, at, patience, migration);
+    let since = begun + queued;
+    // The workers may be others by now.
+    let mut response = match parts::of(lane, &lane.roster.snapshot(), &facts, &asked.ask.body, &limits)? {
+        None => {
+            let dispatch = Dispatch::new(lane, asked, permit, Client::new(at), patience, migration);
+            answered(dispatch, &mut facts, notes, since).await?
+        }
+        Some(parts) => {
+            let several = Several { asked, facts, permit, patience, migration, accepted: at, since, bounds };
+            parts::serve(lane, several, parts, notes).await?
+        }
+    };
+    // A name that cannot be a header value came from the operator's own or an engine's: leave it out.
+    response.headers_mut().extend(renamed.and_then(|name| HeaderValue::from_str(&name).ok()).map(|name| (MODEL, name)));
+    Ok(response)
+}
+
+/// Places a request, or a part of one, and gives it to workers until it is answered. `since`: when the host began with it, but for
+/// the time that it waited.
+///
+/// # Errors
+/// What it failed with for good.
+pub(crate) async fn answered(
+    mut dispatch: Dispatch<'_>,
+    facts: &mut RequestFacts,
+    notes: &mut Notes,
+    since: Instant,
+) -> Result<Response, RequestError> {
+    let (lane, patience) = (dispatch.lane, dispatch.patience);
     loop {
         let inquiry = dispatch.asked().inquiry(dispatch.part(), &patience, None);
-        let placing = match place(lane, &inquiry, &mut facts, notes).await {
+        let placing = match place(lane, &inquiry, facts, notes).await {
             Ok(placing) => placing,
             // Every worker has failed it: what the last one failed with says more.
-            Err(RequestError::NoWorker { .. }) if dispatch.outlasts(&mut facts).await => continue,
+            Err(RequestError::NoWorker { .. }) if dispatch.outlasts(facts).await => continue,
             Err(error @ RequestError::NoWorker { .. }) => return Err(dispatch.into_failure().map_or(error, RequestError::from)),
             Err(error) => return Err(error),
         };
         if facts.attempt == 0 {
-            lane.meters.dispatch.record(begun.elapsed().saturating_sub(queued + placing.held));
+            lane.meters.dispatch.record(since.elapsed().saturating_sub(placing.held));
         }
         let dispatched = Instant::now();
-        let answered = dispatch.carry_out(&placing, &mut facts, notes).await;
+        let answered = dispatch.carry_out(&placing, facts, notes).await;
         trace::stage("dispatch", dispatched);
-        if let Some(mut response) = answered? {
-            // A name that cannot be a header value came from the operator's own or an engine's: leave it out.
-            response.headers_mut().extend(renamed.and_then(|name| HeaderValue::from_str(&name).ok()).map(|name| (MODEL, name)));
+        if let Some(response) = answered? {
             return Ok(response);
         }
         facts.attempt += 1;

@@ -3,6 +3,8 @@
 //! Each test asks for answers whose text follows from the prompt alone, so that KV which is not the prompt's shows, and looks
 //! at the end whether any double found fault with what it was asked.
 
+mod parts;
+
 use std::sync::Arc;
 
 use dynamo_engine_api::Protocol;
@@ -29,7 +31,13 @@ fn chat(says: &str, max_tokens: u32) -> Value {
 
 /// A host over these workers, once all of them can hand over.
 async fn over(workers: &[String]) -> Host {
-    let arguments: Vec<&str> = workers.iter().flat_map(|worker| ["--worker", worker]).collect();
+    with_arguments(&[], workers).await
+}
+
+/// The same with more arguments.
+async fn with_arguments(more: &[&str], workers: &[String]) -> Host {
+    let mut arguments = more.to_vec();
+    arguments.extend(workers.iter().flat_map(|worker| ["--worker", worker]));
     let host = Host::start(&arguments).await;
     eventually("all workers can hand over", async || {
         let status = host.admin.get_json("/v1/status").await;
@@ -129,14 +137,9 @@ async fn where_nobody_serves_whole_requests_one_answer_is_handed_over_whatever_i
     seen["messages"][1]["content"] = json!([{ "type": "image_url", "image_url": { "url": "data:," } }]);
     assert_eq!(host.http.ask(CHAT, &seen).await.json()["usage"]["completion_tokens"], 3);
     assert_eq!(prefilled(&host, "remote").await, 2.0);
-    let mut two = chat("two of them", 3);
-    two["n"] = 2.into();
-    let mut batch = completion("", 3);
-    batch["prompt"] = json!(["one", "another"]);
-    for (path, body) in [(CHAT, two), (COMPLETIONS, batch)] {
-        let message = host.http.post(path, body.to_string()).await.is_error(503, "no_worker");
-        assert!(message.contains("one prompt with one answer") && message.contains("role aggregated"), "{message}");
-    }
+    let other = json!({ "model": "m", "input": "what no engine hands over" });
+    let message = host.http.post("/v1/responses", other.to_string()).await.is_error(503, "no_worker");
+    assert!(message.contains("chats and completions alone") && message.contains("role aggregated"), "{message}");
     assert_eq!(network.faults(), [""; 0]);
 }
 

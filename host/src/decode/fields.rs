@@ -119,9 +119,15 @@ impl<'a> Fields<'a> {
 
     /// The object with another model, in all places that name it: which of them counts is the engine's choice.
     pub(super) fn with_model(&self, model: &str) -> Vec<u8> {
-        let model = serde_json::to_vec(model).expect("a string is JSON");
-        let named = (0..).zip(&self.0).filter(|(_, (key, _))| key == "model");
-        self.write(&named.map(|(at, _)| (at, model.clone())).collect::<Vec<_>>())
+        let model = serde_json::to_string(model).expect("a string is JSON");
+        self.with(&[("model", &model)])
+    }
+
+    /// The object with other values for those of these fields that are there, in all their places.
+    pub(super) fn with(&self, values: &[(&str, &str)]) -> Vec<u8> {
+        let other = |key: &str| values.iter().find(|(name, _)| *name == key).map(|(_, value)| value.as_bytes().to_vec());
+        let others: Vec<_> = (0..).zip(&self.0).filter_map(|(at, (key, _))| Some((at, other(key)?))).collect();
+        self.write(&others)
     }
 
     fn has_hosts(&self) -> bool {

@@ -31,7 +31,7 @@ impl Handoff<'_, '_> {
             return if self.dispatch.has_attempts() { Ok(Decode::Spent) } else { Err(self.out_of_attempts()) };
         };
         let heard = self.dispatch.heard();
-        let mut account = Account::open(lane, self.facts, post.placing, post.worker, booking, heard, self.dispatch.accepted());
+        let mut account = Account::open(lane, self.facts, post.placing, post.worker, booking, heard, self.dispatch.client());
         account.be_decode();
         let head = self.dispatch.head(post, Some(self.prefill));
         tracing::debug!(worker = post.name(), policy = head.policy, prefill = self.prefill.name(), "decode");

@@ -17,7 +17,7 @@ impl Handoff<'_, '_> {
     /// Has the prompt computed.
     pub(super) async fn prefill(&mut self, booking: Booking) -> Result<Prefill, RequestError> {
         let (post, lane) = (self.prefill, self.dispatch.lane);
-        let mut account = Account::open(lane, self.facts, post.placing, post.worker, booking, None, self.dispatch.accepted());
+        let mut account = Account::open(lane, self.facts, post.placing, post.worker, booking, None, self.dispatch.client());
         account.be_prefill();
         tracing::debug!(worker = post.name(), policy = post.placing.policy, protocol = %self.protocol, "prefill");
         let mut vigil = self.dispatch.vigil(post);

@@ -77,9 +77,10 @@ impl Handoff<'_, '_> {
 
     async fn both(&mut self, post: Post<'_>, booking: Booking, decode_booking: Booking) -> Result<Given, RequestError> {
         let (lane, patience, prefill) = (self.dispatch.lane, self.dispatch.patience, self.prefill);
-        let accepted = self.dispatch.accepted();
-        let open_account =
-            |post: Post<'_>, booking, heard| Account::open(lane, self.facts, post.placing, post.worker, booking, heard, accepted);
+        let client = self.dispatch.client();
+        let open_account = |post: Post<'_>, booking, heard| {
+            Account::open(lane, self.facts, post.placing, post.worker, booking, heard, client.clone())
+        };
         let mut account = open_account(post, decode_booking, self.dispatch.heard());
         account.be_decode();
         let mut beside_account = open_account(prefill, booking, None);

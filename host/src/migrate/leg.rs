@@ -347,7 +347,7 @@ impl Leg {
         self.in_vain += 1;
         let booking = Account::book(&course.lane, &self.facts, worker, placing);
         let heard = course.heard.clone();
-        let mut account = Account::open(&course.lane, &self.facts, placing, worker, booking, heard, course.accepted);
+        let mut account = Account::open(&course.lane, &self.facts, placing, worker, booking, heard, course.client.clone());
         account.be_part(true);
         let Ask { endpoint, body, seam, is_by_ids, form } = ask;
         let (name, tokens) = (&worker.spec.name, self.choice.tokens);

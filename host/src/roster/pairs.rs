@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dynamo_host_core::{Among, Candidates, LinkBoard, RequestFacts, Role, Worker, WorkerId};
+use dynamo_host_core::{Among, Candidates, Endpoint, LinkBoard, RequestFacts, Role, Worker, WorkerId};
 
 use super::Snapshot;
 use crate::error::RequestError;
@@ -83,6 +83,15 @@ impl Snapshot {
         self.for_whole(request).is_ok() || self.has_pair(request, links)
     }
 
+    /// Whether a request of several prompts or choices has no way but one for each of them.
+    pub(crate) fn has_way_in_parts_only(&self, request: &RequestFacts, links: &LinkBoard) -> bool {
+        if request.has_one_answer() || self.has_way(request, links) {
+            return false;
+        }
+        let one = RequestFacts { choices: 1, prompts: 1, ..request.clone() };
+        one.has_one_answer() && self.has_pair(&one, links)
+    }
+
     /// Those that can go on from what a worker prefills or has prefilled.
     ///
     /// # Errors
@@ -103,7 +112,8 @@ impl Snapshot {
     pub(crate) fn no_worker(&self, request: &RequestFacts) -> RequestError {
         let model = request.adapter.as_ref().unwrap_or(&request.model).clone();
         let has = |among| self.eligible(&request.model, request.adapter.as_deref(), among).is_some();
-        if has(Among::Decoders) && !has(Among::Whole) && !request.has_one_answer() {
+        let has_choices = matches!(request.endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+        if has(Among::Decoders) && !has(Among::Whole) && !has_choices {
             return RequestError::OnlyPairs { model };
         }
         RequestError::NoWorker { model }

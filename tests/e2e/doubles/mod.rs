@@ -18,8 +18,8 @@ use std::sync::{
 
 pub(crate) use self::{
     context::{AT_ONCE, Trtllm},
-    rooms::Sglang,
-    speech::text_of,
+    rooms::{REFUSED_SEED, Sglang},
+    speech::{text_by, text_of},
     vllm::Vllm,
 };
 

@@ -1,7 +1,8 @@
 //! SGLang 0.5.23 with `--disaggregation-mode`, after its source: two legs of one body meet in a room of the prefill engine's
 //! bootstrap server.
 //!
-//! A leg that waits for the other one too long fails, as there (`SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`), and so does one
+//! One room is for one answer: with `n` above 1, or several prompts and one room, all of them would meet there, and real engines hang or garble
+//! that. A leg that waits for the other one too long fails, as there (`SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`), and so does one
 //! without a room: these engines serve nothing else.
 
 use std::{
@@ -25,6 +26,8 @@ use super::{
 
 /// How long a leg waits for the other one. It is 300 s there.
 const BOOTSTRAP_TIMEOUT: Duration = Duration::from_secs(20);
+/// What it refuses to be seeded with, a stream only after some words.
+pub(crate) const REFUSED_SEED: i64 = 666;
 /// Fields in which the two legs of a request differ.
 const OF_ONE_LEG: [&str; 3] = ["rid", "routed_dp_rank", "priority"];
 
@@ -125,6 +128,10 @@ impl Engine {
             return refusal(&reason);
         }
         let speech = Speech::read(chat, &body);
+        let is_refused = speech.seed == Some(REFUSED_SEED) && self.part == Part::Decode;
+        if is_refused && !speech.stream {
+            return refusal("it does not like its seed");
+        }
         // The prefill engine makes a token that nobody reads.
         let tokens = if self.part == Part::Prefill { speech.max_tokens.min(1) } else { speech.max_tokens };
         if self.part == Part::Decode {
@@ -132,7 +139,14 @@ impl Engine {
         }
         if speech.stream {
             let end = UntilTheEnd::of(&self.network);
-            return Answer::Stream(speech.events(tokens), speech.pace(), Box::new(move || end.came()));
+            let mut events = speech.events(tokens);
+            if is_refused {
+                events.truncate(3);
+                events.push(
+                    json!({ "error": { "message": "it does not like its seed", "type": "BadRequest", "code": 400 } }).to_string(),
+                );
+            }
+            return Answer::Stream(events, speech.pace(), Box::new(move || end.came()));
         }
         Answer::Whole("200 OK", speech.whole(tokens, "length").to_string())
     }
@@ -140,6 +154,11 @@ impl Engine {
     /// Waits for the other leg in the room that the body names.
     async fn meet(&self, body: &Value) -> Result<(), String> {
         let (address, number) = self.room_of(body)?;
+        let has_batch = body["prompt"].as_array().is_some_and(|prompts| !prompts.iter().all(Value::is_u64));
+        if has_batch || body["n"].as_u64().is_some_and(|n| n > 1) {
+            self.network.fault(format!("room {number} is to hold several answers"));
+            return Err("one room is for one answer".to_owned());
+        }
         let (mine, theirs) = if self.part == Part::Prefill { (0, 1) } else { (1, 0) };
         let mut same = body.clone();
         OF_ONE_LEG.iter().for_each(|name| drop(same.as_object_mut().unwrap().remove(*name)));

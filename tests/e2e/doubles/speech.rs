@@ -20,6 +20,7 @@ pub(super) struct Speech {
     pub(super) max_tokens: u64,
     with_usage: bool,
     pub(super) ids: Vec<u32>,
+    pub(super) seed: Option<i64>,
 }
 
 impl Speech {
@@ -33,12 +34,13 @@ impl Speech {
             max_tokens: limit.or(body["max_tokens"].as_u64()).unwrap_or(16),
             with_usage: body["stream_options"]["include_usage"] == true,
             ids: ids_of(prompt),
+            seed: body["seed"].as_i64(),
         }
     }
 
     /// The words from a place on.
     pub(super) fn words(&self, tokens: u64) -> Vec<String> {
-        (0..tokens).map(|at| word(&self.ids, at)).collect()
+        (0..tokens).map(|at| word(&self.ids, self.seed, at)).collect()
     }
 
     pub(super) fn pace(&self) -> Duration {
@@ -91,8 +93,13 @@ impl Speech {
 
 /// What any double says to a prompt, text or messages, in so many tokens.
 pub(crate) fn text_of(prompt: &Value, tokens: u64) -> String {
+    text_by(prompt, None, tokens)
+}
+
+/// The same by a seed.
+pub(crate) fn text_by(prompt: &Value, seed: Option<i64>, tokens: u64) -> String {
     let ids = ids_of(prompt);
-    (0..tokens).map(|at| word(&ids, at)).collect()
+    (0..tokens).map(|at| word(&ids, seed, at)).collect()
 }
 
 /// A prompt's tokens: one a word; ids are what they are.
@@ -111,8 +118,8 @@ fn ids_of(prompt: &Value) -> Vec<u32> {
     }
 }
 
-fn word(ids: &[u32], at: u64) -> String {
-    format!(" w{:03}", hashed((ids, at)) % 1000)
+fn word(ids: &[u32], seed: Option<i64>, at: u64) -> String {
+    format!(" w{:03}", hashed((ids, seed, at)) % 1000)
 }
 
 fn hashed(what: impl Hash) -> u64 {
