@@ -3,3 +3,4 @@
 mod doubles;
 mod mocks;
 mod receipts;
+mod rooms;
