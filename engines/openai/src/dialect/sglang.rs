@@ -39,6 +39,19 @@ struct Settings {
     /// −1 without chunks.
     #[serde(default)]
     chunked_prefill_size: Option<i64>,
+    #[serde(default)]
+    disaggregation_mode: Option<Mode>,
+}
+
+/// What it was started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    /// Whole requests: it looks at no room, and answers as if none was named.
+    #[serde(rename = "null")]
+    Whole,
+    #[serde(other)]
+    OfPairs,
 }
 
 impl Dialect for Sglang {
@@ -69,6 +82,17 @@ impl Dialect for Sglang {
 
     fn kv_sources<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<KvSources, EngineError>> {
         Box::pin(kv::sglang_sources(control))
+    }
+
+    fn no_part<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Option<String>> {
+        Box::pin(async {
+            let mode = self.settings(control).await.disaggregation_mode;
+            (mode == Some(Mode::Whole)).then(|| {
+                "its disaggregation_mode is null, so that it would compute each prompt itself; start it with \
+                 --disaggregation-mode prefill or decode, or give it role=aggregated"
+                    .to_owned()
+            })
+        })
     }
 
     fn additions(&self, wish: &Wish<'_>) -> Additions {
