@@ -51,11 +51,10 @@ pub(crate) struct PrefillLeg {
 /// How it ended.
 enum Ended {
     Well,
-    Not(Unprefilled),
+    Not(Box<Unprefilled>),
 }
 
 /// How a prefill leg came to nothing.
-#[expect(clippy::large_enum_variant, reason = "it lives for a moment")]
 pub(crate) enum Unprefilled {
     Answered(Account, WholeReply),
     Failed(Account, EngineError),
@@ -66,7 +65,7 @@ pub(crate) enum Abreast<T> {
     /// What the decode leg came to, well or not.
     Decode(T, Tail),
     /// The prefill leg failed before.
-    Unprefilled(Unprefilled),
+    Unprefilled(Box<Unprefilled>),
 }
 
 /// What is left of a prefill leg. Dropped, it ends.
@@ -112,9 +111,9 @@ impl PrefillLeg {
                 account.prefilled(usage_of(&reply));
                 return Ended::Well;
             }
-            Ok(Opened::Whole(reply)) => return Ended::Not(Unprefilled::Answered(account, reply)),
+            Ok(Opened::Whole(reply)) => return Ended::Not(Box::new(Unprefilled::Answered(account, reply))),
             Ok(Opened::Stream(_, chunks)) => chunks,
-            Err(error) => return Ended::Not(Unprefilled::Failed(account, error)),
+            Err(error) => return Ended::Not(Box::new(Unprefilled::Failed(account, error))),
         };
         account.prefilled(None);
         // What it says of its output nobody needs: it is the other one's.

@@ -71,7 +71,7 @@ impl Handoff<'_, '_> {
             Abreast::Decode(opened, tail) => (opened, tail),
             Abreast::Unprefilled(unprefilled) => {
                 self.facts.failed_workers.pop();
-                return match unprefilled {
+                return match *unprefilled {
                     Unprefilled::Answered(beside, reply) if is_refusal(&reply) => {
                         // Both were asked the same.
                         beside.set_aside();

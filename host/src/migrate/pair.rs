@@ -108,20 +108,20 @@ impl Leg {
         };
         let links = course.lane.roster.links();
         match came {
-            Abreast::Unprefilled(Unprefilled::Answered(beside, reply)) if !is_passing(reply.status) => {
-                // Both were asked the same.
-                account.set_aside();
-                beside.set_aside();
-                Err(self.refused(prefill, ask.form, &reply))
-            }
-            Abreast::Unprefilled(Unprefilled::Answered(beside, reply)) => {
-                Ok(self.unprefilled(prefill, account, beside, answered(prefill, &reply)))
-            }
-            Abreast::Unprefilled(Unprefilled::Failed(beside, error)) => {
-                let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
-                let came = self.unprefilled(prefill, account, beside, error.clone());
-                if is_refused { Err(error.into()) } else { Ok(came) }
-            }
+            Abreast::Unprefilled(unprefilled) => match *unprefilled {
+                Unprefilled::Answered(beside, reply) if !is_passing(reply.status) => {
+                    // Both were asked the same.
+                    account.set_aside();
+                    beside.set_aside();
+                    Err(self.refused(prefill, ask.form, &reply))
+                }
+                Unprefilled::Answered(beside, reply) => Ok(self.unprefilled(prefill, account, beside, answered(prefill, &reply))),
+                Unprefilled::Failed(beside, error) => {
+                    let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
+                    let came = self.unprefilled(prefill, account, beside, error.clone());
+                    if is_refused { Err(error.into()) } else { Ok(came) }
+                }
+            },
             Abreast::Decode(opened, tail) => {
                 let beside = match &opened {
                     Ok(Opened::Stream(..)) => {

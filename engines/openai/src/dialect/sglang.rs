@@ -173,3 +173,18 @@ impl Load {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_server_that_says_so_was_started_for_whole_requests() {
+        let mode = |body: &str| serde_json::from_str::<Settings>(body).unwrap().disaggregation_mode;
+        assert_eq!(mode(r#"{"page_size":64,"disaggregation_mode":"null"}"#), Some(Mode::Whole));
+        for of_pairs in ["prefill", "decode", "a mode of tomorrow"] {
+            assert_eq!(mode(&format!(r#"{{"disaggregation_mode":"{of_pairs}"}}"#)), Some(Mode::OfPairs));
+        }
+        assert_eq!((mode("{}"), mode(r#"{"disaggregation_mode":null}"#)), (None, None));
+    }
+}

@@ -10,7 +10,7 @@ mod pairs;
 mod replies;
 mod scripted;
 #[path = "../../../../tests/e2e/doubles/mod.rs"]
-#[allow(dead_code, reason = "the end-to-end suite uses the rest")]
+#[allow(dead_code, unused_imports, reason = "the end-to-end suite uses the rest")]
 mod split;
 mod streams;
 mod tls;
