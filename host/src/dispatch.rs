@@ -63,6 +63,8 @@ pub(crate) struct Dispatch<'a> {
     failure: Option<EngineError>,
     /// Whether one of them had begun with it, as far as anybody knows.
     is_lost_work: bool,
+    /// Whether workers that were at no fault were asked again, since nobody else was left.
+    was_asked_again: bool,
     /// Until when it waits for workers that are well again.
     outlasts_until: Option<Instant>,
 }
@@ -146,6 +148,7 @@ impl<'a> Dispatch<'a> {
             may_be_split: true,
             failure: None,
             is_lost_work: false,
+            was_asked_again: false,
             outlasts_until: None,
         }
     }
@@ -180,8 +183,13 @@ impl<'a> Dispatch<'a> {
             for &worker in &facts.failed_workers {
                 let is_there = snapshot.is_eligible(worker);
                 if is_there && away.contains(&worker) {
-                    facts.failed_workers.retain(|&failed| failed != worker);
-                    return true;
+                    // One that serves in pairs only may have come back, and not been seen to hand over yet.
+                    let others = facts.failed_workers.iter().copied().filter(|&failed| failed != worker).collect();
+                    let again = RequestFacts { failed_workers: others, ..facts.clone() };
+                    if snapshot.has_way(&again, self.lane.roster.links()) {
+                        facts.failed_workers = again.failed_workers;
+                        return true;
+                    }
                 }
                 if !is_there && !away.contains(&worker) {
                     away.push(worker);
@@ -339,7 +347,26 @@ impl<'a> Dispatch<'a> {
         Ok(())
     }
 
-    /// From here on it is given to nobody in parts.
+    /// Whether a worker that failed it, and was at no fault, may have it again: once, where nobody else is left.
+    pub(crate) fn may_ask_again(&self, facts: &RequestFacts) -> bool {
+        !self.was_asked_again && self.attempts_left > 0 && !self.has_alternative(facts)
+    }
+
+    /// A worker that was at no fault is asked again, if it may be.
+    pub(crate) fn ask_again(&mut self, worker: WorkerId, facts: &mut RequestFacts) {
+        if self.may_ask_again(facts) {
+            facts.failed_workers.retain(|&failed| failed != worker);
+            self.was_asked_again = true;
+            self.keep_whole();
+        }
+    }
+
+    /// Somebody had begun with it who was not to blame that nothing came of it.
+    pub(crate) fn lost_work(&mut self) {
+        self.is_lost_work = true;
+    }
+
+    /// From here on it is given to nobody in parts, as long as somebody serves it whole.
     pub(crate) fn keep_whole(&mut self) {
         self.may_be_split = false;
     }

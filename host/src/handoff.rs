@@ -15,8 +15,10 @@
 //!
 //! Invariants: a ticket is given to an engine once, and again only if it was not sent; one whose lease may be over is never sent;
 //! KV that is staged and will not be fetched is given up ([`staged`]); the client's request is counted once, in the account of
-//! the worker that decodes. After the first chunk it is a stream like any other: it goes on elsewhere on one worker ([`migrate`](crate::migrate)).
+//! the worker that decodes. After the first chunk it is a stream like any other: it goes on elsewhere on one worker, or over another
+//! pair where nobody serves whole requests ([`migrate`](crate::migrate)).
 
+mod beside;
 mod decode;
 mod finished;
 mod prefill;
@@ -30,19 +32,20 @@ use std::{
 
 use axum::response::Response;
 use dynamo_engine_api::{EngineError, Protocol, Usage, WholeReply};
-use dynamo_host_core::{RequestFacts, Role, Worker};
+use dynamo_host_core::{RequestFacts, Role, Worker, WorkerId};
 use http::StatusCode;
 use metrics::{Counter, counter, histogram};
 use serde::Deserialize;
-use tokio::{sync::Semaphore, task::AbortHandle};
+use tokio::sync::Semaphore;
 
+pub(crate) use self::beside::{Abreast, Beside, PrefillLeg, Unprefilled, abreast};
 use self::staged::Staged;
 use crate::{
     account::{Account, Booking},
     dispatch::{Dispatch, Given, Post, answered, is_busy},
     error::RequestError,
     place::{Part, Placing, Way, place},
-    request::Notes,
+    request::{Lane, Notes},
 };
 
 /// Hand-offs that are given up at once at most; of those beyond, the engine lets go when the lease is over.
@@ -74,15 +77,6 @@ impl Handoffs {
     }
 }
 
-/// What works beside an answer. Dropped, it ends.
-pub(crate) struct Beside(AbortHandle);
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 /// Gives a request to a worker that prefills, and to one that decodes: this one (a row of the same placing), or whoever is chosen.
 ///
 /// # Errors
@@ -108,7 +102,7 @@ pub(crate) async fn carry_out(
         Ok(Given::Failed | Given::Anew) => "fell_back",
         Err(_) => "failed",
     };
-    counter!("dynamo_host_handoffs_total", "protocol" => protocol.name(), "result" => result).increment(1);
+    count(protocol, result);
     given
 }
 
@@ -218,18 +212,31 @@ impl Handoff<'_, '_> {
         lane.handoffs.remote.increment(1);
         self.dispatch.taken_up(decode, self.facts);
     }
+}
 
-    /// A hand-off failed that neither worker is to blame for, as far as one can tell.
-    fn link_failed(&self, decode: Post<'_>) {
-        let lane = self.dispatch.lane;
-        let [from, to] = [self.prefill, decode].map(|post| post.worker.load.index());
-        lane.roster.links().failed(from, to, lane.clock.now_ms());
-        tracing::warn!(
-            prefill = self.prefill.name(),
-            decode = decode.name(),
-            "KV was not handed over from one worker to the other"
-        );
+/// A hand-off failed that neither worker is to blame for, as far as one can tell.
+pub(crate) fn link_failed(lane: &Lane, prefill: Post<'_>, decode: Post<'_>) {
+    let [from, to] = [prefill, decode].map(|post| post.worker.load.index());
+    lane.roster.links().failed(from, to, lane.clock.now_ms());
+    tracing::warn!(prefill = prefill.name(), decode = decode.name(), "KV was not handed over from one worker to the other");
+}
+
+/// Whether what failed a decode leg before its first token is the link's fault, and not the worker's.
+pub(crate) fn is_the_links(lane: &Lane, decode: WorkerId, error: &EngineError) -> bool {
+    match error {
+        EngineError::InStream { refused, .. } => !refused,
+        EngineError::Timeout { .. } => lane.roster.snapshot().is_eligible(decode),
+        EngineError::Connect { .. }
+        | EngineError::Broken { .. }
+        | EngineError::Incomplete { .. }
+        | EngineError::Unhealthy { .. }
+        | EngineError::Protocol { .. } => false,
     }
+}
+
+/// Counts a hand-off by how it ended.
+pub(crate) fn count(protocol: Protocol, result: &'static str) {
+    counter!("dynamo_host_handoffs_total", "protocol" => protocol.name(), "result" => result).increment(1);
 }
 
 /// Counts a request that was to be handed over and goes another way now.

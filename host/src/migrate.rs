@@ -3,7 +3,8 @@
 //! Contract: [`Course`] is what a request needs to be given to another worker, and [`Record`] what its client has; when a
 //! worker is lost, [`carry_on`] makes the rest of the stream of both. Each choice that is not finished goes its own way (a
 //! [`leg`]), asked of an engine in a form that it takes ([`ask`]); what comes is made part of the client's stream ([`splice`]),
-//! with care for the place where the two meet ([`seam`]).
+//! with care for the place where the two meet ([`seam`]). One worker goes on, or, where nobody serves whole requests, two do: one
+//! computes the prompt and what there is of the answer, the other makes the rest ([`pair`]).
 //!
 //! Invariants: no token is lost or doubled; a stream has one role for each choice, one finish, one `[DONE]`; what cannot go on
 //! soundly ends in an error that says why (`migration_unsound`), and without `[DONE]`.
@@ -11,6 +12,7 @@
 mod ask;
 mod ids;
 mod leg;
+mod pair;
 mod record;
 mod seam;
 mod splice;
@@ -70,7 +72,8 @@ impl Course {
     /// Whether somebody else could have what a worker has.
     pub(crate) fn has_other(&self, worker: WorkerId) -> bool {
         let facts = RequestFacts { failed_workers: vec![worker], ..self.facts.clone() };
-        self.lane.roster.snapshot().candidates(&facts).is_ok()
+        let snapshot = self.lane.roster.snapshot();
+        snapshot.candidates(&facts).is_ok() || snapshot.is_left_to_pairs(&facts, self.lane.roster.links())
     }
 }
 

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | a request whose KV may be handed over | where it may begin; all workers, for who tells roles apart | `whole`; `prefill` where all only prefill |
 //! | one whose KV may not, or for which there is no pair | those that serve whole requests | `whole` |
-//! | the rest of a stream, and what engines refused in parts | the same | `whole` |
+//! | the rest of a stream, and what engines refused in parts | the same; where nobody is left who does that, as for its beginning | `whole`; `prefill` |
 //! | decode | those that the prefill worker's KV can reach | `decode` |
 
 use std::{
@@ -41,7 +41,7 @@ use crate::{
 pub(crate) enum Part {
     /// All of it, from its beginning.
     Beginning,
-    /// All of it, or what is left of it, on one worker.
+    /// All of it, or what is left of it, on one worker; over a pair only where nobody is left who serves whole requests.
     Whole,
     /// Decode of what this worker prefills or has prefilled.
     Decode(WorkerId),
@@ -130,7 +130,13 @@ pub(crate) async fn place(
         let begun = Instant::now();
         let snapshot = lane.roster.snapshot();
         facts.holds = holds;
-        let (stage, candidates) = asked_about(lane, part, pinned, facts, &snapshot)?;
+        let may_begin_apart = match part {
+            Part::Beginning => snapshot.has_pair(facts, lane.roster.links()),
+            Part::Whole => snapshot.is_left_to_pairs(facts, lane.roster.links()),
+            Part::Decode(_) => false,
+        };
+        let (stage, candidates) =
+            if may_begin_apart { to_begin(lane, pinned, facts, &snapshot)? } else { asked_about(lane, part, facts, &snapshot)? };
         let candidates = lane.queue.with_room(candidates, facts);
         facts.stage = stage;
         let overlap = lane.prefixes.overlap(facts, prompt);
@@ -174,12 +180,11 @@ pub(crate) async fn place(
                 continue;
             }
         };
-        let ways = match part {
-            Part::Beginning => {
-                let roads = Roads { lane, snapshot: &snapshot, candidates: &candidates, facts };
-                roads.passable(ways, seed)?
-            }
-            Part::Whole | Part::Decode(_) => ways,
+        let ways = if may_begin_apart || part == Part::Beginning {
+            let roads = Roads { lane, snapshot: &snapshot, candidates: &candidates, facts };
+            roads.passable(ways, seed)?
+        } else {
+            ways
         };
         let (decision_id, recorder) = (facts.decision_id, recorder.cloned());
         return Ok(Placing { snapshot, candidates, overlap, ways, policy, by, decision_id, recorder, held });
@@ -187,26 +192,32 @@ pub(crate) async fn place(
     unreachable!("a policy that had its turns is not asked, and nobody who decides instead holds")
 }
 
-/// The workers that a part may be placed on, and the stage in which they are asked about.
-fn asked_about(
+/// Where a request may begin that has a pair to go over, and the stage in which that is asked about.
+fn to_begin(
     lane: &Lane,
-    part: Part,
     pinned: &Pinned,
     facts: &RequestFacts,
     snapshot: &Snapshot,
 ) -> Result<(Stage, Arc<Candidates>), RequestError> {
+    if pinned.tells_roles_apart() {
+        return Ok((Stage::Whole, snapshot.candidates_among(facts, Among::Everyone)?));
+    }
     let links = lane.roster.links();
+    let beginning = snapshot.candidates_among(facts, Among::Beginning)?;
+    let begins = |worker: &Worker| worker.spec.role != Role::Prefill || snapshot.reaches_any(facts, worker, links);
+    let beginning = beginning.of(begins).unwrap_or(beginning);
+    Ok((beginning.beginning_stage(), beginning))
+}
+
+/// The workers that any other part may be placed on, and the stage.
+fn asked_about(
+    lane: &Lane,
+    part: Part,
+    facts: &RequestFacts,
+    snapshot: &Snapshot,
+) -> Result<(Stage, Arc<Candidates>), RequestError> {
     match part {
-        Part::Decode(worker) => Ok((Stage::Decode, snapshot.decoders(facts, worker, links)?)),
-        Part::Beginning if snapshot.has_pair(facts, links) => {
-            if pinned.tells_roles_apart() {
-                return Ok((Stage::Whole, snapshot.candidates_among(facts, Among::Everyone)?));
-            }
-            let beginning = snapshot.candidates_among(facts, Among::Beginning)?;
-            let begins = |worker: &Worker| worker.spec.role != Role::Prefill || snapshot.reaches_any(facts, worker, links);
-            let beginning = beginning.of(begins).unwrap_or(beginning);
-            Ok((beginning.beginning_stage(), beginning))
-        }
+        Part::Decode(worker) => Ok((Stage::Decode, snapshot.decoders(facts, worker, lane.roster.links())?)),
         Part::Beginning | Part::Whole => {
             let whole = snapshot.for_whole(facts)?;
             // Workers that failed this one request are no missing pool.

@@ -173,6 +173,28 @@ async fn a_dead_sglang_prefill_costs_a_new_room_and_no_request() {
 }
 
 #[tokio::test]
+async fn an_sglang_that_was_started_for_whole_requests_gets_no_hand_offs_and_why_is_said() {
+    for prefills_as in [Part::Prefill, Part::Whole] {
+        let network = Network::new();
+        let (prefill, decode) = (Sglang::start(prefills_as, &network).await, Sglang::start(Part::Whole, &network).await);
+        let workers = [worker(&prefill.url(), "p", Part::Prefill, ""), worker(&decode.url(), "d", Part::Decode, "")];
+        let arguments: Vec<&str> = workers.iter().flat_map(|worker| ["--worker", worker]).collect();
+        let host = soon("a host", Host::start(&arguments)).await;
+        let refused = if prefills_as == Part::Whole { 2 } else { 1 };
+        eventually("why is said", async || {
+            let status = host.admin.get_json("/v1/status").await;
+            let workers = status["workers"].as_array().unwrap();
+            let reasons = workers.iter().filter_map(|worker| worker["handoff"]["reason"].as_str());
+            (reasons.filter(|reason| reason.contains("--disaggregation-mode")).count() == refused).then_some(())
+        })
+        .await;
+        host.http.post(COMPLETIONS, completion("for nobody", 5).to_string()).await.is_error(503, "no_worker");
+        assert_eq!((prefill.asked() + decode.asked(), network.handed_over()), (0, 0));
+        assert_eq!(network.faults(), [""; 0]);
+    }
+}
+
+#[tokio::test]
 async fn tensorrt_llms_generation_goes_on_from_its_context_untouched() {
     let network = Network::new();
     let prefill = Trtllm::start(Part::Prefill, &network).await;

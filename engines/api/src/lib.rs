@@ -51,6 +51,12 @@ pub trait Engine: Send + Sync + 'static {
         None
     }
 
+    /// Why it can have no part in hand-offs, if it says how it was started and that is for none. One that computes the prompt itself
+    /// where it should fetch it answers as if nothing were wrong.
+    fn no_part(&self) -> BoxFuture<'_, Option<String>> {
+        Box::pin(async { None })
+    }
+
     /// Makes the ticket of a hand-off whose prefill this engine is to compute, on one of its data-parallel ranks where it has
     /// several. Of concurrent protocols only.
     fn ticket(&self, _rank: Option<u32>) -> BoxFuture<'_, Result<Ticket, EngineError>> {

@@ -56,6 +56,11 @@ pub(crate) trait Dialect: Debug + Send + Sync {
         Box::pin(async { Ok(None) })
     }
 
+    /// Why it can have no part in hand-offs, if it says so.
+    fn no_part<'a>(&'a self, _control: &'a Control) -> BoxFuture<'a, Option<String>> {
+        Box::pin(async { None })
+    }
+
     /// What is said with a request. `wish.id` is asked for only where the dialect cancels by it.
     fn additions(&self, _wish: &Wish<'_>) -> Additions {
         Additions::default()

@@ -235,6 +235,10 @@ impl Engine for OpenAiEngine {
         self.handoff.protocol(self.dialects.kind(), self.dialects.is_mock())
     }
 
+    fn no_part(&self) -> BoxFuture<'_, Option<String>> {
+        self.dialects.spoken().no_part(&self.control)
+    }
+
     fn ticket(&self, rank: Option<u32>) -> BoxFuture<'_, Result<Ticket, EngineError>> {
         Box::pin(self.handoff.ticket(self.handoff(), rank))
     }

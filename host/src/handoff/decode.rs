@@ -11,13 +11,13 @@
 
 use std::time::Instant;
 
-use dynamo_engine_api::{EngineError, Leg, Protocol};
+use dynamo_engine_api::{EngineError, Leg, Protocol, WholeReply};
 use dynamo_host_core::load::Reported;
 
-use super::{Decode, Handoff, Staged, fell_back, is_refusal, lost_lease, ms, no_answer};
+use super::{Decode, Handoff, Staged, fell_back, is_refusal, is_the_links, link_failed, lost_lease, ms, no_answer};
 use crate::{
     account::{Account, Booking},
-    dispatch::{Answer, Opened, Post},
+    dispatch::{Answer, Opened, Post, is_busy},
     error::RequestError,
     relay,
 };
@@ -56,9 +56,7 @@ impl Handoff<'_, '_> {
                 let answer = Answer { account, head, first, chunks, vigil, beside: None };
                 return Ok(Decode::Answered(self.dispatch.relay(post, answer, self.facts)));
             }
-            Ok(Ok(Opened::Whole(reply)))
-                if reply.status.is_success() || is_refusal(&reply) || !self.dispatch.has_alternative(self.facts) =>
-            {
+            Ok(Ok(Opened::Whole(reply))) if reply.status.is_success() || is_refusal(&reply) || !self.has_another_try(&reply) => {
                 if reply.status.is_success() {
                     self.handed_over(post, staged.since, sent, staged.bytes, false);
                 } else if is_refusal(&reply) {
@@ -111,27 +109,21 @@ impl Handoff<'_, '_> {
     /// What it failed with, if nobody else is to have it.
     pub(super) fn decode_failed(&mut self, post: Post<'_>, mut account: Account, error: EngineError) -> Result<(), RequestError> {
         let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
-        let is_the_links = match error {
-            EngineError::InStream { .. } => !is_refused,
-            EngineError::Timeout { .. } => self.dispatch.lane.roster.snapshot().is_eligible(post.worker.id),
-            EngineError::Connect { .. }
-            | EngineError::Broken { .. }
-            | EngineError::Incomplete { .. }
-            | EngineError::Unhealthy { .. }
-            | EngineError::Protocol { .. } => false,
-        };
-        if is_the_links {
-            self.link_failed(post);
+        let lane = self.dispatch.lane;
+        if is_the_links(lane, post.worker.id, &error) {
+            link_failed(lane, self.prefill, post);
             account.abandon_unblamed();
-            if self.dispatch.has_attempts() && !self.dispatch.has_alternative(self.facts) {
-                self.facts.failed_workers.retain(|&failed| failed != post.worker.id);
-                self.dispatch.keep_whole();
-            }
+            self.dispatch.ask_again(post.worker.id, self.facts);
         } else {
             account.blame(&error);
             account.abandon();
         }
         self.dispatch.failed(post, error, !is_refused)
+    }
+
+    /// Whether an answer that is none is not the client's yet: somebody else may do better, or the same ones if they are at no fault.
+    pub(super) fn has_another_try(&self, reply: &WholeReply) -> bool {
+        self.dispatch.has_alternative(self.facts) || !is_busy(reply) && self.dispatch.may_ask_again(self.facts)
     }
 
     /// Nothing failed, and it still cannot be tried again.

@@ -3,61 +3,18 @@
 //! What the decode worker answers is the answer; the prefill worker's is read to its end and not told to anybody, unless it is a
 //! no. As long as nothing was answered, a leg that fails ends the other one: each would wait for the other in vain.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use dynamo_engine_api::{Engine, EngineError, GenerateRequest, Leg, WholeReply};
-use dynamo_host_core::Worker;
-use futures_util::StreamExt;
-use tokio::time::{Instant, timeout, timeout_at};
+use dynamo_engine_api::{EngineError, Leg};
+use tokio::time::timeout_at;
 
-use super::{Beside, Given, Handoff, Placing, fell_back, is_refusal, no_answer, usage_of};
+use super::{Abreast, Given, Handoff, Placing, PrefillLeg, Unprefilled, abreast, fell_back, is_refusal, no_answer};
 use crate::{
     account::{Account, Booking},
-    dispatch::{Answer, Opened, Post, answered, open},
+    dispatch::{Answer, Opened, Post, answered, is_busy},
     error::RequestError,
-    migrate::Vigil,
-    relay::{self, Patience},
-    tasks,
+    relay,
 };
-
-/// How long a prefill worker's answer may go on when the decode worker's is there as a whole.
-const TAIL: Duration = Duration::from_secs(5);
-
-/// The prefill leg, which works beside the other one.
-struct PrefillLeg {
-    engine: Arc<dyn Engine>,
-    ask: GenerateRequest,
-    worker: Worker,
-    patience: Patience,
-    vigil: Vigil,
-    account: Account,
-}
-
-/// How it ended.
-enum Ended {
-    Well,
-    Answered(Account, WholeReply),
-    Failed(Account, EngineError),
-}
-
-impl PrefillLeg {
-    async fn run(self) -> Ended {
-        let Self { engine, ask, worker, patience, mut vigil, account } = self;
-        let mut chunks = match open(&*engine, ask, &worker, &patience, &mut vigil, &|| true).await {
-            Ok(Opened::Whole(reply)) if reply.status.is_success() => {
-                account.prefilled(usage_of(&reply));
-                return Ended::Well;
-            }
-            Ok(Opened::Whole(reply)) => return Ended::Answered(account, reply),
-            Ok(Opened::Stream(_, chunks)) => chunks,
-            Err(error) => return Ended::Failed(account, error),
-        };
-        account.prefilled(None);
-        // What it says of its output nobody needs: it is the other one's.
-        while let Some(Ok(_)) = chunks.next().await {}
-        Ended::Well
-    }
-}
 
 impl Handoff<'_, '_> {
     /// Both legs at once.
@@ -89,7 +46,7 @@ impl Handoff<'_, '_> {
         let rank = prefill.placing.snapshot.rank(prefill.worker);
         let ticket = match timeout_at(patience.deadline.into(), prefill.engine().ticket(rank)).await {
             Ok(Ok(ticket)) => ticket,
-            Ok(Err(error)) => return self.prefill_failed(account, beside_account, error),
+            Ok(Err(error)) => return self.prefill_failed(account, beside_account, error, false),
             Err(_) => {
                 account.abandon();
                 return Err(patience.exceeded());
@@ -106,83 +63,78 @@ impl Handoff<'_, '_> {
             vigil: self.dispatch.vigil(prefill),
             account: beside_account,
         };
-        let mut beside = Box::pin(leg.run());
-        let mut is_prefilled = false;
         let mut vigil = self.dispatch.vigil(post);
         vigil.may_make(self.facts.max_output_tokens);
         self.facts.failed_workers.push(post.worker.id);
         let sent = std::time::Instant::now();
-        let came = {
-            let opening = self.dispatch.open(post, Leg::Decode(ticket), &mut vigil, self.facts);
-            tokio::pin!(opening);
-            loop {
-                tokio::select! {
-                    biased;
-                    opened = &mut opening => break Ok(opened),
-                    ended = &mut beside, if !is_prefilled => match ended {
-                        Ended::Well => is_prefilled = true,
-                        failed => break Err(failed),
-                    },
-                }
-            }
-        };
-        let error = match came {
-            Err(ended) => {
+        let came = abreast(leg, self.dispatch.open(post, Leg::Decode(ticket), &mut vigil, self.facts)).await;
+        let (opened, tail) = match came {
+            Abreast::Decode(opened, tail) => (opened, tail),
+            Abreast::Unprefilled(unprefilled) => {
                 self.facts.failed_workers.pop();
-                return match ended {
-                    Ended::Answered(beside, reply) if is_refusal(&reply) => {
+                return match *unprefilled {
+                    Unprefilled::Answered(beside, reply) if is_refusal(&reply) => {
                         // Both were asked the same.
                         beside.set_aside();
                         Ok(Given::Answered(relay::whole(account, self.dispatch.permit().take(), head, reply)))
                     }
-                    Ended::Answered(beside, reply) => self.prefill_failed(account, beside, answered(prefill, &reply)),
-                    Ended::Failed(beside, error) => self.prefill_failed(account, beside, error),
-                    Ended::Well => unreachable!("the other leg is waited for then"),
+                    Unprefilled::Answered(beside, reply) => {
+                        self.prefill_failed(account, beside, answered(prefill, &reply), !is_busy(&reply))
+                    }
+                    Unprefilled::Failed(beside, error) => {
+                        let may_be_the_links = matches!(error, EngineError::InStream { refused: false, .. });
+                        self.prefill_failed(account, beside, error, may_be_the_links)
+                    }
                 };
             }
-            Ok(Err(late)) => {
+        };
+        let error = match opened {
+            Err(late) => {
                 account.abandon();
                 return Err(late);
             }
-            Ok(Ok(Ok(Opened::Stream(first, chunks)))) => {
+            Ok(Ok(Opened::Stream(first, chunks))) => {
                 self.dispatch.taken_up(prefill, self.facts);
                 self.handed_over(post, sent, sent, bytes, true);
-                let beside = (!is_prefilled).then(|| {
-                    let deadline = Instant::from_std(patience.deadline);
-                    Beside(tasks::spawn("prefill leg", async move { drop(timeout_at(deadline, beside).await) }))
-                });
+                let beside = tail.beside(patience.deadline);
                 let answer = Answer { account, head, first, chunks, vigil, beside };
                 return Ok(Given::Answered(self.dispatch.relay(post, answer, self.facts)));
             }
-            Ok(Ok(Ok(Opened::Whole(reply))))
-                if reply.status.is_success() || is_refusal(&reply) || !self.dispatch.has_alternative(self.facts) =>
-            {
+            Ok(Ok(Opened::Whole(reply))) if reply.status.is_success() || is_refusal(&reply) || !self.has_another_try(&reply) => {
                 if reply.status.is_success() {
                     self.dispatch.taken_up(prefill, self.facts);
                     self.handed_over(post, sent, sent, bytes, false);
-                    if !is_prefilled {
-                        tasks::spawn("prefill leg", async move { drop(timeout(TAIL, beside).await) });
-                    }
+                    tail.hear_out();
                 }
                 return Ok(Given::Answered(relay::whole(account, self.dispatch.permit().take(), head, reply)));
             }
-            Ok(Ok(Ok(Opened::Whole(reply)))) => no_answer(post, &reply),
-            Ok(Ok(Err(error))) => error,
+            Ok(Ok(Opened::Whole(reply))) => no_answer(post, &reply),
+            Ok(Err(error)) => error,
         };
-        // The other leg would wait for a worker that does not come.
-        drop(beside);
+        // The other leg would wait for a worker that does not come. It may have computed the prompt by now.
+        drop(tail);
+        self.dispatch.lost_work();
         fell_back("decode_failed");
         self.decode_failed(post, account, error)?;
         Ok(Given::Anew)
     }
 
-    /// The prefill leg failed, and with it the other one.
-    fn prefill_failed(&mut self, decode: Account, mut prefill: Account, error: EngineError) -> Result<Given, RequestError> {
+    /// The prefill leg failed, and with it the other one. `may_be_the_links`: it may be asked again, if nobody else is left.
+    fn prefill_failed(
+        &mut self,
+        decode: Account,
+        mut prefill: Account,
+        error: EngineError,
+        may_be_the_links: bool,
+    ) -> Result<Given, RequestError> {
         decode.set_aside();
         prefill.blame(&error);
         prefill.abandon();
         fell_back("prefill_failed");
         self.facts.failed_workers.push(self.prefill.worker.id);
+        if may_be_the_links {
+            self.dispatch.ask_again(self.prefill.worker.id, self.facts);
+        }
         self.dispatch.failed(self.prefill, error, true)?;
         Ok(Given::Failed)
     }

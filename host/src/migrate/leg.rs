@@ -1,4 +1,4 @@
-//! Leg: one choice's way to its end, over as many workers as it takes.
+//! Leg: one choice's way to its end, over as many workers as it takes; those of pairs in [`pair`](super::pair).
 //!
 //! Bounds: workers asked (`migration.max_attempts`), the wait while there is none (`health.hold_s`), pauses between attempts
 //! that fail, the request's deadline.
@@ -10,8 +10,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use dynamo_engine_api::{ChatContinuation, Chunk, ChunkStream, Continues, Engine, EngineError, GenerateRequest};
-use dynamo_host_core::{RequestFacts, WorkerId};
+use dynamo_engine_api::{
+    ChatContinuation, Chunk, ChunkStream, Continues, Endpoint, Engine, EngineError, GenerateRequest, Leg as EngineLeg, WholeReply,
+};
+use dynamo_host_core::{Among, RequestFacts, WorkerId};
 use dynamo_host_index::Prompt;
 use futures_util::StreamExt;
 use http::StatusCode;
@@ -26,10 +28,11 @@ use super::{
     vigil::{LOOK_EVERY, Lost, Vigil},
 };
 use crate::{
-    account::Account,
-    dispatch::{Opened, open},
+    account::{Account, Booking},
+    dispatch::{Opened, Post, answered, open},
     error::RequestError,
-    place::{Inquiry, Part, Placing, place},
+    handoff::Beside,
+    place::{Inquiry, Part, Placing, Way, place},
     request::Notes,
     text::plain,
 };
@@ -74,10 +77,10 @@ impl Shared {
 
 /// One choice's way to its end.
 pub(super) struct Leg {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     index: u32,
     choice: Choice,
-    facts: RequestFacts,
+    pub(super) facts: RequestFacts,
     /// Workers that it was given to.
     attempts: u32,
     failed: Vec<(WorkerId, Instant)>,
@@ -102,6 +105,8 @@ struct Running {
     engine: Arc<dyn Engine>,
     account: Account,
     vigil: Vigil,
+    /// What works beside it.
+    _beside: Option<Beside>,
     last: Instant,
     seam: Seam,
     is_by_ids: bool,
@@ -109,6 +114,24 @@ struct Running {
     before: u32,
     /// Whether they are in its prompt as they were made: text may be cut into other tokens.
     is_exact: bool,
+}
+
+/// What goes with an answer that has begun.
+pub(super) struct Parts {
+    pub(super) account: Account,
+    pub(super) vigil: Vigil,
+    pub(super) beside: Option<Beside>,
+}
+
+/// What came of one way to go on.
+pub(super) enum Came {
+    /// Somebody does.
+    Taken,
+    /// Nobody needs to: it has all tokens that it may have.
+    Full,
+    /// It cannot be said to this engine.
+    Unsound(RequestError),
+    Failed,
 }
 
 /// Frames for the client, and how many tokens they hold.
@@ -121,7 +144,7 @@ impl Leg {
     /// A choice that a worker has failed.
     pub(super) fn new(shared: Arc<Shared>, index: u32, choice: Choice, lost: &super::Loss) -> Self {
         let mut facts = shared.course.facts.clone();
-        facts.choices = 1;
+        (facts.choices, facts.prompts) = (1, 1);
         // The one that is lost now is among those that it was given to.
         let now = Instant::now();
         let failed = facts.failed_workers.iter().map(|&worker| (worker, now)).collect();
@@ -312,24 +335,26 @@ impl Leg {
             self.facts.failed_workers = self.failed.iter().map(|(worker, _)| *worker).collect();
             let placing = self.place(&prompt).await?;
             let mut unsound = None;
-            for row in placing.rows() {
-                let worker = placing.candidates.worker(row);
-                let engine = placing.snapshot.engine(worker.id);
-                let ask = match self.next_ask(engine.continues(), placing.snapshot.max_model_len(&self.facts)) {
-                    Ok(Next::Ask(ask)) => ask,
-                    Ok(Next::Full) => return Ok(Some(splice.full(self.index, &mut self.choice).into())),
-                    Err(error) => {
-                        unsound = Some(error);
-                        continue;
-                    }
+            for &way in &placing.ways {
+                let post = Post::new(&placing, way.first());
+                let came = match way {
+                    Way::Alone(_) => self.give(post, &prompt).await?,
+                    Way::Prefill(_) => self.give_pair(post, None, &prompt).await?,
+                    Way::Pair(_, decode) => self.give_pair(post, Some(decode), &prompt).await?,
                 };
-                if self.give(&placing, row, ask, &prompt).await? {
-                    self.count("continued");
-                    return Ok(None);
+                match came {
+                    Came::Taken => {
+                        self.count("continued");
+                        return Ok(None);
+                    }
+                    Came::Full => return Ok(Some(splice.full(self.index, &mut self.choice).into())),
+                    Came::Unsound(error) => unsound = Some(error),
+                    // Others may have come, or be known to be gone.
+                    Came::Failed => {
+                        unsound = None;
+                        break;
+                    }
                 }
-                // Others may have come, or be known to be gone.
-                unsound = None;
-                break;
             }
             if let Some(error) = unsound {
                 return Err(error);
@@ -337,40 +362,84 @@ impl Leg {
         }
     }
 
-    /// Gives it to a worker; whether that takes it.
-    async fn give(&mut self, placing: &Placing, row: u32, ask: Ask, prompt: &Prompt) -> Result<bool, RequestError> {
+    /// What a worker is asked, or why nobody needs to ask it.
+    pub(super) fn ask_of(&self, post: Post<'_>) -> Result<Ask, Came> {
+        match self.next_ask(post.engine().continues(), post.placing.snapshot.max_model_len(&self.facts)) {
+            Ok(Next::Ask(ask)) => Ok(ask),
+            Ok(Next::Full) => Err(Came::Full),
+            Err(error) => Err(Came::Unsound(error)),
+        }
+    }
+
+    /// Gives it to a worker.
+    async fn give(&mut self, post: Post<'_>, prompt: &Prompt) -> Result<Came, RequestError> {
+        let ask = match self.ask_of(post) {
+            Ok(ask) => ask,
+            Err(came) => return Ok(came),
+        };
         let shared = Arc::clone(&self.shared);
         let course = &shared.course;
-        let worker = placing.candidates.worker(row);
-        let engine = placing.snapshot.engine(worker.id);
-        self.attempts += 1;
-        self.in_vain += 1;
-        let booking = Account::book(&course.lane, &self.facts, worker, placing);
-        let heard = course.heard.clone();
-        let mut account = Account::open(&course.lane, &self.facts, placing, worker, booking, heard, course.client.clone());
-        account.be_part(true);
-        let Ask { endpoint, body, seam, is_by_ids, form } = ask;
-        let (name, tokens) = (&worker.spec.name, self.choice.tokens);
-        tracing::info!(worker = name, choice = self.index, form, tokens, cause = self.cause, "stream goes on");
-        let rank = placing.snapshot.rank(worker);
-        let request = GenerateRequest { endpoint, body, stream: true, rank, wants_token_ids: true, ..course.ask.clone() };
-        let mut vigil = Vigil::new(&worker.load, placing.snapshot.signs(worker.id), course.patience.idle, true);
-        let may_leave = || course.has_other(worker.id);
-        let opening = open(&**engine, request, worker, &course.patience, &mut vigil, &may_leave);
-        let opened = match timeout_at(course.patience.deadline.into(), opening).await {
-            Ok(opened) => opened,
+        self.begin_attempt();
+        let booking = Account::book(&course.lane, &self.facts, post.worker, post.placing);
+        let account = self.open_account(post, booking);
+        self.say_it_goes_on(post, &ask, None);
+        let mut vigil = self.vigil(post);
+        let may_leave = || course.has_other(post.worker.id);
+        let request = self.request(post, &ask, EngineLeg::Whole);
+        let opening = open(&**post.engine(), request, post.worker, &course.patience, &mut vigil, &may_leave);
+        match timeout_at(course.patience.deadline.into(), opening).await {
+            Ok(opened) => self.opened(post, ask, prompt, opened, Parts { account, vigil, beside: None }),
             Err(_) => {
                 account.abandon();
-                return Err(course.patience.exceeded());
+                Err(course.patience.exceeded())
             }
-        };
+        }
+    }
+
+    /// An account of what a worker does of it, for which the client's request is counted elsewhere.
+    pub(super) fn open_account(&self, post: Post<'_>, booking: Booking) -> Account {
+        let course = &self.shared.course;
+        let heard = course.heard.clone();
+        let mut account =
+            Account::open(&course.lane, &self.facts, post.placing, post.worker, booking, heard, course.client.clone());
+        account.be_part(true);
+        account
+    }
+
+    pub(super) fn say_it_goes_on(&self, post: Post<'_>, ask: &Ask, prefill: Option<Post<'_>>) {
+        let (worker, form, tokens) = (post.name(), ask.form, self.choice.tokens);
+        let prefill = prefill.map(|prefill| prefill.name());
+        tracing::info!(worker, prefill, choice = self.index, form, tokens, cause = self.cause, "stream goes on");
+    }
+
+    pub(super) fn vigil(&self, post: Post<'_>) -> Vigil {
+        let signs = post.placing.snapshot.signs(post.worker.id);
+        Vigil::new(&post.worker.load, signs, self.shared.course.patience.idle, true)
+    }
+
+    /// A worker's part of what is asked.
+    pub(super) fn request(&self, post: Post<'_>, ask: &Ask, leg: EngineLeg) -> GenerateRequest {
+        let (endpoint, body, rank) = (ask.endpoint, ask.body.clone(), post.placing.snapshot.rank(post.worker));
+        GenerateRequest { endpoint, body, stream: true, rank, leg, wants_token_ids: true, ..self.shared.course.ask.clone() }
+    }
+
+    /// Takes what a worker answered first.
+    pub(super) fn opened(
+        &mut self,
+        post: Post<'_>,
+        ask: Ask,
+        prompt: &Prompt,
+        opened: Result<Opened, EngineError>,
+        parts: Parts,
+    ) -> Result<Came, RequestError> {
+        let Parts { mut account, vigil, beside } = parts;
+        let Ask { endpoint, seam, is_by_ids, form, .. } = ask;
         match opened {
             Ok(Opened::Stream(first, chunks)) => {
                 account.answer(StatusCode::OK, None);
-                let is_anew = form == "anew";
+                let (is_anew, tokens) = (form == "anew", self.choice.tokens);
                 if !is_anew {
-                    let feed = placing.snapshot.feed(worker.id);
-                    course.lane.prefixes.taken_up(endpoint, feed, prompt, worker.spec.block_size);
+                    self.taken_up(post, endpoint, prompt);
                 }
                 // Of ids, some may stand for text that was told before them.
                 let is_exact = is_anew || (is_by_ids && self.choice.ids.len() as u32 == tokens);
@@ -378,15 +447,15 @@ impl Leg {
                     self.choice.rebase();
                 }
                 let before = if is_anew { 0 } else { tokens };
-                let (first, engine, last) = (Some(first), Arc::clone(engine), Instant::now());
-                self.running = Some(Running { first, chunks, engine, account, vigil, last, seam, is_by_ids, before, is_exact });
-                Ok(true)
+                let (first, engine, last) = (Some(first), Arc::clone(post.engine()), Instant::now());
+                let running =
+                    Running { first, chunks, engine, account, vigil, _beside: beside, last, seam, is_by_ids, before, is_exact };
+                self.running = Some(running);
+                Ok(Came::Taken)
             }
             Ok(Opened::Whole(reply)) if !is_passing(reply.status) => {
                 account.abandon();
-                let (status, said) = (reply.status.as_u16(), plain(&String::from_utf8_lossy(&reply.body)));
-                tracing::warn!(worker = name, form, status, "a continuation was refused: {said}");
-                Err(self.unsound(Unsound("the worker that should go on with it refused what was sent")))
+                Err(self.refused(post, form, &reply))
             }
             Err(error @ EngineError::InStream { refused: true, .. }) => {
                 account.blame(&error);
@@ -394,29 +463,50 @@ impl Leg {
                 Err(error.into())
             }
             Ok(Opened::Whole(reply)) => {
-                let reason = format!("it answered {}", reply.status);
-                let error = EngineError::Unhealthy { engine: format!("worker {name}"), reason };
-                self.fail_at(account, engine, error);
-                Ok(false)
+                self.fail_at(account, post.engine(), answered(post, &reply));
+                Ok(Came::Failed)
             }
             Err(error) => {
-                self.fail_at(account, engine, error);
-                Ok(false)
+                self.fail_at(account, post.engine(), error);
+                Ok(Came::Failed)
             }
         }
     }
 
+    /// A worker has the KV of all that there is.
+    pub(super) fn taken_up(&self, post: Post<'_>, endpoint: Endpoint, prompt: &Prompt) {
+        let feed = post.placing.snapshot.feed(post.worker.id);
+        self.shared.course.lane.prefixes.taken_up(endpoint, feed, prompt, post.worker.spec.block_size);
+    }
+
+    pub(super) fn refused(&self, post: Post<'_>, form: &'static str, reply: &WholeReply) -> RequestError {
+        let (status, said) = (reply.status.as_u16(), plain(&String::from_utf8_lossy(&reply.body)));
+        tracing::warn!(worker = post.name(), form, status, "a continuation was refused: {said}");
+        self.unsound(Unsound("the worker that should go on with it refused what was sent"))
+    }
+
     /// A worker failed it, be it before it went on or after.
-    fn fail_at(&mut self, mut account: Account, engine: &Arc<dyn Engine>, failure: EngineError) {
+    pub(super) fn fail_at(&mut self, mut account: Account, engine: &Arc<dyn Engine>, failure: EngineError) {
         account.span.in_scope(|| {
             let failure = plain(&failure.to_string());
             tracing::warn!(worker = account.worker(), choice = self.index, "worker lost: {failure}");
         });
         self.shared.course.lane.roster.report_failed(account.worker_id(), engine, &failure);
-        self.failed.push((account.worker_id(), Instant::now()));
         account.blame(&failure);
+        self.rest(account.worker_id(), failure);
         account.abandon();
+    }
+
+    /// A worker is left alone for a while.
+    pub(super) fn rest(&mut self, worker: WorkerId, failure: EngineError) {
+        self.failed.push((worker, Instant::now()));
         self.failure = failure;
+    }
+
+    /// One more worker, or pair of them, is given it.
+    pub(super) fn begin_attempt(&mut self) {
+        self.attempts += 1;
+        self.in_vain += 1;
     }
 
     /// What an engine can do that could go on with it: without any, nothing is worth waiting for.
@@ -424,7 +514,9 @@ impl Leg {
         let snapshot = self.shared.course.lane.roster.snapshot();
         let facts = RequestFacts { failed_workers: Vec::new(), ..self.facts.clone() };
         let mut kinds: Vec<Continues> = Vec::new();
-        if let Ok(candidates) = snapshot.candidates(&facts) {
+        // Where nobody serves whole requests, it is those that decode who go on.
+        let whole = snapshot.candidates(&facts);
+        if let Ok(candidates) = whole.or_else(|_| snapshot.candidates_among(&facts, Among::Decoders)) {
             for row in 0..candidates.count() {
                 let kind = snapshot.engine(candidates.worker(row).id).continues();
                 if !kinds.contains(&kind) {
@@ -502,6 +594,6 @@ fn is_unsound(error: &RequestError) -> bool {
 }
 
 /// Whether what an engine answered is its state, and not what it thinks of the request.
-fn is_passing(status: StatusCode) -> bool {
+pub(super) fn is_passing(status: StatusCode) -> bool {
     status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
 }

@@ -28,10 +28,14 @@ impl Snapshot {
         })
     }
 
-    /// Whether a request's KV may be handed over: where nobody serves whole requests, more of them than elsewhere.
+    /// Whether a request's KV may be handed over: where nobody is left who serves it whole, more of them than elsewhere.
     pub(crate) fn may_hand_over(&self, request: &RequestFacts) -> bool {
-        request.may_hand_over()
-            || request.has_one_answer() && self.eligible(&request.model, request.adapter.as_deref(), Among::Whole).is_none()
+        request.may_hand_over() || request.has_one_answer() && self.for_whole(request).is_err()
+    }
+
+    /// Whether a request that one worker should serve has no way left but over a pair.
+    pub(crate) fn is_left_to_pairs(&self, request: &RequestFacts, links: &LinkBoard) -> bool {
+        self.for_whole(request).is_err() && self.has_pair(request, links)
     }
 
     /// Whether a request may begin on one worker and end on another, of those that have not failed it.

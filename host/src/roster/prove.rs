@@ -1,9 +1,9 @@
 //! Proof that engines can hand KV over: a tiny request whose prompt one computes and whose output another makes, before they are
 //! given anybody's.
 //!
-//! An engine that was started without its connector says so only when it is asked, and a prompt that two engines tokenize
-//! differently can end the one that decodes. So a worker has no part in hand-offs until one with a counterpart went well: after it
-//! came, and after each time that it was away. Which of two is at fault is judged by where it went wrong, and by which of them is
+//! An engine that was started without its connector says so only when it is asked, some of them in their settings alone, and a prompt
+//! that two engines tokenize differently can end the one that decodes. So a worker has no part in hand-offs until one with a
+//! counterpart went well: after it came, and after each time that it was away. Which of two is at fault is judged by where it went wrong, and by which of them is
 //! proven already. Who fails is tried again, after pauses that double: so it comes back by itself.
 //!
 //! It is off the request path, bounded in time and number, and no request of anybody's: no policy, account or metric of requests
@@ -166,6 +166,9 @@ impl Roster {
             }
             return self.publish_soon();
         }
+        if self.refuse_without_part([prefill, decode]).await {
+            return self.publish_soon();
+        }
         let begun = Instant::now();
         let checked = tokio::time::timeout(PATIENCE, hand_over_seen(prefill, decode)).await;
         let checked =
@@ -188,6 +191,25 @@ impl Roster {
             Err(fault) => self.blame(prefill, decode, fault),
         }
         self.publish_soon();
+    }
+
+    /// Refuses those of two who say that they were started for no part in hand-offs. Whether there was one.
+    async fn refuse_without_part(&self, ends: [&End; 2]) -> bool {
+        let reasons = [ends[0].no_part().await, ends[1].no_part().await];
+        if reasons.iter().all(Option::is_none) {
+            return false;
+        }
+        for ((end, reason), part) in ends.into_iter().zip(reasons).zip(["prefill", "decode"]) {
+            let mut standing = end.member.standing();
+            if reason.is_some() || !standing.proof.is_proven {
+                standing.proof.later(self.clock.now_ms());
+            }
+            if let Some(reason) = reason {
+                metrics::counter!("dynamo_host_handoff_checks_total", "result" => part).increment(1);
+                refuse(&end.member.config.name, &mut standing.proof, reason);
+            }
+        }
+        true
     }
 
     /// Takes down a hand-off that did not go well: at the cost of who is at fault, and never of who is proven.
@@ -316,6 +338,11 @@ impl End {
         }
         let loads = tokio::time::timeout(TOKENIZE_PATIENCE, self.engine().load()).await.ok()?.ok()?;
         loads.iter().find_map(|load| load.block_size)
+    }
+
+    /// Why it can have no part in hand-offs, if it says so.
+    async fn no_part(&self) -> Option<String> {
+        tokio::time::timeout(TOKENIZE_PATIENCE, self.engine().no_part()).await.ok().flatten()
     }
 
     /// Prompt tokens whose KV it has ever fetched, if it says.

@@ -18,13 +18,13 @@ const COMPLETIONS: &str = "/v1/completions";
 
 /// The part of a request that an engine is asked for, as vLLM is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Leg {
+pub(super) enum Leg {
     Whole,
     Prefill,
     Decode,
 }
 
-fn leg(asked: &Received) -> Leg {
+pub(super) fn leg(asked: &Received) -> Leg {
     let params = &asked.json()["kv_transfer_params"];
     match (&params["do_remote_decode"], &params["do_remote_prefill"]) {
         (Value::Bool(true), _) => Leg::Prefill,
@@ -55,7 +55,7 @@ async fn engine(prefill: Does, decode: Does) -> Scripted {
 }
 
 /// Two tokens.
-fn tokens(asked: &Received, _: u32) -> String {
+pub(super) fn tokens(asked: &Received, _: u32) -> String {
     if asked.json()["stream"] == true {
         return stream_answer(&(token_event(0) + &token_event(1) + &end_events()));
     }
@@ -65,7 +65,7 @@ fn tokens(asked: &Received, _: u32) -> String {
 }
 
 /// A prompt's KV, kept under a number.
-fn keeps(asked: &Received, number: u32) -> String {
+pub(super) fn keeps(asked: &Received, number: u32) -> String {
     let body = asked.json();
     assert_eq!((&body["stream"], &body["max_tokens"]), (&json!(false), &json!(1)), "{body}");
     let params = json!({ "do_remote_prefill": true, "do_remote_decode": false, "remote_block_ids": [[number]] });
@@ -113,7 +113,7 @@ async fn over(engines: &[(&Scripted, &str)]) -> Host {
     Host::configured("[health]\ncheck_handoffs = false\n", &arguments).await
 }
 
-fn legs(engine: &Scripted) -> Vec<Leg> {
+pub(super) fn legs(engine: &Scripted) -> Vec<Leg> {
     engine.received().iter().map(leg).collect()
 }
 

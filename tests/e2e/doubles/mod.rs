@@ -18,7 +18,8 @@ use std::sync::{
 
 pub(crate) use self::{
     context::{AT_ONCE, Trtllm},
-    rooms::{REFUSED_SEED, Sglang},
+    rooms::{Fault, REFUSED_SEED, Rooms, Sglang},
+    server::Cut,
     speech::{text_by, text_of},
     vllm::Vllm,
 };
@@ -31,6 +32,8 @@ pub(crate) const MODEL: &str = "m";
 pub(crate) enum Part {
     Prefill,
     Decode,
+    /// Neither, whatever the host was told: it was started to serve whole requests.
+    Whole,
 }
 
 /// What is known of hand-offs among engines that can reach each other.

@@ -6,7 +6,8 @@
 //! without a room: these engines serve nothing else.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -20,7 +21,7 @@ use tokio::{
 
 use super::{
     MODEL, Network, Part, UntilTheEnd,
-    server::{Answer, Asked, Manners, Server},
+    server::{Answer, Asked, Cut, Manners, Server},
     speech::Speech,
 };
 
@@ -39,6 +40,15 @@ struct Room {
     legs: watch::Sender<[Option<Value>; 2]>,
 }
 
+/// What an engine does instead of what it should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Its streams end after so many tokens.
+    Cut(u64, Cut),
+    /// As one whose transfer of KV fails: an error object, in a stream if it is asked for one.
+    Transfer,
+}
+
 /// A running double.
 pub(crate) struct Sglang {
     server: Server,
@@ -54,19 +64,44 @@ struct Engine {
     aborted: Mutex<Vec<String>>,
     /// Requests by the ids that they were given, aborts apart.
     rids: Mutex<Vec<String>>,
+    /// What goes wrong with the next requests.
+    faults: Mutex<VecDeque<Fault>>,
 }
 
 impl Sglang {
     pub(crate) async fn start(part: Part, network: &Arc<Network<Rooms>>) -> Self {
+        Self::start_at("127.0.0.1:0".parse().unwrap(), part, network).await
+    }
+
+    pub(crate) async fn start_at(address: SocketAddr, part: Part, network: &Arc<Network<Rooms>>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let bootstrap = ("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
         if part == Part::Prefill {
             network.here.lock().unwrap().0.insert(bootstrap.clone(), HashMap::new());
         }
-        let (aborted, rids) = Default::default();
+        let (aborted, rids, faults) = Default::default();
         let network = Arc::clone(network);
-        let manners = Arc::new(Engine { network, part, bootstrap, _bootstrap: listener, aborted, rids });
-        Self { server: Server::start(Arc::clone(&manners)).await, manners }
+        let manners = Arc::new(Engine { network, part, bootstrap, _bootstrap: listener, aborted, rids, faults });
+        Self { server: Server::start_at(address, Arc::clone(&manners)).await, manners }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.server.address
+    }
+
+    /// Has the next requests go wrong, one by one.
+    pub(crate) fn suffer(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.manners.faults.lock().unwrap().extend(faults);
+    }
+
+    /// From here on nothing goes wrong.
+    pub(crate) fn recover(&self) {
+        self.manners.faults.lock().unwrap().clear();
+    }
+
+    /// Faults that are still to come.
+    pub(crate) fn to_suffer(&self) -> usize {
+        self.manners.faults.lock().unwrap().len()
     }
 
     pub(crate) fn url(&self) -> String {
@@ -97,7 +132,14 @@ impl Manners for Engine {
             "get /v1/models" => ok(
                 json!({ "object": "list", "data": [{ "id": MODEL, "object": "model", "owned_by": "sglang", "max_model_len": 32_768 }] }),
             ),
-            "get /server_info" => ok(json!({ "page_size": 64, "chunked_prefill_size": 8192, "version": "0.5.23" })),
+            "get /server_info" => {
+                let mode = match self.part {
+                    Part::Prefill => "prefill",
+                    Part::Decode => "decode",
+                    Part::Whole => "null",
+                };
+                ok(json!({ "page_size": 64, "chunked_prefill_size": 8192, "disaggregation_mode": mode, "version": "0.5.23" }))
+            }
             "get /v1/loads?format=json" => {
                 ok(json!({ "loads": [{ "dp_rank": 0, "num_running_reqs": 0, "num_waiting_reqs": 0 }] }))
             }
@@ -118,6 +160,15 @@ impl Engine {
         let Ok(body) = serde_json::from_str::<Value>(body) else { return refusal("the body is no JSON") };
         let rid = body["rid"].as_str().unwrap_or_default().to_owned();
         self.rids.lock().unwrap().push(rid.clone());
+        let speech = Speech::read(chat, &body);
+        if self.part == Part::Whole {
+            // It does not look at rooms.
+            return speech.answer();
+        }
+        let fault = self.faults.lock().unwrap().pop_front();
+        if fault == Some(Fault::Transfer) && self.part == Part::Prefill {
+            return transfer_failed(speech.stream);
+        }
         let end = UntilTheEnd::of(&self.network);
         let met = tokio::select! {
             met = self.meet(&body) => met,
@@ -127,15 +178,23 @@ impl Engine {
         if let Err(reason) = met {
             return refusal(&reason);
         }
-        let speech = Speech::read(chat, &body);
         let is_refused = speech.seed == Some(REFUSED_SEED) && self.part == Part::Decode;
         if is_refused && !speech.stream {
             return refusal("it does not like its seed");
         }
         // The prefill engine makes a token that nobody reads.
         let tokens = if self.part == Part::Prefill { speech.max_tokens.min(1) } else { speech.max_tokens };
+        if fault == Some(Fault::Transfer) {
+            return transfer_failed(speech.stream);
+        }
         if self.part == Part::Decode {
             self.network.handed();
+        }
+        if let Some(Fault::Cut(after, cut)) = fault.filter(|_| speech.stream) {
+            let mut events = speech.events(after);
+            // Neither its finish nor its usage.
+            events.retain(|event| !event.contains(r#""finish_reason":"length""#) && event.contains(r#""index":0"#));
+            return Answer::Cut(events, cut);
         }
         if speech.stream {
             let end = UntilTheEnd::of(&self.network);
@@ -210,6 +269,15 @@ impl Engine {
             sleep(Duration::from_millis(5)).await;
         }
     }
+}
+
+fn transfer_failed(stream: bool) -> Answer {
+    let message = "Decode transfer failed for request rank=0";
+    let error = json!({ "object": "error", "message": message, "type": "InternalServerError", "param": null, "code": 500 });
+    if stream {
+        return Answer::Stream(vec![json!({ "error": error }).to_string()], Duration::ZERO, Box::new(|| ()));
+    }
+    Answer::Whole("500 Internal Server Error", error.to_string())
 }
 
 fn refusal(message: &str) -> Answer {

@@ -27,6 +27,17 @@ pub(super) enum Answer {
     Whole(&'static str, String),
     /// The data of events, `[DONE]` apart, and the time between two of them. What is carried along is dropped at its end.
     Stream(Vec<String>, Duration, Box<dyn FnOnce() + Send>),
+    /// The same, cut short.
+    Cut(Vec<String>, Cut),
+}
+
+/// What comes after a stream's last event, where that is not its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// The connection ends.
+    HangUp,
+    /// Nothing any more.
+    Silence,
 }
 
 /// A running double. It ends when it is dropped.
@@ -37,7 +48,11 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) async fn start(manners: Arc<impl Manners>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at("127.0.0.1:0".parse().unwrap(), manners).await
+    }
+
+    pub(super) async fn start_at(address: SocketAddr, manners: Arc<impl Manners>) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
@@ -62,6 +77,16 @@ async fn serve(mut stream: TcpStream, manners: Arc<impl Manners>) {
             let answering = async {
                 match Arc::clone(&manners).answer(asked).await {
                     Answer::Whole(status, body) => writing.write_all(whole(status, &body).as_bytes()).await,
+                    Answer::Cut(events, cut) => {
+                        writing.write_all(STREAM_HEAD.as_bytes()).await?;
+                        for event in events {
+                            writing.write_all(chunk(&format!("data: {event}\n\n")).as_bytes()).await?;
+                        }
+                        if cut == Cut::Silence {
+                            std::future::pending::<()>().await;
+                        }
+                        Err(std::io::ErrorKind::ConnectionAborted.into())
+                    }
                     Answer::Stream(events, pace, at_the_end) => {
                         writing.write_all(STREAM_HEAD.as_bytes()).await?;
                         for event in events {

@@ -1,4 +1,5 @@
-//! What the doubles say, and of which tokens: a prompt's words are its tokens, an answer's words follow from those.
+//! What the doubles say, and of which tokens: a prompt's words are its tokens, and each word of an answer follows from all words
+//! before it, so that whoever goes on with what another said says the same.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher as _},
@@ -7,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::MODEL;
+use super::{MODEL, server::Answer};
 
 /// Answers of more tokens than this take their time.
 const QUICK_TOKENS: u64 = 64;
@@ -26,25 +27,34 @@ pub(super) struct Speech {
 impl Speech {
     /// Reads a body of `/v1/chat/completions` or `/v1/completions`.
     pub(super) fn read(chat: bool, body: &Value) -> Self {
-        let prompt = if chat { &body["messages"] } else { &body["prompt"] };
+        let ids =
+            if chat { ids_of_chat(&body["messages"], body["continue_final_message"] == true) } else { ids_of(&body["prompt"]) };
         let limit = body["max_completion_tokens"].as_u64().filter(|_| chat);
         Self {
             chat,
             stream: body["stream"] == true,
             max_tokens: limit.or(body["max_tokens"].as_u64()).unwrap_or(16),
             with_usage: body["stream_options"]["include_usage"] == true,
-            ids: ids_of(prompt),
+            ids,
             seed: body["seed"].as_i64(),
         }
     }
 
     /// The words from a place on.
     pub(super) fn words(&self, tokens: u64) -> Vec<String> {
-        (0..tokens).map(|at| word(&self.ids, self.seed, at)).collect()
+        words_after(&self.ids, self.seed).take(usize::try_from(tokens).unwrap()).collect()
     }
 
     pub(super) fn pace(&self) -> Duration {
         if self.max_tokens > QUICK_TOKENS { TOKEN_TIME } else { Duration::ZERO }
+    }
+
+    /// All of it, as an engine answers that serves whole requests.
+    pub(super) fn answer(&self) -> Answer {
+        if self.stream {
+            return Answer::Stream(self.events(self.max_tokens), self.pace(), Box::new(|| ()));
+        }
+        Answer::Whole("200 OK", self.whole(self.max_tokens, "length").to_string())
     }
 
     /// The whole answer of so many tokens.
@@ -98,8 +108,8 @@ pub(crate) fn text_of(prompt: &Value, tokens: u64) -> String {
 
 /// The same by a seed.
 pub(crate) fn text_by(prompt: &Value, seed: Option<i64>, tokens: u64) -> String {
-    let ids = ids_of(prompt);
-    (0..tokens).map(|at| word(&ids, seed, at)).collect()
+    let ids = if prompt[0].is_object() { ids_of_chat(prompt, false) } else { ids_of(prompt) };
+    words_after(&ids, seed).take(usize::try_from(tokens).unwrap()).collect()
 }
 
 /// A prompt's tokens: one a word; ids are what they are.
@@ -108,18 +118,36 @@ fn ids_of(prompt: &Value) -> Vec<u32> {
         Value::Array(ids) if !ids.is_empty() && ids.iter().all(Value::is_u64) => {
             ids.iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
         }
-        Value::String(text) => text.split_whitespace().map(|word| hashed(word) as u32 % 50_000).collect(),
-        Value::Array(messages) => {
-            let rendered = |message: &Value| format!("<{}> {} ", message["role"], message["content"]);
-            let text: String = messages.iter().map(rendered).collect();
-            ids_of(&text.into())
-        }
+        Value::String(text) => text.split_whitespace().map(id_of).collect(),
         _ => Vec::new(),
     }
 }
 
-fn word(ids: &[u32], seed: Option<i64>, at: u64) -> String {
-    format!(" w{:03}", hashed((ids, seed, at)) % 1000)
+/// A chat's tokens, up to where the answer begins, or goes on if the last message is its beginning.
+fn ids_of_chat(messages: &Value, goes_on: bool) -> Vec<u32> {
+    let mut messages: &[Value] = messages.as_array().map_or(&[], Vec::as_slice);
+    let mut begun = "";
+    if let Some((last, before)) = messages.split_last().filter(|_| goes_on) {
+        (messages, begun) = (before, last["content"].as_str().unwrap());
+    }
+    let rendered = |message: &Value| format!("<{}> {} ", message["role"], message["content"]);
+    let text: String = messages.iter().map(rendered).collect();
+    ids_of(&format!("{text}<\"assistant\">{begun}").into())
+}
+
+/// The words that follow on tokens.
+fn words_after(ids: &[u32], seed: Option<i64>) -> impl Iterator<Item = String> {
+    let first = ids.iter().fold(seed.unwrap_or_default().cast_unsigned(), |state, &id| hashed((state, id)));
+    std::iter::successors(Some((first, String::new())), |(state, _)| {
+        let word = format!(" w{:03}", state % 1000);
+        Some((hashed((state, id_of(word.trim()))), word))
+    })
+    .skip(1)
+    .map(|(_, word)| word)
+}
+
+fn id_of(word: &str) -> u32 {
+    (hashed(word) % 50_000) as u32
 }
 
 fn hashed(what: impl Hash) -> u64 {

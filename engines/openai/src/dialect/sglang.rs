@@ -39,6 +39,19 @@ struct Settings {
     /// −1 without chunks.
     #[serde(default)]
     chunked_prefill_size: Option<i64>,
+    #[serde(default)]
+    disaggregation_mode: Option<Mode>,
+}
+
+/// What it was started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    /// Whole requests: it looks at no room, and answers as if none was named.
+    #[serde(rename = "null")]
+    Whole,
+    #[serde(other)]
+    OfPairs,
 }
 
 impl Dialect for Sglang {
@@ -69,6 +82,17 @@ impl Dialect for Sglang {
 
     fn kv_sources<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Result<KvSources, EngineError>> {
         Box::pin(kv::sglang_sources(control))
+    }
+
+    fn no_part<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Option<String>> {
+        Box::pin(async {
+            let mode = self.settings(control).await.disaggregation_mode;
+            (mode == Some(Mode::Whole)).then(|| {
+                "its disaggregation_mode is null, so that it would compute each prompt itself; start it with \
+                 --disaggregation-mode prefill or decode, or give it role=aggregated"
+                    .to_owned()
+            })
+        })
     }
 
     fn additions(&self, wish: &Wish<'_>) -> Additions {
@@ -147,5 +171,20 @@ impl Load {
             tokens_per_second: self.gen_throughput,
             fetched_tokens: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_server_that_says_so_was_started_for_whole_requests() {
+        let mode = |body: &str| serde_json::from_str::<Settings>(body).unwrap().disaggregation_mode;
+        assert_eq!(mode(r#"{"page_size":64,"disaggregation_mode":"null"}"#), Some(Mode::Whole));
+        for of_pairs in ["prefill", "decode", "a mode of tomorrow"] {
+            assert_eq!(mode(&format!(r#"{{"disaggregation_mode":"{of_pairs}"}}"#)), Some(Mode::OfPairs));
+        }
+        assert_eq!((mode("{}"), mode(r#"{"disaggregation_mode":null}"#)), (None, None));
     }
 }
