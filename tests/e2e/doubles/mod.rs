@@ -20,7 +20,7 @@ pub(crate) use self::{
     context::{AT_ONCE, Trtllm},
     rooms::{Fault, REFUSED_SEED, Rooms, Sglang},
     server::Cut,
-    speech::{text_by, text_of},
+    speech::{ENDLESS_TOKENS, text_by, text_of},
     vllm::Vllm,
 };
 
@@ -42,6 +42,7 @@ pub(crate) struct Network<Here> {
     pub(crate) here: Mutex<Here>,
     faults: Mutex<Vec<String>>,
     handed_over: AtomicUsize,
+    at_work: AtomicUsize,
     abandoned: AtomicUsize,
 }
 
@@ -69,6 +70,11 @@ impl<Here: Default> Network<Here> {
         self.handed_over.load(Ordering::SeqCst)
     }
 
+    /// Requests that have come and have not ended.
+    pub(crate) fn at_work(&self) -> usize {
+        self.at_work.load(Ordering::SeqCst)
+    }
+
     /// Requests whose client left before their end.
     pub(crate) fn abandoned(&self) -> usize {
         self.abandoned.load(Ordering::SeqCst)
@@ -76,22 +82,27 @@ impl<Here: Default> Network<Here> {
 }
 
 /// Counts a request as abandoned unless it comes to its end.
-struct UntilTheEnd<Here>(Option<Arc<Network<Here>>>);
+struct UntilTheEnd<Here> {
+    network: Arc<Network<Here>>,
+    came: bool,
+}
 
 impl<Here> UntilTheEnd<Here> {
     fn of(network: &Arc<Network<Here>>) -> Self {
-        Self(Some(Arc::clone(network)))
+        network.at_work.fetch_add(1, Ordering::SeqCst);
+        Self { network: Arc::clone(network), came: false }
     }
 
     fn came(mut self) {
-        self.0 = None;
+        self.came = true;
     }
 }
 
 impl<Here> Drop for UntilTheEnd<Here> {
     fn drop(&mut self) {
-        if let Some(network) = &self.0 {
-            network.abandoned.fetch_add(1, Ordering::SeqCst);
+        if !self.came {
+            self.network.abandoned.fetch_add(1, Ordering::SeqCst);
         }
+        self.network.at_work.fetch_sub(1, Ordering::SeqCst);
     }
 }

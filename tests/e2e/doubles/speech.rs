@@ -13,6 +13,9 @@ use super::{MODEL, server::Answer};
 /// Answers of more tokens than this take their time.
 const QUICK_TOKENS: u64 = 64;
 const TOKEN_TIME: Duration = Duration::from_millis(1);
+/// Answers of as many take longer than any test waits.
+pub(crate) const ENDLESS_TOKENS: u64 = 4000;
+const ENDLESS_TOKEN_TIME: Duration = Duration::from_millis(20);
 
 /// One request for tokens.
 pub(super) struct Speech {
@@ -46,7 +49,11 @@ impl Speech {
     }
 
     pub(super) fn pace(&self) -> Duration {
-        if self.max_tokens > QUICK_TOKENS { TOKEN_TIME } else { Duration::ZERO }
+        match self.max_tokens {
+            ENDLESS_TOKENS.. => ENDLESS_TOKEN_TIME,
+            tokens if tokens > QUICK_TOKENS => TOKEN_TIME,
+            _ => Duration::ZERO,
+        }
     }
 
     /// All of it, as an engine answers that serves whole requests.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{CHAT, COMPLETIONS, chat, completion, over, prefilled, sglang, streamed, with_arguments};
 use crate::{
-    doubles::{REFUSED_SEED, Sglang, text_by, text_of},
+    doubles::{ENDLESS_TOKENS, REFUSED_SEED, Sglang, text_by, text_of},
     harness::{eventually, host::Host, process::run},
 };
 
@@ -101,14 +101,15 @@ async fn each_prompt_of_a_batch_has_its_choices_in_order() {
 async fn a_client_that_leaves_ends_all_parts() {
     let (network, _prefill, decode, workers) = sglang().await;
     let host = over(&workers).await;
-    let mut events = host.http.open(CHAT, &streamed(with(chat("never stop", 5000), &json!({ "n": 3 })))).await;
+    let mut events = host.http.open(CHAT, &streamed(with(chat("never stop", ENDLESS_TOKENS as u32), &json!({ "n": 3 })))).await;
     let mut begun = BTreeMap::new();
     while begun.len() < 3 {
         begun.extend(said(&[events.event().await]));
     }
     assert_eq!((in_flight(&host).await, decode.iter().any(Sglang::was_told_to_abort)), (1.0, false));
     drop(events);
-    eventually("nobody works on any of them", async || (network.abandoned() >= 3).then_some(())).await;
+    eventually("nobody works on any of them", async || (network.at_work() == 0).then_some(())).await;
+    assert!(network.abandoned() >= 3, "they were ended");
     eventually("it is counted once", async || (counted(&host, "200").await == 1.0).then_some(())).await;
     assert_eq!((in_flight(&host).await, network.faults()), (0.0, vec![]));
 }
@@ -117,20 +118,20 @@ async fn a_client_that_leaves_ends_all_parts() {
 async fn a_part_that_fails_fails_all() {
     let (network, _prefill, _decode, workers) = sglang().await;
     let host = over(&workers).await;
-    let asked = with(chat("one is not liked", 5000), &json!({ "n": 3, "seed": REFUSED_SEED - 2 }));
+    let asked = with(chat("one is not liked", 5), &json!({ "n": 3, "seed": REFUSED_SEED - 2 }));
     let reply = host.http.post(CHAT, asked.to_string()).await;
     assert!(reply.status == 400 && reply.text().contains("it does not like its seed"), "{} {}", reply.status, reply.text());
     eventually("it is counted once", async || (counted(&host, "400").await == 1.0).then_some(())).await;
-    let before = network.abandoned();
-    let events = host.http.open(CHAT, &streamed(asked)).await;
+    let asked = with(streamed(asked), &json!({ "max_tokens": ENDLESS_TOKENS }));
+    let events = host.http.open(CHAT, &asked).await;
     let (events, ended) = events.rest().await;
     ended.unwrap();
     let (last, others) = events.split_last().unwrap();
     let last: Value = serde_json::from_str(last).unwrap();
     assert!(last["error"]["message"].as_str().unwrap().contains("it does not like its seed"), "{last}");
     assert!(!others.iter().any(|data| data == "[DONE]" || data.contains("\"error\"")), "{others:?}");
-    eventually("the others are given up", async || (network.abandoned() >= before + 2).then_some(())).await;
-    eventually("nobody is busy", async || (in_flight(&host).await == 0.0).then_some(())).await;
+    eventually("the others are given up", async || (network.at_work() == 0).then_some(())).await;
+    eventually("nobody waits for them", async || (in_flight(&host).await == 0.0).then_some(())).await;
     assert_eq!(network.faults(), [""; 0]);
 }
 
