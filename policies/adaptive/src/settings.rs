@@ -111,8 +111,8 @@ impl Default for HandoffSettings {
     fn default() -> Self {
         Self {
             stall: 0.4,
-            stalls_from: 0.015,
-            stalls_to: 0.05,
+            stalls_from: 0.01,
+            stalls_to: 0.1,
             keep_free: 9.0,
             spare: 1.0,
             late_ms: 1250.0,
