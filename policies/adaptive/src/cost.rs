@@ -312,8 +312,15 @@ fn uncached(settings: &Settings, prompt: f32, candidates: &Candidates) -> Vec<f3
 
 /// Whether workers differ in what they do, or may.
 fn is_apart(candidates: &Candidates) -> bool {
-    // In one go, which is SIMD.
-    candidates.role().iter().fold(role::AGGREGATED, |all, of| all | of) != role::AGGREGATED
+    // In one go and in lanes, which is SIMD.
+    let (blocks, rest) = candidates.role().as_chunks::<16>();
+    let mut any = [role::AGGREGATED; 16];
+    for block in blocks {
+        for (any, &of) in any.iter_mut().zip(block) {
+            *any |= of;
+        }
+    }
+    any.iter().chain(rest).fold(role::AGGREGATED, |all, of| all | of) != role::AGGREGATED
 }
 
 /// Output tokens that are still to be expected, over all choices.

@@ -127,13 +127,27 @@ impl<'a> Handoff<'a> {
             let single = prefill + onward;
             *placed = if of == role::PREFILL { single } else { *placed };
         }
-        let rows = rank::lowest_finite_rows(&placed, entropy::next());
+        let mut rows = rank::lowest_finite_rows(&placed, entropy::next());
         let least_placed = rows.first().map_or(NONE, |&row| placed[row as usize]);
         match pair {
             Some(pair) if pair.cost + pair.onward < least_placed => Decision::PlaceDisaggregated(self.pairs(&starts)),
-            _ if !rows.is_empty() => Decision::Place(rows),
+            _ if !rows.is_empty() => {
+                self.fall_back_on(&starts, &mut rows);
+                Decision::Place(rows)
+            }
             // Only those are left that prefill, and KV gets nowhere from there at present: the host knows what to do then.
             _ => rank::lowest(prefill),
+        }
+    }
+
+    /// Puts who prefills last where nobody of them is ranked. Decode engines of some kinds serve nothing whole: the host knows and
+    /// passes them over, and would have to choose for itself where all are such.
+    fn fall_back_on(&self, starts: &[Start], rows: &mut Vec<u32>) {
+        let is_single = |row: u32| self.roles[row as usize] == role::PREFILL;
+        if rows.iter().all(|&row| self.roles[row as usize] == role::DECODE) {
+            let singles: Vec<u32> = starts.iter().map(|start| start.row).filter(|&row| is_single(row)).collect();
+            rows.truncate(rank::MAX_RANKED - singles.len());
+            rows.extend(singles);
         }
     }
 

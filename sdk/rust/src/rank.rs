@@ -3,7 +3,10 @@
 use crate::{Decision, entropy};
 
 /// Rows that a decision holds at most.
-const MAX_RANKED: usize = 16;
+pub const MAX_RANKED: usize = 16;
+/// Numbers that are worked with at once.
+const LANES: usize = 4;
+
 /// Places the request on the rows of lowest cost, best first. `costs` has one value per row. Equal costs are
 /// ordered at random, so that identical workers share the load; a NaN is worse than any number.
 pub fn lowest(costs: impl IntoIterator<Item = f32>) -> Decision {
@@ -74,11 +77,13 @@ impl Lowest {
     #[inline(always)]
     pub fn add_block(&mut self, first: u32, costs: &[f32; Self::BLOCK]) {
         // SIMD, and nearly every block of a large set is turned away here.
-        let mut is_any = 0;
-        for &cost in costs {
-            is_any |= u32::from(!is_above(cost, self.highest));
+        let mut is_any = [0; LANES];
+        for costs in costs.as_chunks::<LANES>().0 {
+            for (is_any, &cost) in is_any.iter_mut().zip(costs) {
+                *is_any |= u32::from(!is_above(cost, self.highest));
+            }
         }
-        if is_any != 0 {
+        if is_any != [0; LANES] {
             self.add_equals(first, costs);
         }
     }
@@ -86,13 +91,17 @@ impl Lowest {
     /// Of idle workers all costs are equal, and chance turns nearly all away.
     #[inline(never)]
     fn add_equals(&mut self, first: u32, costs: &[f32; Self::BLOCK]) {
-        let last = self.rows[MAX_RANKED - 1].0 as u32;
-        let mut is_any = 0;
-        for (row, &cost) in (first..).zip(costs) {
-            let is_equal = cost.to_bits() == self.highest.to_bits();
-            is_any |= u32::from(!(is_above(cost, self.highest) | (is_equal & (mix(self.seed, row) > last))));
+        let (last, highest) = (self.rows[MAX_RANKED - 1].0 as u32, self.highest);
+        let mut is_any = [0; LANES];
+        let mut rows = [first, first + 1, first + 2, first + 3];
+        for costs in costs.as_chunks::<LANES>().0 {
+            for ((is_any, row), &cost) in is_any.iter_mut().zip(&mut rows).zip(costs) {
+                let is_unlike = u32::from(cost.to_bits() != highest.to_bits());
+                *is_any |= u32::from(!is_above(cost, highest)) & (is_unlike | u32::from(mix(self.seed, *row) <= last));
+                *row += LANES as u32;
+            }
         }
-        if is_any != 0 {
+        if is_any != [0; LANES] {
             self.add(first, costs);
         }
     }

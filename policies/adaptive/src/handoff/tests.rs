@@ -135,6 +135,29 @@ fn without_a_way_for_its_kv_a_request_stays_whole() {
 }
 
 #[test]
+fn who_prefills_is_ranked_even_after_many_who_decode() {
+    let mut roles = [D; 40];
+    roles[7] = P;
+    let fleet = queued::<40>(idle(roles), std::array::from_fn(|row| if row == 7 { 100_000 } else { 0 }));
+    let Decision::Place(rows) = decide(&request(4000), &fleet) else { panic!("not placed") };
+    assert_eq!((rows.len(), rows[15]), (16, 7), "a host whose decode engines serve nothing whole takes it: {rows:?}");
+    assert!(rows[..15].iter().all(|row| *row != 7));
+}
+
+#[test]
+fn who_goes_on_is_found_among_many() {
+    // More than a block, and some beyond the last whole one; whoever is best, wherever it is.
+    for best in [0, 15, 16, 31, 36] {
+        let fleet = || decoding([D; 37], std::array::from_fn(|row| if row == best { 3 } else { 5 + row as u32 % 3 }));
+        let from = fleet().with_prefilled_by(99).with_reachable(None, [1; 37]);
+        assert_eq!(first(&request(20_000).with_stage(stage::DECODE), &from), best as u32);
+        let cut =
+            fleet().with_prefilled_by(99).with_reachable(None, std::array::from_fn::<u32, 37, _>(|row| u32::from(row != best)));
+        assert_ne!(first(&request(20_000).with_stage(stage::DECODE), &cut), best as u32);
+    }
+}
+
+#[test]
 fn who_goes_on_decodes_little_holds_much_and_is_near() {
     let stage = |candidates: &Candidates| first(&request(20_000).with_stage(stage::DECODE), candidates);
     let from = |candidates: Candidates| candidates.with_prefilled_by(9).with_reachable(None, [1, 1, 1]);
