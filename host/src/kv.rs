@@ -66,7 +66,10 @@ struct Standing {
     last_event_ms: Option<u64>,
     resets: u64,
     left_out: u64,
+    /// Why it does not tell, or is not heard.
     trouble: Option<String>,
+    /// Why what it tells is left out: that holds however well it is heard.
+    misfit: Option<String>,
 }
 
 /// How a worker's KV is known, for people and tools.
@@ -133,7 +136,10 @@ impl KvFeed {
     /// Forgets what its engine told, which holds no more.
     pub(crate) fn reset(&self, cause: &'static str) {
         self.kv.clear();
-        self.standing().resets += 1;
+        let mut standing = self.standing();
+        standing.resets += 1;
+        standing.misfit = None;
+        drop(standing);
         metrics::counter!("dynamo_host_kv_resets_total", "cause" => cause).increment(1);
     }
 
@@ -152,7 +158,7 @@ impl KvFeed {
             self.kv.clear();
             standing.source = KvSource::None;
         }
-        (standing.is_interrupted, standing.trouble) = (false, None);
+        (standing.is_interrupted, standing.trouble, standing.misfit) = (false, None, None);
     }
 
     /// Takes down how it is told.
@@ -195,10 +201,10 @@ impl KvFeed {
     fn left_out(&self, worker: &str, why: impl FnOnce() -> String) {
         let mut standing = self.standing();
         standing.left_out += 1;
-        if standing.trouble.is_none() {
+        if standing.misfit.is_none() {
             let why = why();
             tracing::warn!(worker, "{why}");
-            standing.trouble = Some(why);
+            standing.misfit = Some(why);
         }
     }
 
@@ -238,7 +244,7 @@ impl KvFeed {
             resets: standing.resets,
             left_out: standing.left_out,
             stale: standing.is_interrupted && self.has_events(),
-            trouble: standing.trouble.clone(),
+            trouble: standing.trouble.clone().or_else(|| standing.misfit.clone()),
         }
     }
 
@@ -319,6 +325,9 @@ mod tests {
         let report = feed.report(17);
         assert_eq!((report.source, report.blocks, report.left_out, report.last_event_age_ms), (KvSource::Events, 1, 2, Some(10)));
         assert!(report.trouble.unwrap().contains("blocks of 32 tokens"));
+        // They were of a replay, with the end of which all is heard.
+        feed.note("w", &KvNote::Current);
+        assert!(feed.report(17).trouble.unwrap().contains("blocks of 32 tokens"));
         assert_eq!(indexes.overlap("m", &prompt(true)).held()[0].tokens, [16, 0, 0, 0]);
     }
 

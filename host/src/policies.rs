@@ -325,13 +325,18 @@ mod tests {
         };
         let (off, ()) = tokio::join!(off, overtaken);
         assert_eq!(off.unwrap().not_kept, None);
-        // Those who left have work under way that still holds the state directory.
-        while Arc::strong_count(&policies.keepers) > 1 {
-            tokio::task::yield_now().await;
-        }
         drop(policies);
         let runtime = Arc::new(PolicyRuntime::new(Limits::default(), Arc::new(Now::default), None).unwrap());
-        let reopened = Policies::open(runtime, Some(directory.path()), wishes).unwrap();
+        // Those who left have work under way that still holds the state directory, and the database lets go of it a little later.
+        let reopened = async {
+            loop {
+                match Policies::open(Arc::clone(&runtime), Some(directory.path()), wishes) {
+                    Err(StoreError::InUse { .. }) => tokio::time::sleep(Duration::from_millis(5)).await,
+                    opened => return opened.unwrap(),
+                }
+            }
+        };
+        let reopened = tokio::time::timeout(Duration::from_secs(60), reopened).await.expect("the state directory is let go of");
         assert!(reopened.routing().is_bypassed(), "what it was turned to meanwhile is what was kept");
     }
 }

@@ -22,8 +22,9 @@ use crate::{
     world::LIFECYCLE,
 };
 
-/// Ticks of the backstop that setting up may take: about a second.
-const SETUP_TICKS: u64 = 40;
+/// Ticks of the backstop that setting up may take: about ten seconds. Fuel bounds it to 0.1 s of work, for which a busy machine may
+/// take many times as long; it is off the requests' path.
+const SETUP_TICKS: u64 = 400;
 
 /// What instances are made from.
 pub(crate) struct Blueprint {

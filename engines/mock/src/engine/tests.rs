@@ -57,13 +57,13 @@ fn without_time(frame: &str) -> String {
 }
 
 async fn eventually(engine: &MockEngine, what: &str, condition: impl Fn(&Snapshot) -> bool) {
-    for _ in 0..1000 {
+    for _ in 0..6000 {
         if condition(&engine.snapshot().await.unwrap()) {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    panic!("not within 10 s: {what}; {:?}", engine.snapshot().await);
+    panic!("not within 60 s: {what}; {:?}", engine.snapshot().await);
 }
 
 #[tokio::test]

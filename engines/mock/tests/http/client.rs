@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::{net::TcpStream, task::JoinSet};
 
-use crate::within_10_s;
+use crate::within_60_s;
 
 pub(crate) struct Client {
     sender: http1::SendRequest<Full<Bytes>>,
@@ -65,7 +65,7 @@ impl Client {
             request = request.header(*name, *value);
         }
         let request = request.body(Full::from(body)).unwrap();
-        within_10_s(async {
+        within_60_s(async {
             self.sender.ready().await.unwrap();
             self.sender.send_request(request).await.unwrap()
         })
@@ -79,12 +79,12 @@ async fn whole(reply: Response<Incoming>) -> Reply {
 
 /// The rest of a reply's body.
 pub(crate) async fn body(reply: Response<Incoming>) -> String {
-    let bytes = within_10_s(reply.into_body().collect()).await.unwrap().to_bytes();
+    let bytes = within_60_s(reply.into_body().collect()).await.unwrap().to_bytes();
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 /// The next piece of a reply's body.
 pub(crate) async fn next_frame(reply: &mut Response<Incoming>) -> String {
-    let frame = within_10_s(reply.body_mut().frame()).await.unwrap().unwrap();
+    let frame = within_60_s(reply.body_mut().frame()).await.unwrap().unwrap();
     String::from_utf8(frame.into_data().unwrap().to_vec()).unwrap()
 }

@@ -4,7 +4,7 @@ use dynamo_engine_mock::{MockEngine, MockOptions, tokens};
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::{Server, client, streamed_text, within_10_s};
+use crate::{Server, client, streamed_text, within_60_s};
 
 /// An engine of a role, with more of its parameters.
 async fn start(role: &str, parameters: &[(&str, &str)]) -> Server {
@@ -220,7 +220,7 @@ async fn what_a_fetch_does_wrong() {
     };
     tokio::select! {
         reply = fetches => panic!("{}", reply.body),
-        () = within_10_s(stops) => {}
+        () = within_60_s(stops) => {}
     }
 }
 

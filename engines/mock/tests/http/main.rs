@@ -41,18 +41,18 @@ impl Server {
 
     /// Waits until a condition holds; it is not missed if it held before.
     async fn eventually(&self, what: &str, condition: impl Fn(&Snapshot) -> bool) {
-        for _ in 0..1000 {
+        for _ in 0..6000 {
             if condition(&self.engine.snapshot().await.unwrap()) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        panic!("not within 10 s: {what}; {:?}", self.engine.snapshot().await);
+        panic!("not within 60 s: {what}; {:?}", self.engine.snapshot().await);
     }
 }
 
-async fn within_10_s<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(10), future).await.expect("within 10 s")
+async fn within_60_s<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), future).await.expect("within 60 s")
 }
 
 /// The texts of a completion's stream, joined; checks that it ends as it must.
@@ -225,5 +225,5 @@ async fn a_server_that_stops_finishes_its_streams() {
     let rest = client::body(stream).await;
     assert_eq!(tokens::count(&streamed_text(&(first + &rest))), Ok(100));
     drop(client);
-    within_10_s(server.task.join_next()).await.unwrap().unwrap().unwrap();
+    within_60_s(server.task.join_next()).await.unwrap().unwrap().unwrap();
 }

@@ -56,9 +56,9 @@ fn timed_runtime() -> (PolicyRuntime, Arc<AtomicU64>) {
 /// Waits until something holds that other threads bring about.
 #[track_caller]
 fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
-        assert!(Instant::now() < deadline, "not within 20 s: {what}");
+        assert!(Instant::now() < deadline, "not within 60 s: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
