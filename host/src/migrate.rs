@@ -3,7 +3,7 @@
 //! Contract: [`Course`] is what a request needs to be given to another worker, and [`Record`] what its client has; when a
 //! worker is lost, [`carry_on`] makes the rest of the stream of both. Each choice that is not finished goes its own way (a
 //! [`leg`]), asked of an engine in a form that it takes ([`ask`]); what comes is made part of the client's stream ([`splice`]),
-//! with care for the place where the two meet ([`seam`]).
+//! with care for the place where the two meet ([`seam`]). Streams without choices go on as chats ([`nested`]).
 //!
 //! Invariants: no token is lost or doubled; a stream has one role for each choice, one finish, one `[DONE]`; what cannot go on
 //! soundly ends in an error that says why (`migration_unsound`), and without `[DONE]`.
@@ -11,6 +11,7 @@
 mod ask;
 mod ids;
 mod leg;
+mod nested;
 mod record;
 mod seam;
 mod splice;
@@ -32,7 +33,7 @@ use futures_util::{
 use tracing::{Instrument, Span};
 
 use self::{
-    ask::Original,
+    ask::{Original, Unsound},
     leg::{Leg, Piece, Shared},
     record::Choice,
     splice::Splice,
@@ -101,9 +102,6 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
         metrics::counter!("dynamo_host_migrations_total", "cause" => loss.cause, "result" => "unsound").increment(1);
         Err(RequestError::MigrationUnsound { failure: loss.failure.clone(), reason })
     };
-    if !is_movable(course.facts.endpoint) {
-        return refuse("answers of this endpoint are not carried on; use /v1/chat/completions where that matters");
-    }
     record.fold();
     if record.is_over {
         return refuse("it is longer than migration.max_kept_bytes");
@@ -115,10 +113,17 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
     let has = |flag: u32| facts.flags & flag != 0;
     let original =
         Original::read(facts.endpoint, &course.ask.body, has(flags::GUIDED), has(flags::TOOLS), facts.multimodal_items > 0);
-    let Some(original) = original else { return refuse("its request cannot be read again") };
+    let original = match original {
+        Ok(original) => original,
+        Err(Unsound(reason)) => return refuse(reason),
+    };
     let Record { mut said, .. } = record;
+    let nested = said.nested.take();
+    if let Some(reason) = nested.as_ref().and_then(|nested| nested.obstacle(said.choices.get(&0))) {
+        return refuse(reason);
+    }
     let (choices, prompts) = (facts.choices, original.prompts());
-    let splice = Splice::new(facts.endpoint, &said, choices, prompts, course.returns_ids, facts.prompt.tokens);
+    let splice = Splice::new(original.endpoint(), &said, choices, prompts, course.returns_ids, facts.prompt.tokens);
     for (&index, choice) in said.choices.iter().filter(|(index, _)| **index < choices) {
         splice.tally.output(index, choice.tokens);
         if let Some(ids) = &choice.prompt_ids {
@@ -144,11 +149,15 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
         let tally = &shared.splice.tally;
         Ok(Rest::End(shared.splice.end(wants_usage), tally.prompt_tokens(), tally.output_tokens()))
     });
-    Ok(legs.chain(end).boxed())
+    let rest = legs.chain(end).boxed();
+    Ok(match nested {
+        Some(nested) => nested.retell(rest),
+        None => rest,
+    })
 }
 
-/// Whether an endpoint's streams have choices, which are what goes on elsewhere.
-pub(crate) fn is_movable(endpoint: Endpoint) -> bool {
+/// Whether an endpoint's streams have choices, with the ids of their tokens where engines are asked for them.
+pub(crate) fn has_choices(endpoint: Endpoint) -> bool {
     matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
 }
 
