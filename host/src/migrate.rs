@@ -5,6 +5,7 @@
 //! [`leg`]), asked of an engine in a form that it takes ([`ask`]); what comes is made part of the client's stream ([`splice`]),
 //! with care for the place where the two meet ([`seam`]). One worker goes on, or, where nobody serves whole requests, two do: one
 //! computes the prompt and what there is of the answer, the other makes the rest ([`pair`]).
+//! Streams without choices go on as chats ([`nested`]).
 //!
 //! Invariants: no token is lost or doubled; a stream has one role for each choice, one finish, one `[DONE]`; what cannot go on
 //! soundly ends in an error that says why (`migration_unsound`), and without `[DONE]`.
@@ -12,6 +13,7 @@
 mod ask;
 mod ids;
 mod leg;
+mod nested;
 mod pair;
 mod record;
 mod seam;
@@ -34,7 +36,7 @@ use futures_util::{
 use tracing::{Instrument, Span};
 
 use self::{
-    ask::Original,
+    ask::{Original, Unsound},
     leg::{Leg, Piece, Shared},
     record::Choice,
     splice::Splice,
@@ -106,9 +108,6 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
         metrics::counter!("dynamo_host_migrations_total", "cause" => loss.cause, "result" => "unsound").increment(1);
         Err(RequestError::MigrationUnsound { failure: loss.failure.clone(), reason })
     };
-    if !is_movable(course.facts.endpoint) {
-        return refuse("answers of this endpoint are not carried on; use /v1/chat/completions where that matters");
-    }
     record.fold();
     if record.is_over {
         return refuse("it is longer than migration.max_kept_bytes");
@@ -120,10 +119,17 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
     let has = |flag: u32| facts.flags & flag != 0;
     let original =
         Original::read(facts.endpoint, &course.ask.body, has(flags::GUIDED), has(flags::TOOLS), facts.multimodal_items > 0);
-    let Some(original) = original else { return refuse("its request cannot be read again") };
+    let original = match original {
+        Ok(original) => original,
+        Err(Unsound(reason)) => return refuse(reason),
+    };
     let Record { mut said, .. } = record;
+    let nested = said.nested.take();
+    if let Some(reason) = nested.as_ref().and_then(|nested| nested.obstacle(said.choices.get(&0))) {
+        return refuse(reason);
+    }
     let (choices, prompts) = (facts.choices, original.prompts());
-    let splice = Splice::new(facts.endpoint, &said, choices, prompts, course.returns_ids, facts.prompt.tokens);
+    let splice = Splice::new(original.endpoint(), &said, choices, prompts, course.returns_ids, facts.prompt.tokens);
     for (&index, choice) in said.choices.iter().filter(|(index, _)| **index < choices) {
         splice.tally.output(index, choice.tokens);
         if let Some(ids) = &choice.prompt_ids {
@@ -149,11 +155,15 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
         let tally = &shared.splice.tally;
         Ok(Rest::End(shared.splice.end(wants_usage), tally.prompt_tokens(), tally.output_tokens()))
     });
-    Ok(legs.chain(end).boxed())
+    let rest = legs.chain(end).boxed();
+    Ok(match nested {
+        Some(nested) => nested.retell(rest),
+        None => rest,
+    })
 }
 
-/// Whether an endpoint's streams have choices, which are what goes on elsewhere.
-pub(crate) fn is_movable(endpoint: Endpoint) -> bool {
+/// Whether an endpoint's streams have choices, with the ids of their tokens where engines are asked for them.
+pub(crate) fn has_choices(endpoint: Endpoint) -> bool {
     matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
 }
 

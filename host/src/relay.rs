@@ -27,7 +27,7 @@ use crate::{
     config::Limits,
     error::{Audience, RequestError},
     handoff::Beside,
-    migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, is_movable, without_ids},
+    migrate::{self, Course, LOOK_EVERY, Loss, Lost, Record, Rest, RestStream, Vigil, has_choices, without_ids},
     retry_after,
     text::plain,
 };
@@ -149,9 +149,9 @@ pub(crate) fn stream(
     let alarm = tokio::time::sleep_until((last + LOOK_EVERY).min(patience.deadline).into());
     let endpoint = account.endpoint();
     let movable = course.map(|course| Movable {
-        record: if is_movable(endpoint) { Record::new(course.migration.max_kept_bytes) } else { Record::none() },
+        record: Record::new(endpoint, course.migration.max_kept_bytes),
         // Engines are asked for ids of what can go on with them.
-        strips_ids: is_movable(endpoint) && !course.returns_ids,
+        strips_ids: has_choices(endpoint) && !course.returns_ids,
         unfinished: course.facts.choices,
         course,
         engine,

@@ -9,6 +9,7 @@ use dynamo_engine_api::{ChatContinuation, Continues, Endpoint};
 use serde_json::{Map, Value, json};
 
 use super::{
+    nested,
     record::{Choice, Stage},
     seam::Seam,
 };
@@ -69,6 +70,7 @@ pub(super) struct Original {
     is_guided: bool,
     has_tools: bool,
     is_multimodal: bool,
+    is_retold: bool,
 }
 
 /// What is asked next for a choice.
@@ -90,13 +92,46 @@ pub(super) struct Ask {
 }
 
 impl Original {
-    /// Reads a body that was decoded before.
-    pub(super) fn read(endpoint: Endpoint, body: &[u8], is_guided: bool, has_tools: bool, is_multimodal: bool) -> Option<Self> {
-        let fields: Map<String, Value> = serde_json::from_slice(body).ok()?;
+    /// Reads a body that was decoded before; of an API whose streams have no choices, as a chat.
+    ///
+    /// # Errors
+    /// Why it cannot be asked again.
+    pub(super) fn read(
+        endpoint: Endpoint,
+        body: &[u8],
+        is_guided: bool,
+        has_tools: bool,
+        is_multimodal: bool,
+    ) -> Result<Self, Unsound> {
+        let fields = serde_json::from_slice(body).map_err(|_| Unsound("its request cannot be read again"))?;
+        let has_choices = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+        let (endpoint, fields, is_guided) = if has_choices {
+            (endpoint, fields, is_guided)
+        } else {
+            let chat: Map<String, Value> = nested::as_chat(endpoint, fields)?;
+            let is_guided = is_guided || chat.contains_key("response_format");
+            (Endpoint::ChatCompletions, chat, is_guided)
+        };
         let n = fields.get("n").and_then(Value::as_u64).map_or(1, |n| n.clamp(1, u64::from(u32::MAX)) as u32);
         let offers_none = fields.get("tool_choice").is_some_and(|choice| choice == "none");
         let is_told = fields.get("tool_choice").is_some_and(|choice| choice == "required" || choice.is_object());
-        Some(Self { endpoint, fields, n, is_guided: is_guided || is_told, has_tools: has_tools && !offers_none, is_multimodal })
+        let (is_guided, has_tools) = (is_guided || is_told, has_tools && !offers_none);
+        Ok(Self { endpoint, fields, n, is_guided, has_tools, is_multimodal, is_retold: !has_choices })
+    }
+
+    /// What is asked: what the client asked, or the chat that it is.
+    pub(super) fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    /// Whether it is a chat only because its own API is not gone on with.
+    pub(super) fn is_retold(&self) -> bool {
+        self.is_retold
+    }
+
+    /// A text, as a prompt of its own.
+    pub(super) fn text_alone(&self, text: &str) -> Bytes {
+        json!({ "model": self.fields.get("model"), "prompt": text, "add_special_tokens": false }).to_string().into()
     }
 
     /// Which prompt a choice answers.

@@ -64,7 +64,7 @@ impl Shared {
         }
         let counted = match self.original.with_prompt_of(index) {
             Some(body) => {
-                let asked = timeout(TAIL, engine.tokenize(self.course.facts.endpoint, body)).await;
+                let asked = timeout(TAIL, engine.tokenize(self.original.endpoint(), body)).await;
                 asked.ok().and_then(Result::ok).flatten()
             }
             None => None,
@@ -94,6 +94,8 @@ pub(super) struct Leg {
     in_vain: u32,
     /// How long the client's prompt is, by an engine that was told text.
     reckoned: Option<u32>,
+    /// Whether its output was counted, where that takes an engine.
+    is_counted: bool,
     running: Option<Running>,
 }
 
@@ -161,6 +163,7 @@ impl Leg {
             is_resumed: false,
             in_vain: 0,
             reckoned: None,
+            is_counted: false,
             running: None,
             shared,
         }
@@ -310,12 +313,13 @@ impl Leg {
     /// Finds a worker that goes on. Frames: none was needed.
     async fn resume(&mut self) -> Result<Option<Bytes>, RequestError> {
         self.choice.settle();
+        self.count_output().await;
         let shared = Arc::clone(&self.shared);
         let (course, splice) = (&shared.course, &shared.splice);
         splice.tally.output(self.index, self.choice.tokens);
         let kind = self.some_engine();
         if let Next::Full = self.next_ask(kind, course.lane.roster.snapshot().max_model_len(&self.facts))? {
-            return Ok(Some(splice.full(self.index, &mut self.choice).into()));
+            return Ok(Some(self.full().await));
         }
         self.prepare_facts();
         let prompt = match (&self.choice.prompt_ids, course.prompt.is_exact()) {
@@ -347,7 +351,7 @@ impl Leg {
                         self.count("continued");
                         return Ok(None);
                     }
-                    Came::Full => return Ok(Some(splice.full(self.index, &mut self.choice).into())),
+                    Came::Full => return Ok(Some(self.full().await)),
                     Came::Unsound(error) => unsound = Some(error),
                     // Others may have come, or be known to be gone.
                     Came::Failed => {
@@ -360,6 +364,39 @@ impl Leg {
                 return Err(error);
             }
         }
+    }
+
+    /// Ends a choice that has all its tokens.
+    async fn full(&mut self) -> Bytes {
+        // Nobody goes on with it who would say how long its prompt is.
+        if let Some(engine) = self.engines().into_iter().next() {
+            self.shared.count_prompt(self.index, self.reckoned, &*engine).await;
+        }
+        self.shared.splice.full(self.index, &mut self.choice).into()
+    }
+
+    /// Counts the output of a stream that tells no ids, once. A busy engine puts several tokens into one event, so that events
+    /// are too few; its tokenizer cuts the text into about as many as were made.
+    async fn count_output(&mut self) {
+        let is_counted = !self.shared.original.is_retold() || self.choice.text.is_empty();
+        if std::mem::replace(&mut self.is_counted, true) || is_counted {
+            return;
+        }
+        let Some(engine) = self.engines().into_iter().find(|engine| engine.continues().gives_ids) else { return };
+        let body = self.shared.original.text_alone(&self.choice.text);
+        let asked = timeout(TAIL, engine.tokenize(Endpoint::Completions, body)).await;
+        if let Some(ids) = asked.ok().and_then(Result::ok).flatten() {
+            self.choice.tokens = self.choice.tokens.max(ids.len() as u32);
+        }
+    }
+
+    /// Engines that could have it.
+    fn engines(&self) -> Vec<Arc<dyn Engine>> {
+        let snapshot = self.shared.course.lane.roster.snapshot();
+        // To count it is enough that one answers, also if it failed the choice.
+        let facts = RequestFacts { failed_workers: Vec::new(), ..self.facts.clone() };
+        let Ok(candidates) = snapshot.candidates(&facts) else { return Vec::new() };
+        (0..candidates.count()).map(|row| Arc::clone(snapshot.engine(candidates.worker(row).id))).collect()
     }
 
     /// What a worker is asked, or why nobody needs to ask it.

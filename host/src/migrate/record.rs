@@ -6,12 +6,14 @@
 
 use std::{borrow::Cow, collections::BTreeMap, fmt};
 
-use dynamo_engine_api::Usage;
+use dynamo_engine_api::{Endpoint, Usage};
 use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, Visitor},
 };
-use serde_json::{Value, value::RawValue};
+use serde_json::{Map, Value, value::RawValue};
+
+use super::nested::Nested;
 
 /// Bytes of frames that are kept before they are read.
 const FOLD_AT: usize = 128 << 10;
@@ -43,6 +45,8 @@ pub(crate) struct Said {
     pub(crate) has_unread: bool,
     /// The prompt's ids, where frames have them at their top.
     prompt_ids: Option<Vec<u32>>,
+    /// Of a stream whose events have no choices: its one answer is choice 0.
+    pub(super) nested: Option<Nested>,
 }
 
 /// What a client has of one choice.
@@ -158,14 +162,9 @@ impl Stage {
 }
 
 impl Record {
-    /// One of at most so many bytes.
-    pub(crate) fn new(most: usize) -> Self {
-        Self { most, ..Self::default() }
-    }
-
-    /// One that keeps nothing.
-    pub(crate) fn none() -> Self {
-        Self { is_over: true, ..Self::default() }
+    /// Of an endpoint's stream, of at most so many bytes.
+    pub(crate) fn new(endpoint: Endpoint, most: usize) -> Self {
+        Self { most, said: Said { nested: Nested::of(endpoint), ..Said::default() }, ..Self::default() }
     }
 
     /// Keeps whole frames that the client gets.
@@ -205,10 +204,21 @@ impl Said {
     fn bytes(&self) -> usize {
         let ids = |ids: &Option<Vec<u32>>| 4 * ids.as_ref().map_or(0, Vec::len);
         let of = |choice: &Choice| size_of::<Choice>() + choice.text.len() + 4 * choice.ids.len() + ids(&choice.prompt_ids);
-        ids(&self.prompt_ids) + self.choices.values().map(of).sum::<usize>()
+        let nested = self.nested.as_ref().map_or(0, Nested::bytes);
+        nested + ids(&self.prompt_ids) + self.choices.values().map(of).sum::<usize>()
     }
 
     fn read(&mut self, data: &[u8]) {
+        if let Some(nested) = &mut self.nested {
+            match serde_json::from_slice::<Map<String, Value>>(data) {
+                Ok(event) => {
+                    nested.read(&event, self.choices.entry(0).or_insert_with(Choice::new));
+                    self.usage = nested.usage();
+                }
+                Err(_) => self.has_unread |= data.starts_with(b"{"),
+            }
+            return;
+        }
         let Ok(frame) = serde_json::from_slice::<Frame<'_>>(data) else {
             // What is no JSON object holds nothing for anybody.
             self.has_unread |= data.starts_with(b"{") && serde_json::from_slice::<IgnoredAny>(data).is_ok();

@@ -21,7 +21,7 @@ const PLAIN: Continues = Continues { gives_ids: false, takes_ids: false, chat: N
 
 /// What a client has of a stream that was read in pieces and cut off.
 fn recorded(stream: &str, reads: &[usize], cut: usize) -> Record {
-    let (mut framer, mut record) = (Framer::default(), Record::new(1 << 20));
+    let (mut framer, mut record) = (Framer::default(), Record::new(Endpoint::ChatCompletions, 1 << 20));
     let mut rest = &stream.as_bytes()[..cut];
     for read in reads.iter().cycle() {
         let (now, later) = rest.split_at((*read).min(rest.len()));
@@ -43,7 +43,7 @@ fn whole(stream: &str) -> Choice {
 
 fn original(endpoint: Endpoint, body: &Value) -> Original {
     let is_guided = body.get("response_format").is_some();
-    Original::read(endpoint, body.to_string().as_bytes(), is_guided, body.get("tools").is_some(), false).unwrap()
+    Original::read(endpoint, body.to_string().as_bytes(), is_guided, body.get("tools").is_some(), false).ok().unwrap()
 }
 
 fn asked(original: &Original, index: u32, choice: &Choice, engine: Continues) -> (Ask, Value) {
@@ -309,7 +309,7 @@ fn a_choice_that_has_all_its_tokens_ends_where_it_is() {
     let original = original(Endpoint::ChatCompletions, &chat(json!({ "max_tokens": 2 })));
     let mut choice = of_ids(&[("a", 5), ("b", 6)]);
     assert!(matches!(original.next(0, &choice, VLLM, None), Ok(Next::Full)));
-    let splice = Splice::new(Endpoint::ChatCompletions, &Record::new(1).said, 1, 1, false, 7);
+    let splice = Splice::new(Endpoint::ChatCompletions, &Record::new(Endpoint::Completions, 1).said, 1, 1, false, 7);
     splice.tally.output(0, 2);
     let frames = String::from_utf8(splice.full(0, &mut choice)).unwrap();
     assert!(frames.contains("\"finish_reason\":\"length\"") && choice.is_finished, "{frames}");
@@ -320,7 +320,7 @@ fn a_choice_that_has_all_its_tokens_ends_where_it_is() {
 
 #[test]
 fn a_stop_string_across_the_seam_ends_the_stream_there() {
-    let splice = Splice::new(Endpoint::Completions, &Record::new(1).said, 1, 1, false, 7);
+    let splice = Splice::new(Endpoint::Completions, &Record::new(Endpoint::Completions, 1).said, 1, 1, false, 7);
     let mut choice = of_text("the E");
     let mut seam = Seam::new(&choice.text, 0, &["END".to_owned()], false);
     let frame = |text: &str| format!("data: {}\n\n", json!({ "choices": [{ "index": 0, "text": text, "finish_reason": null }] }));
@@ -337,7 +337,7 @@ fn a_stop_string_across_the_seam_ends_the_stream_there() {
 
 #[test]
 fn what_is_kept_of_a_stream_is_bounded() {
-    let mut record = Record::new(150 << 10);
+    let mut record = Record::new(Endpoint::ChatCompletions, 150 << 10);
     let frame = format!("data: {}\n\n", json!({ "choices": [{ "index": 0, "text": "x".repeat(1000) }] }));
     for _ in 0..100 {
         record.keep(frame.as_bytes());
@@ -358,7 +358,7 @@ fn content_that_is_no_text_is_known_to_be_there_and_passes_a_seam_as_it_is() {
     let original = original(Endpoint::ChatCompletions, &chat(json!({})));
     assert!(original.next(0, &choice, VLLM, None).is_err());
 
-    let splice = Splice::new(Endpoint::ChatCompletions, &Record::new(1).said, 1, 1, false, 7);
+    let splice = Splice::new(Endpoint::ChatCompletions, &Record::new(Endpoint::Completions, 1).said, 1, 1, false, 7);
     let mut seam = Seam::new("", 0, &[], false);
     let spliced = splice.frames(format!("data: {frame}\n\n").as_bytes(), 0, &mut Choice::new(), &mut seam, false);
     let said = String::from_utf8(spliced.frames).unwrap();
@@ -377,7 +377,7 @@ fn an_event_that_cannot_be_read_is_not_taken_for_nothing() {
 
 #[test]
 fn tokens_beyond_all_counting_are_not_counted_anew() {
-    let splice = Splice::new(Endpoint::Completions, &Record::new(1).said, 2, 2, false, 7);
+    let splice = Splice::new(Endpoint::Completions, &Record::new(Endpoint::Completions, 1).said, 2, 2, false, 7);
     for choice in 0..2 {
         splice.tally.prompt(choice, u32::MAX);
         splice.tally.output(choice as u32, u32::MAX);

@@ -1,4 +1,5 @@
-//! Event streams, read strictly: each event a `data` line of JSON, `[DONE]` last, then the end.
+//! Event streams, read strictly: each event a `data` line of JSON, `[DONE]` last, then the end. An event's name may come
+//! before its data, if it is the data's `type`.
 
 use http_body_util::BodyExt as _;
 use hyper::{Response, body::Incoming, header::HeaderMap};
@@ -36,8 +37,14 @@ impl Events {
         loop {
             if let Some(length) = self.bytes[self.read..].windows(2).position(|window| window == b"\n\n") {
                 let event = str::from_utf8(&self.bytes[self.read..self.read + length]).map_err(|error| error.to_string())?;
-                let data = event.strip_prefix("data: ").ok_or_else(|| format!("not a data event: {event:?}"))?;
-                let data = data.to_owned();
+                let (name, line) = match event.split_once('\n') {
+                    Some((name, data)) => (name.strip_prefix("event: "), data),
+                    None => (None, event),
+                };
+                let data = line.strip_prefix("data: ").ok_or_else(|| format!("not a data event: {event:?}"))?.to_owned();
+                if name.is_some_and(|name| !data.contains(&format!("\"type\":\"{name}\""))) {
+                    return Err(format!("an event of another name: {event:?}"));
+                }
                 self.read += length + 2;
                 return Ok(Some(data));
             }
