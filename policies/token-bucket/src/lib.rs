@@ -137,7 +137,7 @@ impl TokenBucket {
         let client = self.client(request);
         let bucket = |of, per_minute: Option<f64>, burst: Option<f64>, amount: &dyn Fn() -> f64| {
             let per_minute = per_minute?;
-            let (key, amount) = (format!("{of}.{client}"), amount());
+            let (key, amount) = ([of, ".", &client].concat(), amount());
             Some(Bucket { key, of, amount, per_second: per_minute / 60.0, burst: burst.unwrap_or(per_minute) })
         };
         let requests = bucket("requests", limits.requests_per_minute, limits.request_burst, &|| 1.0);
@@ -154,7 +154,7 @@ impl TokenBucket {
 
     /// Those who cannot be told apart share a bucket.
     fn client(&self, request: &Request) -> String {
-        let key = |key: Option<u64>| key.map_or_else(|| "nobody".to_owned(), |key| format!("{key:016x}"));
+        let key = |key: Option<u64>| key.map_or_else(|| "nobody".to_owned(), hex);
         match &self.per {
             Per::Tenant => key(request.tenant_key()),
             Per::Session => key(request.session_key()),
@@ -254,6 +254,11 @@ fn take_all(buckets: &[Bucket]) -> Result<(), Refused<'_>> {
         let _ = state::give_back(&bucket.key, bucket.amount, bucket.per_second, bucket.burst);
     }
     Err(refused)
+}
+
+/// Sixteen digits; `format!` takes longer than all else that a request costs here.
+fn hex(key: u64) -> String {
+    (0..16).rev().map(|digit| char::from(b"0123456789abcdef"[(key >> (4 * digit)) as usize & 15])).collect()
 }
 
 /// FNV-1a: an attribute of any length becomes a key.
