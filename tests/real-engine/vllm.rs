@@ -191,7 +191,8 @@ async fn a_real_vllm_is_known_and_conforms() {
 
     drop(server);
     let error = adapter.probe().await.unwrap_err();
-    assert!(matches!(error, EngineError::Connect { .. }), "{error}");
+    // The second, where its end is not heard before the connection that is kept is used.
+    assert!(matches!(error, EngineError::Connect { .. } | EngineError::Broken { .. }), "{error}");
 }
 
 #[tokio::test]
