@@ -78,9 +78,11 @@ pub(crate) async fn serve(lane: &Arc<Lane>, several: Several, parts: Parts, note
     let sum = Sum::new(lane, &several.facts, several.accepted);
     let (is_stream, endpoint) = (several.asked.ask.stream, several.facts.endpoint);
     let merge = Merge::new(parts.choices, parts.bodies.len());
-    let tasks = begin(lane, several, parts, &sum).await?;
-    let answered =
-        if is_stream { streamed(tasks, merge, endpoint, lane.audience(), &sum).await } else { whole(tasks, &merge).await };
+    let answered = async {
+        let tasks = begin(lane, several, parts, &sum).await.map_err(|error| Failure::Failed(error, None))?;
+        if is_stream { streamed(tasks, merge, endpoint, lane.audience(), &sum).await } else { whole(tasks, &merge).await }
+    };
+    let answered = answered.await;
     match answered {
         Ok(response) => {
             sum.answer(response.status());

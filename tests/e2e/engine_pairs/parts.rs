@@ -190,10 +190,12 @@ async fn what_cannot_be_taken_apart_is_refused_by_name() {
         (json!({ "n": 2, "best_of": 3 }), "`best_of`"),
         (json!({ "n": 2, "use_beam_search": true }), "`use_beam_search`"),
         (json!({ "n": 100, "prompt": ["a", "b"] }), "at most 128"),
+        (json!({ "prompt": [[1.5], [2]] }), "`prompt`"),
     ] {
         let message =
             host.http.post(COMPLETIONS, with(completion("one", 4), &fields).to_string()).await.is_error(400, "invalid_field");
         assert!(message.contains(says), "{message}");
     }
+    assert_eq!((counted(&host, "400").await, counted(&host, "499").await), (4.0, 0.0), "each is counted once");
     assert_eq!((prefill.iter().map(Sglang::asked).sum::<usize>(), network.faults()), (before, vec![]));
 }

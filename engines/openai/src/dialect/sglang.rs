@@ -4,7 +4,10 @@
 //! old to have that. A closed stream is aborted 2 s later, so that requests get an id of ours and `/abort_request` is
 //! told of it. Read in SGLang 0.5.23; no server of that kind has been at hand.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use dynamo_engine_api::{ChatContinuation, Continues, Endpoint, EngineError, RankLoad};
 use futures_core::future::BoxFuture;
@@ -86,7 +89,8 @@ impl Dialect for Sglang {
 
     fn no_part<'a>(&'a self, control: &'a Control) -> BoxFuture<'a, Option<String>> {
         Box::pin(async {
-            let mode = self.settings(control).await.disaggregation_mode;
+            // Behind a gateway it may have been started anew, and nobody saw it gone.
+            let mode = self.look(control).await?.disaggregation_mode;
             (mode == Some(Mode::Whole)).then(|| {
                 "its disaggregation_mode is null, so that it would compute each prompt itself; start it with \
                  --disaggregation-mode prefill or decode, or give it role=aggregated"
@@ -114,21 +118,27 @@ impl Dialect for Sglang {
     }
 
     fn forget(&self) {
-        *self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        *self.known() = None;
     }
 }
 
 impl Sglang {
     /// Nothing of them is needed: a server that does not tell has no block size.
     async fn settings(&self, control: &Control) -> Settings {
-        let known = || self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(settings) = *known() {
-            return settings;
-        }
-        let Ok(reply) = control.get(SERVER_INFO).await else { return Settings::default() };
+        let known = *self.known();
+        if known.is_some() { known } else { self.look(control).await }.unwrap_or_default()
+    }
+
+    /// What it says now; nothing if it is not there, or somebody else says so.
+    async fn look(&self, control: &Control) -> Option<Settings> {
+        let reply = control.get(SERVER_INFO).await.ok().filter(|reply| !reply.status.is_server_error())?;
         let settings = serde_json::from_slice(&reply.body).unwrap_or_default();
-        *known() = Some(settings);
-        settings
+        *self.known() = Some(settings);
+        Some(settings)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Settings>> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

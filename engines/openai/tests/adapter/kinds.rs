@@ -1,6 +1,6 @@
 //! Each kind of server, by its double: what it is found to be, what its load is, what it is sent, how it is cancelled.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use dynamo_engine_api::{Endpoint, Engine as _, GenerateRequest, RankLoad};
 use dynamo_engine_openai::{Kind, OpenAiEngine, OpenAiOptions};
@@ -190,6 +190,27 @@ async fn sglangs_load_is_told_rank_by_rank() {
         assert_eq!(soon(engine.load()).await.unwrap(), [expected(0), expected(1)]);
     }
     assert_eq!(double.at_work.times("/server_info"), 1, "what does not change is asked once");
+}
+
+#[tokio::test]
+async fn what_an_sglang_was_started_for_is_what_it_says_now() {
+    let sglang = Sglang::default();
+    let info = Arc::clone(&sglang.info);
+    let (_double, engine) = found(sglang).await;
+    let says = |status, mode: &str| {
+        *info.lock().unwrap() = (status, json!({ "page_size": 64, "disaggregation_mode": mode }).to_string());
+    };
+    let block_size = async || soon(engine.load()).await.unwrap()[0].block_size;
+    // A gateway says that it is not there yet.
+    *info.lock().unwrap() = ("502 Bad Gateway", "{}".to_owned());
+    assert_eq!((block_size().await, soon(engine.no_part()).await), (None, None));
+    says("200 OK", "null");
+    let reason = soon(engine.no_part()).await.unwrap();
+    assert!(reason.contains("--disaggregation-mode"), "{reason}");
+    assert_eq!(block_size().await, Some(64));
+    // Behind a gateway nobody sees that it was started anew.
+    says("200 OK", "prefill");
+    assert_eq!(soon(engine.no_part()).await, None);
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! SGLang 0.5.23, after its source.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, atomic::Ordering};
 
 use serde_json::{Value, json};
 
@@ -10,6 +10,8 @@ pub(crate) struct Sglang {
     pub(crate) shapes: Shapes,
     /// New enough for `/ready`.
     pub(crate) ready: bool,
+    /// What comes of `/server_info`.
+    pub(crate) info: Arc<Mutex<Answer>>,
 }
 
 impl Default for Sglang {
@@ -30,7 +32,9 @@ impl Default for Sglang {
         let role = chunk(json!({ "role": "assistant", "content": "", "reasoning_content": null, "tool_calls": null }));
         let chat_delta = chunk(json!({ "role": null, "content": "", "reasoning_content": null, "tool_calls": null }));
         let completion_delta = of("text_completion", text);
-        Self { shapes: Shapes { chat, completion, role, chat_delta, completion_delta, always_usage: false }, ready: true }
+        let info = json!({ "page_size": 64, "chunked_prefill_size": 8192, "version": "0.5.23" });
+        let info = Arc::new(Mutex::new(("200 OK", info.to_string())));
+        Self { shapes: Shapes { chat, completion, role, chat_delta, completion_delta, always_usage: false }, ready: true, info }
     }
 }
 
@@ -41,7 +45,7 @@ impl Manners for Sglang {
             // It would generate a token; tests count how often it is asked.
             "get /health" => String::new(),
             "get /v1/models" => include_str!("../../fixtures/sglang_models.json").to_owned(),
-            "get /server_info" => json!({ "page_size": 64, "chunked_prefill_size": 8192, "version": "0.5.23" }).to_string(),
+            "get /server_info" => return Some(self.info.lock().unwrap().clone()),
             "get /v1/loads?format=json" => loads(at_work),
             "post /abort_request" => {
                 let body: Value = serde_json::from_str(body).unwrap();
