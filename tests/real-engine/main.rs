@@ -3,6 +3,8 @@
 //! The model's answers are the same every time (README.md here says under what conditions), so that what comes through the
 //! host can be compared with what the engine says itself. Run one test at a time: two cores are few.
 
+#![expect(clippy::print_stdout, reason = "figures are for whoever runs it with --nocapture")]
+
 mod adapter;
 mod conformance;
 mod engine;
