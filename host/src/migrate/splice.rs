@@ -125,8 +125,9 @@ impl Splice {
         choice.take(&text, &ids, other);
         choice.is_finished |= is_last || *is_stopped;
         self.tally.outputs[index as usize].store(choice.tokens, Relaxed);
-        // Text that the client had before has told its log probabilities then; of what has no text yet they are told now.
-        let is_repeated = had_text && text.is_empty() && !seam.is_holding();
+        // What the client had before has told its log probabilities then; of what else has no text yet they are told now.
+        choice.is_remade &= text.is_empty();
+        let is_repeated = choice.is_remade || had_text && text.is_empty() && !seam.is_holding();
         let is_telling = other.is_some() || choice.is_finished || has_logprobs(&said) && !is_repeated;
         if text.is_empty() && !is_telling && (ids.is_empty() || !self.returns_ids) {
             return None;

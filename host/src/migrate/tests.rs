@@ -372,6 +372,17 @@ fn log_probabilities_of_what_has_no_text_come_and_those_of_what_is_said_again_do
     assert_eq!(told(" "), "");
     assert!(told("").contains("\"delta\":{\"content\":\"\"}") && told("").contains("\"logprobs\":{\"content\":[{"));
     assert!(told("é").contains("é"));
+
+    // Half a character that was told is made again.
+    let mut cut = of_ids(&[("so", 5), ("", 6)]);
+    cut.settle();
+    let mut seam = Seam::new("so", 0, &[], false);
+    let mut told = |text: &str| {
+        let said = json!({ "index": 0, "delta": { "content": text }, "logprobs": { "content": [{ "token": text }] } });
+        let frame = format!("data: {}\n\n", json!({ "choices": [said] }));
+        splice.frames(frame.as_bytes(), 0, &mut cut, &mut seam, false).frames.is_empty()
+    };
+    assert_eq!([told(""), told("é"), told("")], [true, false, false]);
 }
 
 #[test]

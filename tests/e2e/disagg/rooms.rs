@@ -18,6 +18,8 @@ use crate::{
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 const PROMPT: &str = "what is carried from one to another";
+/// The name of a worker that hands nothing over.
+const ALONE: &str = "alone";
 /// Tokens of an answer, and those after which a stream is cut.
 const TOKENS: u64 = 40;
 const CUT_AFTER: u64 = 7;
@@ -68,8 +70,8 @@ async fn are_ready(host: &Host) {
     eventually("all workers can hand over", async || {
         let status = host.admin.get_json("/v1/status").await;
         let workers = status["workers"].as_array().unwrap_or_else(|| panic!("no workers in {status}"));
-        let paired = workers.iter().filter(|worker| worker["role"] != "both");
-        paired.map(|worker| &worker["handoff"]["state"]).all(|state| state == "ready").then_some(())
+        let mut paired = workers.iter().filter(|worker| worker["name"] != ALONE);
+        paired.all(|worker| worker["handoff"]["state"] == "ready").then_some(())
     })
     .await;
 }
@@ -171,7 +173,7 @@ async fn a_stream_outlives_as_many_losses_as_it_has_attempts_for() {
 async fn a_message_whose_only_whole_worker_is_lost_goes_on_over_a_pair_as_the_chat_that_it_is() {
     let pool = Pool::start(1).await;
     let alone = MockProcess::start(&["decode_ms_base=2"]).await;
-    let host = pool.host_beside("", &[format!("{},name=alone,model=m", alone.url())]).await;
+    let host = pool.host_beside("", &[format!("{},name={ALONE},model=m", alone.url())]).await;
     assert_eq!(alone.http.post("/mock/faults", json!({ "cut": 4, "next": 1 }).to_string()).await.status, 200);
     let messages = json!([{ "role": "user", "content": PROMPT }]);
     let asked = json!({ "model": "m", "max_tokens": 12, "stream": true, "messages": messages });

@@ -51,7 +51,7 @@ impl Leg {
         if let Some(protocol) = prefill.engine().handoff() {
             let result = match &came {
                 Ok(Came::Taken) => "answered",
-                Ok(Came::Full | Came::Unsound(_) | Came::Failed) => "fell_back",
+                Ok(_) => "fell_back",
                 Err(_) => "failed",
             };
             handoff::count(protocol, result);
