@@ -4,7 +4,7 @@
 //! worker is lost, [`carry_on`] makes the rest of the stream of both. Each choice that is not finished goes its own way (a
 //! [`leg`]), asked of an engine in a form that it takes ([`ask`]); what comes is made part of the client's stream ([`splice`]),
 //! with care for the place where the two meet ([`seam`]). One worker goes on, or, where nobody serves whole requests, two do: one
-//! computes the prompt and what there is of the answer, the other makes the rest ([`pair`]).
+//! computes the prompt and what there is of the answer, the other makes the rest.
 //! Streams without choices go on as chats ([`nested`]).
 //!
 //! Invariants: no token is lost or doubled; a stream has one role for each choice, one finish, one `[DONE]`; what cannot go on
@@ -14,7 +14,6 @@ mod ask;
 mod ids;
 mod leg;
 mod nested;
-mod pair;
 mod record;
 mod seam;
 mod splice;
@@ -71,9 +70,10 @@ pub(crate) struct Course {
 }
 
 impl Course {
-    /// Whether somebody else could have what a worker has.
+    /// Whether somebody else could go on with what a worker has.
     pub(crate) fn has_other(&self, worker: WorkerId) -> bool {
-        let facts = RequestFacts { failed_workers: vec![worker], ..self.facts.clone() };
+        let endpoint = asked_as(self.facts.endpoint);
+        let facts = RequestFacts { failed_workers: vec![worker], endpoint, ..self.facts.clone() };
         let snapshot = self.lane.roster.snapshot();
         snapshot.candidates(&facts).is_ok() || snapshot.is_left_to_pairs(&facts, self.lane.roster.links())
     }
@@ -125,8 +125,8 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
     };
     let Record { mut said, .. } = record;
     let nested = said.nested.take();
-    if let Some(reason) = nested.as_ref().and_then(|nested| nested.obstacle(said.choices.get(&0))) {
-        return refuse(reason);
+    if nested.as_ref().is_some_and(|nested| !nested.has_begun()) {
+        return refuse("its first event was not heard");
     }
     let (choices, prompts) = (facts.choices, original.prompts());
     let splice = Splice::new(original.endpoint(), &said, choices, prompts, course.returns_ids, facts.prompt.tokens);
@@ -165,6 +165,11 @@ pub(crate) fn carry_on(course: Course, mut record: Record, loss: Loss, span: Spa
 /// Whether an endpoint's streams have choices, with the ids of their tokens where engines are asked for them.
 pub(crate) fn has_choices(endpoint: Endpoint) -> bool {
     matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
+}
+
+/// What the rest of a stream is asked as: one without choices goes on as a chat.
+fn asked_as(endpoint: Endpoint) -> Endpoint {
+    if has_choices(endpoint) { endpoint } else { Endpoint::ChatCompletions }
 }
 
 /// What comes of a leg, to its end.

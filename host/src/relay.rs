@@ -2,7 +2,7 @@
 //!
 //! Contract: chunks go out as they came in, none is held back for another; a client that leaves drops the stream, and
 //! with it the engine's work. A stream whose worker is lost goes on with another ([`migrate`]). Where that cannot be, it says so
-//! in an error event in OpenAI's shape and ends without `[DONE]`: what is cut short must not look complete.
+//! in an error event in the shape of the client's API and ends without `[DONE]`: what is cut short must not look complete.
 
 use std::{
     convert::Infallible,
@@ -131,7 +131,7 @@ pub(crate) struct Begun {
     pub(crate) chunks: ChunkStream,
     pub(crate) vigil: Vigil,
     pub(crate) patience: Patience,
-    /// Ends with the stream, or when the client leaves.
+    /// Ends with the worker's part of the stream, or when the client leaves.
     pub(crate) beside: Option<Beside>,
 }
 
@@ -157,7 +157,7 @@ pub(crate) fn stream(
         engine,
     });
     let relay = Relay {
-        source: Source::Worker { first: Some(first), chunks, account },
+        source: Source::Worker { first: Some(first), chunks, account, _beside: beside },
         movable,
         endpoint,
         permit,
@@ -166,7 +166,6 @@ pub(crate) fn stream(
         vigil,
         last,
         alarm: Box::pin(alarm),
-        _beside: beside,
     };
     event_stream(Body::from_stream(relay), head)
 }
@@ -213,7 +212,6 @@ struct Relay {
     last: Instant,
     /// Looks whether the worker is lost or the request late; set again only when it fires, not at every chunk.
     alarm: Pin<Box<Sleep>>,
-    _beside: Option<Beside>,
 }
 
 /// Where the frames come from.
@@ -224,6 +222,8 @@ enum Source {
         first: Option<Chunk>,
         chunks: ChunkStream,
         account: Account,
+        /// What works beside it.
+        _beside: Option<Beside>,
     },
     /// Others, since that was lost.
     Others {
@@ -320,7 +320,7 @@ impl Relay {
         match migrate::carry_on(*course, record, loss, span) {
             Ok(rest) => {
                 let books = Books::take_over(account);
-                // The lost worker's account and connection are closed with this.
+                // The lost worker's account and connection are closed with this, and what works beside it ends.
                 self.source = Source::Others { rest, books };
                 None
             }
@@ -373,7 +373,7 @@ impl Relay {
 
     /// The next frames of the worker that began. `Ready(None)`: it is that worker's no more.
     fn poll_worker(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let Source::Worker { first, chunks, account } = &mut self.source else { return Poll::Ready(None) };
+        let Source::Worker { first, chunks, account, .. } = &mut self.source else { return Poll::Ready(None) };
         if let Some(chunk) = first.take() {
             return Poll::Ready(self.pass(chunk));
         }

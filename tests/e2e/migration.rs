@@ -206,6 +206,19 @@ async fn engines_that_break_off_in_any_way_lose_no_token() {
 }
 
 #[tokio::test]
+async fn a_completion_without_a_limit_ends_where_its_engine_ends_it() {
+    let (engines, host) = over(2, &["decode_ms_base=2"]).await;
+    let mut body = with_usage(completion(1));
+    body.as_object_mut().unwrap().remove("max_tokens");
+    let undisturbed = host.http.stream(COMPLETIONS, &body).await;
+    strike(&engines, "cut", 4).await;
+    let stream = host.http.stream(COMPLETIONS, &body).await;
+    assert_eq!((stream.text(), stream.finish_reasons()), (undisturbed.text(), undisturbed.finish_reasons()));
+    assert_eq!(stream.events.last().unwrap()["usage"]["completion_tokens"], 16);
+    assert!(migrations(&host, "continued").await > 0.0);
+}
+
+#[tokio::test]
 async fn a_whole_answer_whose_engine_is_killed_is_made_by_another() {
     let (mut engines, host) = over(2, PACE).await;
     slow_down(&engines, HELD_BACK, None).await;

@@ -9,7 +9,7 @@ use dynamo_engine_api::{ChatContinuation, Continues, Endpoint};
 use serde_json::{Map, Value, json};
 
 use super::{
-    nested,
+    asked_as, has_choices, nested,
     record::{Choice, Stage},
     seam::Seam,
 };
@@ -104,19 +104,14 @@ impl Original {
         is_multimodal: bool,
     ) -> Result<Self, Unsound> {
         let fields = serde_json::from_slice(body).map_err(|_| Unsound("its request cannot be read again"))?;
-        let has_choices = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
-        let (endpoint, fields, is_guided) = if has_choices {
-            (endpoint, fields, is_guided)
-        } else {
-            let chat: Map<String, Value> = nested::as_chat(endpoint, fields)?;
-            let is_guided = is_guided || chat.contains_key("response_format");
-            (Endpoint::ChatCompletions, chat, is_guided)
-        };
+        let is_retold = !has_choices(endpoint);
+        let fields: Map<String, Value> = if is_retold { nested::as_chat(endpoint, fields)? } else { fields };
+        let is_guided = is_guided || is_retold && fields.contains_key("response_format");
         let n = fields.get("n").and_then(Value::as_u64).map_or(1, |n| n.clamp(1, u64::from(u32::MAX)) as u32);
         let offers_none = fields.get("tool_choice").is_some_and(|choice| choice == "none");
         let is_told = fields.get("tool_choice").is_some_and(|choice| choice == "required" || choice.is_object());
         let (is_guided, has_tools) = (is_guided || is_told, has_tools && !offers_none);
-        Ok(Self { endpoint, fields, n, is_guided, has_tools, is_multimodal, is_retold: !has_choices })
+        Ok(Self { endpoint: asked_as(endpoint), fields, n, is_guided, has_tools, is_multimodal, is_retold })
     }
 
     /// What is asked: what the client asked, or the chat that it is.
@@ -178,8 +173,13 @@ impl Original {
         let is_blank = choice.text.trim().is_empty();
         match choice.stage {
             Stage::Nothing => return Ok(Next::Ask(self.anew(index, choice))),
-            // White space alone is nothing that a template could be told.
-            Stage::Text if is_blank && self.endpoint == Endpoint::ChatCompletions && choice.all_ids().is_none() => {
+            // White space alone is nothing that a template could be told. Who has reasoned before it would do so again.
+            Stage::Text
+                if is_blank
+                    && !choice.has_reasoned
+                    && self.endpoint == Endpoint::ChatCompletions
+                    && choice.all_ids().is_none() =>
+            {
                 return Ok(Next::Ask(self.anew(index, choice)));
             }
             Stage::Text => {}
@@ -198,7 +198,7 @@ impl Original {
         if self.endpoint == Endpoint::Completions && has_logprobs {
             return Err(Unsound("the places of its log probabilities in the text would be wrong"));
         }
-        let left = match self.limit() {
+        let left = match self.limit(choice, engine) {
             Some(limit) => match limit.saturating_sub(u64::from(choice.tokens)) {
                 0 => return Ok(Next::Full),
                 left => Some(left),
@@ -213,7 +213,7 @@ impl Original {
         });
         if let Some(ids) = ids {
             let room = || max_model_len.map(|most| u64::from(most).saturating_sub(ids.len() as u64));
-            // A completion has another default.
+            // A chat without a limit has all the room, a completion has not.
             match left.or_else(room) {
                 Some(0) => return Ok(Next::Full),
                 Some(left) => return Ok(Next::Ask(self.by_ids(choice, ids, left))),
@@ -222,7 +222,7 @@ impl Original {
         }
         match self.endpoint {
             Endpoint::ChatCompletions => self.by_chat(choice, engine, left).map(Next::Ask),
-            _ => self.by_text(index, choice, left, engine).map(Next::Ask),
+            _ => self.by_text(index, choice, left).map(Next::Ask),
         }
     }
 
@@ -253,6 +253,9 @@ impl Original {
 
     fn by_chat(&self, choice: &Choice, engine: Continues, left: Option<u64>) -> Result<Ask, Unsound> {
         let form = engine.chat.ok_or(Unsound("engines of this kind are not known to go on with a message"))?;
+        if choice.has_reasoned {
+            return Err(Unsound("it has reasoned before its text, and a chat is not told that again"));
+        }
         if self.fields.get("truncate_prompt_tokens").is_some_and(|value| !value.is_null()) {
             return Err(Unsound("its prompt was truncated, and a longer one would be truncated elsewhere"));
         }
@@ -290,7 +293,7 @@ impl Original {
         Ok(Ask { endpoint: Endpoint::ChatCompletions, body: as_stream_of_one(fields), seam, is_by_ids: false, form: "chat" })
     }
 
-    fn by_text(&self, index: u32, choice: &Choice, left: Option<u64>, engine: Continues) -> Result<Ask, Unsound> {
+    fn by_text(&self, index: u32, choice: &Choice, left: Option<u64>) -> Result<Ask, Unsound> {
         let Some(Value::String(prompt)) = self.prompt(index) else {
             let reason = if self.stops().is_empty() {
                 "its prompt is token ids, and the ids of its output are not known"
@@ -301,8 +304,6 @@ impl Original {
         };
         let mut fields = self.fields.clone();
         fields.insert("prompt".to_owned(), (prompt + &choice.text).into());
-        let left =
-            left.or_else(|| engine.gives_ids.then(|| DEFAULT_COMPLETION_TOKENS.saturating_sub(u64::from(choice.tokens)).max(1)));
         limit_to(&mut fields, &["max_tokens"], left, choice.tokens);
         let seam = Seam::new(&choice.text, 0, &self.stops(), self.includes_stop());
         Ok(Ask { endpoint: Endpoint::Completions, body: as_stream_of_one(fields), seam, is_by_ids: false, form: "text" })
@@ -319,13 +320,16 @@ impl Original {
         }
     }
 
-    /// The client's limit on output tokens.
-    fn limit(&self) -> Option<u64> {
+    /// The limit on output tokens: the client's, or an engine's own for a completion that has none.
+    fn limit(&self, choice: &Choice, engine: Continues) -> Option<u64> {
         let names: &[&str] = match self.endpoint {
             Endpoint::ChatCompletions => &["max_completion_tokens", "max_tokens"],
             _ => &["max_tokens"],
         };
-        names.iter().find_map(|name| self.fields.get(*name)?.as_u64())
+        let said = names.iter().find_map(|name| self.fields.get(*name)?.as_u64());
+        // Who has more has it from an engine with another one.
+        let has_default = self.endpoint == Endpoint::Completions && !self.fields.contains_key("max_tokens") && engine.gives_ids;
+        said.or((has_default && u64::from(choice.tokens) <= DEFAULT_COMPLETION_TOKENS).then_some(DEFAULT_COMPLETION_TOKENS))
     }
 
     fn stops(&self) -> Vec<String> {

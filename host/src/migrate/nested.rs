@@ -6,7 +6,7 @@
 //! Invariants: what the lost worker opened is gone on with and closed, once; places and numbers of events go on where they
 //! were; an event that the host does not know makes a stream unfit to go on, it is never passed over.
 
-mod ask;
+mod chat;
 mod messages;
 mod responses;
 
@@ -17,19 +17,14 @@ use dynamo_engine_api::{Endpoint, Usage};
 use futures_util::StreamExt;
 use serde_json::{Map, Value};
 
-pub(super) use self::ask::as_chat;
+pub(super) use self::chat::as_chat;
 use self::{messages::Messages, responses::Responses};
-use super::{
-    Rest, RestStream,
-    record::{Choice, Stage},
-};
+use super::{Rest, RestStream, record::Choice};
 
 /// What a client has of such a stream, and how it is told the rest.
 #[derive(Debug)]
 pub(crate) struct Nested {
     api: Box<dyn Api>,
-    /// Whether it has told reasoning.
-    has_reasoned: bool,
     /// Text that came while a call of a tool was open: it is told behind that.
     held: String,
     /// Calls of tools that were begun, by their number in the chat.
@@ -105,22 +100,17 @@ impl Nested {
             Endpoint::Responses => Box::new(Responses::default()),
             _ => return None,
         };
-        Some(Self { api, has_reasoned: false, held: String::new(), calls: Vec::new(), finish: Finish::default() })
+        Some(Self { api, held: String::new(), calls: Vec::new(), finish: Finish::default() })
     }
 
     /// Takes down an event that the client has.
     pub(super) fn read(&mut self, event: &Map<String, Value>, choice: &mut Choice) {
         self.api.read(event, choice);
-        self.has_reasoned |= choice.stage == Stage::Reasoning;
     }
 
-    /// Why nobody can go on with it, if so.
-    pub(super) fn obstacle(&self, choice: Option<&Choice>) -> Option<&'static str> {
-        if !self.api.has_begun() {
-            return Some("its first event was not heard");
-        }
-        let is_past_it = choice.is_some_and(|choice| choice.stage == Stage::Text);
-        (self.has_reasoned && is_past_it).then_some("it has reasoned before its text, and a chat is not told that again")
+    /// Whether the event came that begins it, and which nobody else can tell.
+    pub(super) fn has_begun(&self) -> bool {
+        self.api.has_begun()
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {

@@ -65,6 +65,10 @@ pub(crate) struct Choice {
     pub(crate) is_finished: bool,
     pub(crate) has_role: bool,
     pub(crate) stage: Stage,
+    /// Whether the tokens that come next are made again: their log probabilities may have been told.
+    pub(crate) is_remade: bool,
+    /// Whether the client has reasoning of it.
+    pub(crate) has_reasoned: bool,
 }
 
 /// What a choice is in the middle of.
@@ -256,6 +260,8 @@ impl Choice {
             is_finished: false,
             has_role: false,
             stage: Stage::Nothing,
+            is_remade: false,
+            has_reasoned: false,
         }
     }
 
@@ -281,6 +287,7 @@ impl Choice {
         self.loose = if is_heard { 0 } else { self.loose + ids.len() };
         self.tokens = self.tokens.saturating_add(if ids.is_empty() { u32::from(is_heard) } else { ids.len() as u32 });
         self.text.push_str(text);
+        self.has_reasoned |= other == Some(Stage::Reasoning);
         // What is unknown, or a call of a tool, stays so: text after it does not bring back what it was.
         let is_final = matches!(self.stage, Stage::ToolCall | Stage::Unknown);
         if !is_final && is_heard {
@@ -292,6 +299,7 @@ impl Choice {
     /// tokens is then made by one engine, and comes whole.
     pub(crate) fn settle(&mut self) {
         let loose = std::mem::take(&mut self.loose).min(self.ids.len());
+        self.is_remade = loose > 0;
         self.ids.truncate(self.ids.len() - loose);
         self.tokens -= (loose as u32).min(self.tokens);
     }

@@ -47,6 +47,11 @@ impl Seam {
         self.echo = content;
     }
 
+    /// Whether there is text that may belong to a stop string, and comes later if it does not.
+    pub(super) fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// What the client gets of the next piece of text; `is_last`: none comes after it.
     pub(super) fn pass(&mut self, text: &str, is_last: bool) -> Passed {
         let mut text = text;

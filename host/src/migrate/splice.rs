@@ -112,6 +112,7 @@ impl Splice {
         delta.retain(|_, value| !value.is_null() && value != "" && value.as_array().is_none_or(|array| !array.is_empty()));
         let other = delta.keys().next().map(|name| Stage::of(name));
         let is_last = said.get("finish_reason").is_some_and(|reason| !reason.is_null() && reason != "");
+        let had_text = !text.is_empty();
         let text = match seam.pass(&text, is_last) {
             Passed::Text(text) => text,
             Passed::Stop { text, stop } => {
@@ -124,7 +125,11 @@ impl Splice {
         choice.take(&text, &ids, other);
         choice.is_finished |= is_last || *is_stopped;
         self.tally.outputs[index as usize].store(choice.tokens, Relaxed);
-        if text.is_empty() && other.is_none() && !choice.is_finished && (ids.is_empty() || !self.returns_ids) {
+        // What the client had before has told its log probabilities then; of what else has no text yet they are told now.
+        choice.is_remade &= text.is_empty();
+        let is_repeated = choice.is_remade || had_text && text.is_empty() && !seam.is_holding();
+        let is_telling = other.is_some() || choice.is_finished || has_logprobs(&said) && !is_repeated;
+        if text.is_empty() && !is_telling && (ids.is_empty() || !self.returns_ids) {
             return None;
         }
         said.insert("index".to_owned(), index.into());
@@ -226,6 +231,11 @@ impl Tally {
         let (prompt, output) = (self.prompt_tokens(), self.output_tokens());
         json!({ "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": u64::from(prompt) + u64::from(output) })
     }
+}
+
+/// Whether a chat's choice tells log probabilities.
+fn has_logprobs(said: &Map<String, Value>) -> bool {
+    said.get("logprobs").and_then(|told| told["content"].as_array()).is_some_and(|tokens| !tokens.is_empty())
 }
 
 fn push_frame(frames: &mut Vec<u8>, frame: Value) {

@@ -210,6 +210,22 @@ fn without_a_limit_what_the_context_leaves_is_asked_for() {
 }
 
 #[test]
+fn a_completion_without_a_limit_has_the_engines_own() {
+    let original = original(Endpoint::Completions, &json!({ "model": "m", "prompt": "p", "stream": true }));
+    let ids = |count: u32| of_ids(&(0..count).map(|id| ("a", id)).collect::<Vec<_>>());
+    let (ask, by_ids) = asked(&original, 0, &ids(5), VLLM);
+    assert_eq!((ask.form, &by_ids["max_tokens"]), ("ids", &json!(11)));
+    let (ask, by_text) = asked(&original, 0, &of_text("a"), VLLM);
+    assert_eq!((ask.form, &by_text["max_tokens"]), ("text", &json!(15)));
+    assert!(matches!(original.next(0, &ids(16), VLLM, None), Ok(Next::Full)));
+    // An engine with another limit began.
+    let (_, beyond) = asked(&original, 0, &ids(17), VLLM);
+    assert_eq!(beyond["max_tokens"], 4096 - 2 - 17);
+    let (_, plain) = asked(&original, 0, &of_text("a"), PLAIN);
+    assert!(plain.get("max_tokens").is_none());
+}
+
+#[test]
 fn a_character_of_several_tokens_is_made_by_one_engine() {
     let mut choice = of_ids(&[("a", 5), ("", 6), ("", 7)]);
     choice.settle();
@@ -299,6 +315,14 @@ fn what_cannot_go_on_soundly_says_why() {
     reasoned.take("so", &[6], None);
     let (ask, _) = asked(&original(Endpoint::ChatCompletions, &chat(json!({}))), 0, &reasoned, VLLM);
     assert_eq!(ask.form, "ids");
+    // A chat is not told what was reasoned, and would have it reasoned again.
+    for text in ["so", "\n"] {
+        let mut reasoned = Choice::new();
+        reasoned.take("", &[], Some(Stage::Reasoning));
+        reasoned.take(text, &[], None);
+        let refused = original(Endpoint::ChatCompletions, &chat(json!({}))).next(0, &reasoned, VLLM, None).err();
+        assert!(refused.is_some_and(|refused| refused.0.contains("reasoned")), "{text:?}");
+    }
     let (ask, asked) =
         asked(&original(Endpoint::ChatCompletions, &chat(json!({ "tools": [{}] }))), 0, &of_ids(&[("so", 5)]), VLLM);
     assert_eq!((ask.form, &asked["tools"]), ("chat", &json!([{}])));
@@ -333,6 +357,32 @@ fn a_stop_string_across_the_seam_ends_the_stream_there() {
         "{said}"
     );
     assert_eq!((choice.text.as_str(), choice.is_finished), ("the E", true));
+}
+
+#[test]
+fn log_probabilities_of_what_has_no_text_come_and_those_of_what_is_said_again_do_not() {
+    let splice = Splice::new(Endpoint::ChatCompletions, &Record::new(Endpoint::Completions, 1).said, 1, 1, false, 7);
+    let (mut seam, mut choice) = (Seam::new("so ", 1, &[], false), of_text("so "));
+    choice.has_role = true;
+    let mut told = |text: &str| {
+        let said = json!({ "index": 0, "delta": { "content": text }, "logprobs": { "content": [{ "token": text }] } });
+        let frame = format!("data: {}\n\n", json!({ "choices": [said] }));
+        String::from_utf8(splice.frames(frame.as_bytes(), 0, &mut choice, &mut seam, false).frames).unwrap()
+    };
+    assert_eq!(told(" "), "");
+    assert!(told("").contains("\"delta\":{\"content\":\"\"}") && told("").contains("\"logprobs\":{\"content\":[{"));
+    assert!(told("é").contains("é"));
+
+    // Half a character that was told is made again.
+    let mut cut = of_ids(&[("so", 5), ("", 6)]);
+    cut.settle();
+    let mut seam = Seam::new("so", 0, &[], false);
+    let mut told = |text: &str| {
+        let said = json!({ "index": 0, "delta": { "content": text }, "logprobs": { "content": [{ "token": text }] } });
+        let frame = format!("data: {}\n\n", json!({ "choices": [said] }));
+        splice.frames(frame.as_bytes(), 0, &mut cut, &mut seam, false).frames.is_empty()
+    };
+    assert_eq!([told(""), told("é"), told("")], [true, false, false]);
 }
 
 #[test]

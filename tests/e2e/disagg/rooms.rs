@@ -8,12 +8,18 @@ use serde_json::{Value, json};
 
 use crate::{
     doubles::{Cut, Fault, Network, Part, Rooms, Sglang, text_of},
-    harness::{eventually, host::Host, host::streamed, sse::Streamed},
+    harness::{
+        eventually,
+        host::{Host, MockProcess, streamed},
+        sse::Streamed,
+    },
 };
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 const PROMPT: &str = "what is carried from one to another";
+/// The name of a worker that hands nothing over.
+const ALONE: &str = "alone";
 /// Tokens of an answer, and those after which a stream is cut.
 const TOKENS: u64 = 40;
 const CUT_AFTER: u64 = 7;
@@ -38,11 +44,16 @@ impl Pool {
 
     /// A host over them, once all can hand over.
     async fn host(&self, config: &str) -> Host {
+        self.host_beside(config, &[]).await
+    }
+
+    /// The same, with workers that hand nothing over.
+    async fn host_beside(&self, config: &str, others: &[String]) -> Host {
         let prefill =
             format!("{},name=p,model=m,role=prefill,bootstrap_port={}", self.prefill.url(), self.prefill.bootstrap_port());
         let decode = self.decode.iter().enumerate();
         let decode = decode.map(|(at, engine)| format!("{},name=d{at},model=m,role=decode", engine.url()));
-        let workers: Vec<String> = std::iter::once(prefill).chain(decode).collect();
+        let workers: Vec<String> = std::iter::once(prefill).chain(decode).chain(others.iter().cloned()).collect();
         let arguments = workers.iter().flat_map(|worker| ["--worker", worker]);
         let arguments: Vec<&str> = std::iter::once("--expose-worker").chain(arguments).collect();
         let host = Host::configured(config, &arguments).await;
@@ -59,7 +70,8 @@ async fn are_ready(host: &Host) {
     eventually("all workers can hand over", async || {
         let status = host.admin.get_json("/v1/status").await;
         let workers = status["workers"].as_array().unwrap_or_else(|| panic!("no workers in {status}"));
-        workers.iter().all(|worker| worker["handoff"]["state"] == "ready").then_some(())
+        let mut paired = workers.iter().filter(|worker| worker["name"] != ALONE);
+        paired.all(|worker| worker["handoff"]["state"] == "ready").then_some(())
     })
     .await;
 }
@@ -154,6 +166,27 @@ async fn a_stream_outlives_as_many_losses_as_it_has_attempts_for() {
     let said: String = said.filter_map(|event| event["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect();
     assert_eq!(said.split_whitespace().count() as u64, 3 * CUT_AFTER);
     assert!(text.starts_with(&said), "what came is the beginning of it");
+    pool.found_no_fault();
+}
+
+#[tokio::test]
+async fn a_message_whose_only_whole_worker_is_lost_goes_on_over_a_pair_as_the_chat_that_it_is() {
+    let pool = Pool::start(1).await;
+    let alone = MockProcess::start(&["decode_ms_base=2"]).await;
+    let host = pool.host_beside("", &[format!("{},name={ALONE},model=m", alone.url())]).await;
+    assert_eq!(alone.http.post("/mock/faults", json!({ "cut": 4, "next": 1 }).to_string()).await.status, 200);
+    let messages = json!([{ "role": "user", "content": PROMPT }]);
+    let asked = json!({ "model": "m", "max_tokens": 12, "stream": true, "messages": messages });
+    let (events, end) = host.http.open("/v1/messages", &asked).await.rest().await;
+    assert_eq!(end, Ok(()));
+    let events: Vec<Value> = events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let said: String = events.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
+    assert!(said.starts_with("t0 t1") && !said.contains("t9"), "{said}");
+    let stop = events.iter().find(|event| event["type"] == "message_delta").unwrap_or_else(|| panic!("no end in {events:?}"));
+    assert_eq!((&stop["delta"]["stop_reason"], &stop["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(12)));
+    assert_eq!(events.last().unwrap()["type"], "message_stop");
+    assert_eq!(migrations(&host, "continued").await, 1.0);
+    assert_eq!(host.http.metric("dynamo_host_handoffs_total", &[("result", "answered")]).await, 1.0);
     pool.found_no_fault();
 }
 

@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::migrate::record::Stage;
 
 fn chat(endpoint: Endpoint, body: Value) -> Result<Value, &'static str> {
     let Value::Object(fields) = body else { panic!("a body is an object") };
@@ -83,6 +84,7 @@ fn what_a_chat_has_no_word_for_is_refused() {
         (Endpoint::Messages, json!({ "tools": [{ "type": "web_search_20250305", "name": "web_search" }] }), "tools"),
         (Endpoint::Responses, json!({ "tools": [{ "type": "web_search" }], "input": "a" }), "tools"),
         (Endpoint::Responses, json!({ "input": [{ "type": "computer_call" }] }), "items"),
+        (Endpoint::Responses, json!({ "input": "a", "tool_choice": { "type": "allowed_tools" } }), "chooses"),
         (Endpoint::Responses, json!({ "input": "a", "truncation": "auto" }), "truncated"),
         (Endpoint::Responses, json!({ "input": "a", "include": ["message.output_text.logprobs"] }), "log probabilities"),
         (Endpoint::Responses, json!({ "input": "a", "prompt": { "id": "p" } }), "kept elsewhere"),
@@ -129,7 +131,7 @@ fn captured_streams_that_are_cut_at_any_event_are_told_to_their_end() {
         for cut in begins..frames.len() {
             let had = frames[..cut].concat();
             let (mut nested, choice) = recorded(endpoint, &had);
-            assert_eq!((choice.stage == Stage::Unknown, nested.obstacle(Some(&choice))), (false, None));
+            assert!(choice.stage != Stage::Unknown && nested.has_begun());
             let mut rest = String::new();
             if !choice.is_finished {
                 let left = &all[choice.text.len()..];
@@ -205,15 +207,32 @@ fn text_between_calls_of_tools_is_told_behind_the_call() {
 }
 
 #[test]
-fn a_stream_that_has_reasoned_before_its_text_stays_where_it_is() {
+fn a_schema_and_a_forced_tool_are_said_as_a_chat_says_them() {
+    let schema = json!({ "type": "object" });
+    let message = json!({ "messages": [], "output_config": { "format": { "type": "json_schema", "schema": schema } } });
+    let response = json!({
+        "input": "a", "text": { "format": { "type": "json_schema", "name": "n", "schema": schema, "strict": true } },
+        "tool_choice": { "type": "function", "name": "look" },
+    });
+    let said = chat(Endpoint::Messages, message).unwrap();
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "output", "schema": schema } });
+    assert_eq!(said["response_format"], format);
+    let said = chat(Endpoint::Responses, response).unwrap();
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "n", "schema": schema, "strict": true } });
+    assert_eq!(said["response_format"], format);
+    assert_eq!(said["tool_choice"], json!({ "type": "function", "function": { "name": "look" } }));
+}
+
+#[test]
+fn what_a_stream_has_reasoned_before_its_text_is_known() {
     let of = |kind: &str, delta: Value| format!("data: {}\n", json!({ "type": kind, "index": 0, "delta": delta }));
     let begins = format!("data: {}\n", json!({ "type": "message_start", "message": {} }));
     let thinks = of("content_block_delta", json!({ "type": "thinking_delta", "thinking": "hm" }));
     let says = of("content_block_delta", json!({ "type": "text_delta", "text": "So" }));
     let (nested, choice) = recorded(Endpoint::Messages, &(begins + &thinks + &says));
-    assert!(nested.obstacle(Some(&choice)).is_some_and(|reason| reason.contains("reasoned")));
-    let (nested, choice) = recorded(Endpoint::Messages, "data: {\"type\":\"ping\"}");
-    assert!(nested.obstacle(Some(&choice)).is_some_and(|reason| reason.contains("first event")));
+    assert!(choice.has_reasoned && choice.stage == Stage::Text && nested.has_begun());
+    let (nested, _) = recorded(Endpoint::Messages, "data: {\"type\":\"ping\"}");
+    assert!(!nested.has_begun());
     let (_, choice) = recorded(Endpoint::Messages, "data: {\"type\":\"something_new\"}");
     assert_eq!(choice.stage, Stage::Unknown);
 }

@@ -10,12 +10,16 @@ use dynamo_host_core::WorkerId;
 use dynamo_host_index::Prompt;
 use tokio::time::timeout_at;
 
-use super::leg::{Came, Leg, Parts, is_passing};
+use super::{
+    Leg,
+    give::{Came, Parts, is_passing},
+};
 use crate::{
     account::Account,
     dispatch::{Opened, Post, answered, open},
     error::RequestError,
     handoff::{self, Abreast, PrefillLeg, Unprefilled, abreast},
+    migrate::ask::Ask,
     place::{Inquiry, Part, Placing, place},
     request::Notes,
 };
@@ -39,11 +43,15 @@ impl Leg {
                 Post::new(&chosen, row)
             }
         };
-        let came = self.both(prefill, decode, prompt).await;
+        let ask = match self.ask_of(decode) {
+            Ok(ask) => ask,
+            Err(came) => return Ok(came),
+        };
+        let came = self.both(prefill, decode, ask, prompt).await;
         if let Some(protocol) = prefill.engine().handoff() {
             let result = match &came {
                 Ok(Came::Taken) => "answered",
-                Ok(Came::Full | Came::Unsound(_) | Came::Failed) => "fell_back",
+                Ok(_) => "fell_back",
                 Err(_) => "failed",
             };
             handoff::count(protocol, result);
@@ -68,11 +76,7 @@ impl Leg {
     }
 
     /// Both legs at once.
-    async fn both(&mut self, prefill: Post<'_>, decode: Post<'_>, prompt: &Prompt) -> Result<Came, RequestError> {
-        let ask = match self.ask_of(decode) {
-            Ok(ask) => ask,
-            Err(came) => return Ok(came),
-        };
+    async fn both(&mut self, prefill: Post<'_>, decode: Post<'_>, ask: Ask, prompt: &Prompt) -> Result<Came, RequestError> {
         let shared = Arc::clone(&self.shared);
         let (course, patience) = (&shared.course, shared.course.patience);
         let booking = Account::book_decode(&course.lane, &self.facts, decode.worker, decode.placing);
@@ -86,7 +90,11 @@ impl Leg {
         let ticket = match timeout_at(patience.deadline.into(), prefill.engine().ticket(rank)).await {
             Ok(Ok(ticket)) => ticket,
             Ok(Err(error)) => return Ok(self.unprefilled(prefill, account, beside, error)),
-            Err(_) => return Err(patience.exceeded()),
+            Err(_) => {
+                account.set_aside();
+                beside.set_aside();
+                return Err(patience.exceeded());
+            }
         };
         self.say_it_goes_on(decode, &ask, Some(prefill));
         let leg = PrefillLeg {
@@ -116,11 +124,13 @@ impl Leg {
                     Err(self.refused(prefill, ask.form, &reply))
                 }
                 Unprefilled::Answered(beside, reply) => Ok(self.unprefilled(prefill, account, beside, answered(prefill, &reply))),
-                Unprefilled::Failed(beside, error) => {
-                    let is_refused = matches!(error, EngineError::InStream { refused: true, .. });
-                    let came = self.unprefilled(prefill, account, beside, error.clone());
-                    if is_refused { Err(error.into()) } else { Ok(came) }
+                Unprefilled::Failed(mut beside, error @ EngineError::InStream { refused: true, .. }) => {
+                    account.set_aside();
+                    beside.blame(&error);
+                    beside.abandon();
+                    Err(error.into())
                 }
+                Unprefilled::Failed(beside, error) => Ok(self.unprefilled(prefill, account, beside, error)),
             },
             Abreast::Decode(opened, tail) => {
                 let beside = match &opened {

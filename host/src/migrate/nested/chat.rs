@@ -221,6 +221,13 @@ fn of_response(mut fields: Fields) -> Result<Fields, Unsound> {
         let tools = tools.ok_or(Unsound("it offers tools that a chat does not have"))?;
         fields.insert("tools".to_owned(), tools.into());
     }
+    if let Some(choice) = fields.get("tool_choice").filter(|choice| choice.is_object()) {
+        if choice["type"] != "function" {
+            return Err(Unsound("it chooses among its tools in a way that a chat does not have"));
+        }
+        let named = json!({ "type": "function", "function": { "name": choice["name"] } });
+        fields.insert("tool_choice".to_owned(), named);
+    }
     if let Some(most) = fields.get("max_output_tokens").filter(|most| !most.is_null()).cloned() {
         fields.insert("max_tokens".to_owned(), most);
     }
@@ -301,9 +308,17 @@ fn tool_of_response(tool: &Value) -> Option<Value> {
     is_function.then(|| json!({ "type": "function", "function": function }))
 }
 
-/// What the output is held to.
+/// What the output is held to. Of a schema a chat says all but the type in a field of its own, and always has a name for it.
 fn constrain(fields: &mut Fields, format: &Value) {
-    if !format.is_null() && format["type"] != "text" {
-        fields.insert("response_format".to_owned(), format.clone());
-    }
+    let Some(mut schema) = format.as_object().cloned() else { return };
+    let said = match text_of(&format["type"]) {
+        "text" => return,
+        "json_schema" => {
+            schema.remove("type");
+            schema.entry("name").or_insert_with(|| "output".into());
+            json!({ "type": "json_schema", "json_schema": schema })
+        }
+        _ => schema.into(),
+    };
+    fields.insert("response_format".to_owned(), said);
 }
