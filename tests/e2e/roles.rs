@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::harness::{
     eventually,
-    host::{Host, MockProcess, completion},
+    host::{Host, MockProcess, completion, streamed},
 };
 
 const COMPLETIONS: &str = "/v1/completions";
@@ -77,6 +77,12 @@ async fn workers_of_mismatched_blocks_are_refused_and_requests_are_served_whole(
     let status = host.cli(&["status"]).await;
     assert!(status.succeeded().contains("so requests are served whole"), "{}", status.stdout);
     assert_eq!(prefill.http.metric("vllm:request_success_total", &[]).await, 0.0, "nothing was tried");
+
+    // Who decodes serves whole requests; where that fails one, who prefills can do so, too.
+    decode.http.post("/mock/faults", r#"{"error_event":0}"#).await;
+    let answer = host.http.stream(COMPLETIONS, &streamed(completion(3))).await;
+    assert_eq!(answer.finish_reasons(), ["length"]);
+    assert_eq!(prefill.http.metric("vllm:request_success_total", &[]).await, 1.0, "it served it");
 }
 
 #[tokio::test]

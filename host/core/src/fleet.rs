@@ -56,6 +56,8 @@ pub enum Among {
     /// Those that serve whole requests. Aggregated ones, where there are any; else the decode pool, else the prefill pool, as
     /// far as their engines do that.
     Whole,
+    /// All that serve whole requests, of whatever role: for a request that all of [`Whole`](Self::Whole) have failed.
+    AnyWhole,
     /// Those where a request may begin, if its KV may be handed over: those that serve it whole, and those that prefill for
     /// somebody. Where that cannot be, the same as [`Whole`](Self::Whole).
     Beginning,
@@ -76,6 +78,7 @@ struct Eligible {
 #[derive(Debug, Default)]
 struct Parts {
     whole: Option<Arc<Candidates>>,
+    any_whole: Option<Arc<Candidates>>,
     beginning: Option<Arc<Candidates>>,
     everyone: Option<Arc<Candidates>>,
     decoders: Option<Arc<Candidates>>,
@@ -91,7 +94,7 @@ impl Parts {
         let candidates = |rows: Vec<u32>| Arc::new(Candidates::new(workers, rows, have_adapter));
         if rows.iter().all(|&row| worker(row).spec.role == Role::Aggregated) {
             let all = (!rows.is_empty()).then(|| candidates(rows));
-            return Self { whole: all.clone(), beginning: all.clone(), everyone: all, decoders: None };
+            return Self { whole: all.clone(), any_whole: all.clone(), beginning: all.clone(), everyone: all, decoders: None };
         }
         let serves = |role: &dyn Fn(Role) -> bool| some(&|worker| worker.handoff.serves_whole && role(worker.spec.role));
         let whole = serves(&|role| matches!(role, Role::Aggregated | Role::Both))
@@ -109,13 +112,15 @@ impl Parts {
         } else {
             (whole.clone(), whole.clone())
         };
-        let [whole, beginning, everyone, decoders] = [whole, beginning, everyone, decoders].map(|rows| rows.map(candidates));
-        Self { whole, beginning, everyone, decoders }
+        let parts = [whole, serves(&|_| true), beginning, everyone, decoders];
+        let [whole, any_whole, beginning, everyone, decoders] = parts.map(|rows| rows.map(candidates));
+        Self { whole, any_whole, beginning, everyone, decoders }
     }
 
     fn among(&self, among: Among) -> Option<Arc<Candidates>> {
         match among {
             Among::Whole => &self.whole,
+            Among::AnyWhole => &self.any_whole,
             Among::Beginning => &self.beginning,
             Among::Everyone => &self.everyone,
             Among::Decoders => &self.decoders,

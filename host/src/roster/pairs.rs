@@ -69,7 +69,7 @@ impl Snapshot {
         }
     }
 
-    /// Those that serve a request whole. Where all of them have failed it, workers of other pools, as far as they do that.
+    /// Those that serve a request whole. Where all of them have failed it, workers of other pools that do.
     ///
     /// # Errors
     /// If there is nobody.
@@ -78,8 +78,7 @@ impl Snapshot {
         if usual.is_ok() || request.failed_workers.is_empty() {
             return usual;
         }
-        let others = self.candidates_among(request, Among::Everyone);
-        others.ok().and_then(|others| others.of(|worker| worker.handoff.serves_whole)).map_or(usual, Ok)
+        self.candidates_among(request, Among::AnyWhole).or(usual)
     }
 
     /// Whether anybody could serve a request, in whatever way.

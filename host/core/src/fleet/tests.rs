@@ -190,6 +190,21 @@ fn where_nobody_can_hand_over_requests_are_served_whole() {
 }
 
 #[test]
+fn whoever_serves_whole_requests_is_there_for_one_that_the_usual_have_failed() {
+    for (workers, names) in [
+        (&["p:prefill", "d:decode"][..], &["d", "p"][..]),
+        (&["p:prefill:1", "d:decode:1", "a:aggregated"], &["a", "d", "p"]),
+        (&["p:prefill:1:only", "d:decode:1"], &["d"]),
+        (&["a:aggregated", "b:aggregated"], &["a", "b"]),
+    ] {
+        let candidates = split(workers).candidates("m", Among::AnyWhole).unwrap();
+        let mut found: Vec<&str> = candidates.iter().map(|worker| worker.spec.name.as_str()).collect();
+        found.sort_unstable();
+        assert_eq!(found, names);
+    }
+}
+
+#[test]
 fn columns_of_links_are_of_the_ways_from_one_worker_to_each_candidate() {
     let fleet = split(&["p:prefill:1", "d:decode:1", "e:decode:1", "f:decode:2", "b:both:1", "a:aggregated:1"]);
     let everyone = fleet.candidates("m", Among::Everyone).unwrap();
