@@ -147,15 +147,11 @@ impl Books {
 impl Drop for Books {
     fn drop(&mut self) {
         let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.output_tokens);
-        if self.client.is_summed(Usage { prompt_tokens, completion_tokens, prompt_tokens_details: None }) {
-            return;
-        }
-        self.meters.prompt_tokens.increment(u64::from(prompt_tokens));
-        self.meters.output_tokens.increment(u64::from(completion_tokens));
-        self.meters.seconds.record(self.client.accepted.elapsed());
+        let usage = Usage { prompt_tokens, completion_tokens, prompt_tokens_details: None };
         // Its stream had begun.
-        count_request(self.endpoint.label(), &self.model, StatusCode::OK);
-        tracing::debug!(parent: &self.span, status = 200, tokens = self.output_tokens, "request ended");
+        if self.client.count(&self.meters, (self.endpoint, &self.model), usage, StatusCode::OK) {
+            tracing::debug!(parent: &self.span, status = 200, tokens = self.output_tokens, "request ended");
+        }
     }
 }
 
@@ -448,13 +444,7 @@ impl Drop for Account {
         if self.relayed > Duration::ZERO {
             self.meters.relay.record(self.relayed);
         }
-        let is_counted = !self.is_part && !self.client.is_summed(usage);
-        if is_counted {
-            self.meters.prompt_tokens.increment(u64::from(usage.prompt_tokens));
-            self.meters.output_tokens.increment(u64::from(usage.completion_tokens));
-            self.meters.seconds.record(self.client.accepted.elapsed());
-            count_request(self.endpoint.label(), &self.spec.model, self.status);
-        }
+        let is_counted = !self.is_part && self.client.count(&self.meters, (self.endpoint, &self.spec.model), usage, self.status);
         if let Some(reported) = reported
             && self.part != Part::Decode
         {

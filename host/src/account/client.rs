@@ -77,13 +77,24 @@ impl Client {
         }
     }
 
-    /// Counts what an account has of it. `false`: it is no part, and to be counted there.
-    pub(super) fn is_summed(&self, usage: Usage) -> bool {
-        let Some((sum, prompt)) = &self.sum else { return false };
-        sum.prompts[*prompt].fetch_max(usage.prompt_tokens, Relaxed);
-        sum.output.fetch_add(usage.completion_tokens, Relaxed);
+    /// Counts what an account has of it: at once, or in the sum that it is a part of. Whether it was at once.
+    pub(super) fn count(&self, meters: &RequestMeters, of: (Endpoint, &str), usage: Usage, status: StatusCode) -> bool {
+        if let Some((sum, prompt)) = &self.sum {
+            sum.prompts[*prompt].fetch_max(usage.prompt_tokens, Relaxed);
+            sum.output.fetch_add(usage.completion_tokens, Relaxed);
+            return false;
+        }
+        count(meters, of, (usage.prompt_tokens.into(), usage.completion_tokens.into()), self.accepted, status);
         true
     }
+}
+
+/// Counts a request that was answered: the tokens of its prompts and of its output, its time, and how it ended.
+fn count(meters: &RequestMeters, of: (Endpoint, &str), tokens: (u64, u64), accepted: Instant, status: StatusCode) {
+    meters.prompt_tokens.increment(tokens.0);
+    meters.output_tokens.increment(tokens.1);
+    meters.seconds.record(accepted.elapsed());
+    count_request(of.0.label(), of.1, status);
 }
 
 impl Sum {
@@ -124,10 +135,7 @@ impl Drop for Sum {
         let Some(status) = StatusCode::from_u16(status).ok().filter(|_| !never_began) else { return };
         let prompt_tokens: u64 = self.prompts.iter().map(|tokens| u64::from(tokens.load(Relaxed))).sum();
         let output_tokens = *self.output.get_mut();
-        self.meters.prompt_tokens.increment(prompt_tokens);
-        self.meters.output_tokens.increment(output_tokens.into());
-        self.meters.seconds.record(self.accepted.elapsed());
-        count_request(self.endpoint.label(), &self.model, status);
+        count(&self.meters, (self.endpoint, &self.model), (prompt_tokens, output_tokens.into()), self.accepted, status);
         tracing::debug!(parent: &self.span, status = status.as_u16(), tokens = output_tokens, "request ended");
     }
 }
