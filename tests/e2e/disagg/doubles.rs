@@ -121,6 +121,14 @@ async fn fallbacks(host: &Host, cause: &str) -> f64 {
     host.http.metric("dynamo_host_handoff_fallbacks_total", &[("cause", cause)]).await
 }
 
+/// Asks for a chat, streamed or whole, and checks that it is answered.
+async fn is_answered(host: &Host, stream: bool) {
+    if stream {
+        return streams(host).await;
+    }
+    assert_eq!(host.http.ask(CHAT, &chat(2)).await.json()["choices"][0]["message"]["content"], "t0 t1");
+}
+
 /// Streams a chat of two tokens, which must be whole.
 async fn streams(host: &Host) {
     let stream = host.http.stream(CHAT, &streamed(chat(2))).await;
@@ -229,11 +237,7 @@ async fn a_decode_that_fails_before_its_first_token_is_prefilled_anew_and_given_
         let good = engine(breaks, tokens).await;
         let host = over(&[(&prefill, "prefill"), (&bad, "decode"), (&good, "decode")]).await;
         eventually("the bad one was asked", async || {
-            if stream {
-                streams(&host).await;
-            } else {
-                assert_eq!(host.http.ask(CHAT, &chat(2)).await.json()["choices"][0]["message"]["content"], "t0 t1");
-            }
+            is_answered(&host, stream).await;
             (!bad.received().is_empty()).then_some(())
         })
         .await;
@@ -307,11 +311,7 @@ async fn a_decode_that_waits_past_the_lease_is_ended_and_the_prompt_computed_ane
         let good = engine(breaks, tokens).await;
         let host = over(&[(&prefill, "prefill"), (&full, "decode"), (&good, "decode")]).await;
         eventually("the full one was asked", async || {
-            if stream {
-                streams(&host).await;
-            } else {
-                assert_eq!(host.http.ask(CHAT, &chat(2)).await.json()["choices"][0]["message"]["content"], "t0 t1");
-            }
+            is_answered(&host, stream).await;
             (fallbacks(&host, "lease_lost").await > 0.0).then_some(())
         })
         .await;
